@@ -1,0 +1,223 @@
+//! `wal-push` and `wal-fetch`: what PostgreSQL runs as `archive_command` and `restore_command`.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use shared::store::StoreErrorKind;
+use shared::telemetry::chain;
+use thiserror::Error;
+use tracing::{debug, error, info, warn};
+
+use crate::catalog::Catalog;
+use crate::config::Config;
+use crate::repository::{OpenError, Place, Repository, RepositoryError};
+use crate::wal::{self, Absence, Stored, WalError};
+
+/// Where a server keeps its system identifier, below the data directory: the first eight bytes.
+/// Source: `ControlFileData` in `src/include/catalog/pg_control.h`.
+const CONTROL_FILE: &str = "global/pg_control";
+
+/// `wal-fetch`: the file was never produced. PostgreSQL takes it as the end of the WAL.
+pub const NEVER_PRODUCED: u8 = 1;
+/// `wal-fetch`: anything else. Above 125 PostgreSQL gives the recovery up instead of taking it as
+/// the end of the WAL, and promoting without what was committed after.
+/// Source: PostgreSQL manual, "Archive Recovery"; `shell_restore.c`.
+pub const GIVE_UP: u8 = 254;
+
+/// Why a WAL file was not pushed or fetched.
+#[derive(Debug, Error)]
+pub enum ArchiveError {
+    /// The file cannot be read.
+    #[error("read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// The file cannot be written.
+    #[error("write {}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// Not run where PostgreSQL runs it.
+    #[error(
+        "no global/pg_control in {}: run it as PostgreSQL does, in the data directory", path.display()
+    )]
+    NoDataDirectory {
+        /// The working directory.
+        path: PathBuf,
+    },
+    /// The repository cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The WAL is not what it should be, or the repository failed.
+    #[error(transparent)]
+    Wal(#[from] WalError),
+    /// A file is missing that must have been there.
+    #[error("{file} is missing in the repository, and it was produced: {reason}")]
+    Missing {
+        /// The file.
+        file: String,
+        /// The proof.
+        reason: String,
+    },
+    /// Two contents.
+    #[error("{file} is in the repository with {count} contents; nobody knows which is right")]
+    Ambiguous {
+        /// The file.
+        file: String,
+        /// How many.
+        count: usize,
+    },
+}
+
+impl From<RepositoryError> for ArchiveError {
+    fn from(error: RepositoryError) -> Self {
+        Self::Wal(error.into())
+    }
+}
+
+/// Stores one WAL file: `path` is `%p`, below the data directory, which is the working directory.
+///
+/// # Errors
+///
+/// Each reason why PostgreSQL must keep the file.
+pub async fn push(config: &Config, path: &Path) -> Result<Stored, ArchiveError> {
+    let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let read = |source| ArchiveError::Read { path: path.to_owned(), source };
+    let content = fs::read(path).map_err(read)?;
+    let found = wal::check_file(&file, &content)?;
+    let expected = system_identifier()?;
+    if let Some(found) = found.filter(|found| *found != expected) {
+        return Err(WalError::OtherServer { name: file, expected, found }.into());
+    }
+    let place = Repository::open(config).await?.place(config.wal.group, expected);
+    let stored = wal::store(&place, &file, &content, config.wal.compression_level).await?;
+    match stored {
+        Stored::Now => info!(segment = file, "WAL file stored"),
+        Stored::Before => info!(segment = file, "WAL file was stored before, with this content"),
+    }
+    Ok(stored)
+}
+
+/// What `wal-fetch` came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fetched {
+    /// The file is in place.
+    Done,
+    /// The repository proves that it was never produced.
+    NeverProduced,
+}
+
+/// Fetches one WAL file: `file` is `%f`, `path` is `%p`.
+///
+/// The content is checked before the file gets its name, so PostgreSQL never sees a part of it.
+///
+/// # Errors
+///
+/// Everything but the file or the proof that it was never produced.
+pub async fn fetch(config: &Config, file: &str, path: &Path) -> Result<Fetched, ArchiveError> {
+    let place = Repository::open(config).await?.place(config.wal.group, system_identifier()?);
+    match fetch_from(&place, file, path).await {
+        Err(ArchiveError::Wal(WalError::Repository(error)))
+            if error.is_transient() && is_standby() =>
+        {
+            // A standby does not promote at the end of its archive: it goes on to stream, and
+            // comes back. Ending its recovery would take it down with the store.
+            warn!(error = %chain(&error), "repository not reached; left to streaming");
+            Ok(Fetched::NeverProduced)
+        }
+        Err(ArchiveError::Missing { file, reason }) if is_standby() => {
+            warn!(segment = file, reason, "WAL file is missing; left to streaming");
+            Ok(Fetched::NeverProduced)
+        }
+        result => result,
+    }
+}
+
+async fn fetch_from(place: &Place, file: &str, path: &Path) -> Result<Fetched, ArchiveError> {
+    let found = wal::find(place, file).await?;
+    let found = match found.as_slice() {
+        [one] => one,
+        [] => return absent(place, file).await,
+        several => {
+            let (file, count) = (file.to_owned(), several.len());
+            return Err(ArchiveError::Ambiguous { file, count });
+        }
+    };
+    let content = match wal::read(place, found).await {
+        Ok(content) => content,
+        // Listed and gone: somebody deletes. Nothing is proven by that.
+        Err(WalError::Repository(RepositoryError::Store(error)))
+            if error.kind == StoreErrorKind::NotFound =>
+        {
+            let reason = "it was listed a moment ago".to_owned();
+            return Err(ArchiveError::Missing { file: file.to_owned(), reason });
+        }
+        Err(error) => return Err(error.into()),
+    };
+    if let Some(found) = wal::check_file(file, &content)?
+        && found != place.system_identifier
+    {
+        let (name, expected) = (file.to_owned(), place.system_identifier);
+        return Err(WalError::OtherServer { name, expected, found }.into());
+    }
+    let provisional = path.with_extension("pgmesh");
+    let written = || -> io::Result<()> {
+        let mut target = fs::File::create(&provisional)?;
+        target.write_all(&content)?;
+        fs::rename(&provisional, path)
+    };
+    written().map_err(|source| ArchiveError::Write { path: path.to_owned(), source })?;
+    debug!(segment = file, "WAL file fetched");
+    Ok(Fetched::Done)
+}
+
+async fn absent(place: &Place, file: &str) -> Result<Fetched, ArchiveError> {
+    let newest = Catalog::read(place).await?.backups.pop();
+    let segment_bytes = newest.map_or(16 << 20, |backup| backup.wal_segment_bytes);
+    match wal::absence(place, file, segment_bytes).await? {
+        Absence::NeverProduced => {
+            info!(segment = file, "WAL file was never produced, as far as the repository shows");
+            Ok(Fetched::NeverProduced)
+        }
+        Absence::Missing { reason } => Err(ArchiveError::Missing { file: file.to_owned(), reason }),
+    }
+}
+
+/// The exit code of `wal-fetch`.
+pub fn exit_code(fetched: &Result<Fetched, ArchiveError>) -> u8 {
+    match fetched {
+        Ok(Fetched::Done) => 0,
+        Ok(Fetched::NeverProduced) => NEVER_PRODUCED,
+        Err(failure) => {
+            error!(error = %chain(failure), "WAL file not fetched; recovery must not go on");
+            GIVE_UP
+        }
+    }
+}
+
+/// The system identifier of the server in whose data directory we are.
+fn system_identifier() -> Result<u64, ArchiveError> {
+    let here = || std::env::current_dir().unwrap_or_default();
+    let control = fs::read(CONTROL_FILE).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => ArchiveError::NoDataDirectory { path: here() },
+        _ => ArchiveError::Read { path: here().join(CONTROL_FILE), source: error },
+    })?;
+    match control.first_chunk::<8>() {
+        Some(bytes) => Ok(u64::from_le_bytes(*bytes)),
+        None => Err(ArchiveError::Read {
+            path: here().join(CONTROL_FILE),
+            source: io::ErrorKind::UnexpectedEof.into(),
+        }),
+    }
+}
+
+fn is_standby() -> bool {
+    Path::new("standby.signal").exists()
+}

@@ -1,0 +1,595 @@
+//! One base backup, from the choice of a server to the commit object: the only file that knows
+//! the order.
+//!
+//! Nothing before the last step makes a backup exist. A run that is stopped anywhere leaves
+//! objects that no commit names, and the next run, which holds the lock and so knows that no
+//! other is under way, removes them.
+
+use std::time::Duration;
+
+use chrono::Utc;
+use shared::pg::connect::connect;
+use shared::pg::wal::Segment;
+use shared::pg::{ConnectError, Node, QueryError, Settings};
+use shared::store::StoreErrorKind;
+use shared::telemetry::chain;
+use shared::topology::{self, Group};
+use thiserror::Error;
+use tokio::time::{Instant, sleep};
+use tokio_postgres::types::PgLsn;
+use tracing::{info, warn};
+
+use crate::catalog::Catalog;
+use crate::config::{BackupConfig, Config};
+use crate::container::Kind;
+use crate::manifest::{
+    Archive, BackupId, COMMIT_FORMAT, Commit, ManifestError, ObjectRecord, ServerManifest,
+    Suspicion, part_name,
+};
+use crate::progress::Progress;
+use crate::replication::{
+    BaseBackup, BaseBackupOptions, Event, Replication, ReplicationError, Tablespace, Verdict,
+};
+use crate::repository::{Place, Repository, RepositoryError};
+use crate::source::{self, RunLock, Source, SourceError};
+use crate::tar::{Member, TarError, TarReader};
+use crate::upload::{ObjectWriter, UploadSettings};
+use crate::wal::{self, WalError};
+
+/// How often the repository is asked for the WAL that a backup waits for.
+const WAL_POLL: Duration = Duration::from_secs(1);
+
+/// Why there is no new backup. In each case the repository lists none.
+#[derive(Debug, Error)]
+pub enum BackupError {
+    /// There is no server to read.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The primary cannot be reached for the lock.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The primary did not answer.
+    #[error(transparent)]
+    Query(#[from] QueryError),
+    /// Another run holds the lock.
+    #[error("another base backup of group {group} is under way; wait for it, or stop it")]
+    OtherRun {
+        /// The group.
+        group: u32,
+    },
+    /// The lock was lost, so another run may be under way.
+    #[error(
+        "lost the lock on {primary} during backup {backup_id}: it was restarted, promoted away \
+         from, or cut off"
+    )]
+    LockLost {
+        /// The primary at the start.
+        primary: String,
+        /// The backup that was not committed.
+        backup_id: BackupId,
+    },
+    /// The server failed or gave up.
+    #[error(transparent)]
+    Replication(#[from] ReplicationError),
+    /// The replication connection leads to another database cluster.
+    #[error("{node} has system identifier {found} for replication and {expected} for queries")]
+    OtherServer {
+        /// The server.
+        node: String,
+        /// What it said on the first connection.
+        expected: u64,
+        /// What it said on the second.
+        found: u64,
+    },
+    /// The timeline changed.
+    #[error("timeline changed from {before} to {after} during backup {backup_id}")]
+    TimelineChanged {
+        /// The backup that was not committed.
+        backup_id: BackupId,
+        /// At the start.
+        before: u32,
+        /// At the end.
+        after: u32,
+    },
+    /// The stream is not what it should be.
+    #[error("read the tar stream of backup {backup_id}")]
+    Tar {
+        /// The backup that was not committed.
+        backup_id: BackupId,
+        /// What is wrong.
+        source: TarError,
+    },
+    /// The stream is not what the manifest says.
+    #[error("compare backup {backup_id} with the server's manifest")]
+    Manifest {
+        /// The backup that was not committed.
+        backup_id: BackupId,
+        /// What differs.
+        source: ManifestError,
+    },
+    /// The stream names an archive that is no tablespace.
+    #[error("the server sent an archive {name:?} that it did not announce")]
+    UnknownArchive {
+        /// Its name.
+        name: String,
+    },
+    /// The WAL did not come.
+    #[error(
+        "backup {backup_id} needs WAL segment {missing}, which is not in the repository after \
+         {} s; look at archive_command and pg_stat_archiver on {primary}",
+        limit.as_secs()
+    )]
+    NoWal {
+        /// The backup that was not committed.
+        backup_id: BackupId,
+        /// The first segment that is missing.
+        missing: String,
+        /// The server that archives.
+        primary: String,
+        /// How long it was waited.
+        limit: Duration,
+    },
+    /// WAL of the backup is there with two contents.
+    #[error(transparent)]
+    Wal(#[from] WalError),
+    /// The repository failed.
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
+}
+
+impl BackupError {
+    /// Tells whether the same backup may succeed if tried again soon.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Connect(error) => error.is_transient(),
+            Self::Query(error) => error.is_transient(),
+            Self::Replication(error) => error.is_transient(),
+            Self::Repository(error) => error.is_transient(),
+            Self::Source(_)
+            | Self::LockLost { .. }
+            | Self::TimelineChanged { .. }
+            | Self::OtherRun { .. } => true,
+            Self::OtherServer { .. }
+            | Self::Tar { .. }
+            | Self::Manifest { .. }
+            | Self::UnknownArchive { .. }
+            | Self::NoWal { .. }
+            | Self::Wal(_) => false,
+        }
+    }
+}
+
+/// What a run needs.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// The configuration.
+    pub config: Config,
+    /// How the servers are reached.
+    pub settings: Settings,
+    /// Where backups go.
+    pub repository: Repository,
+}
+
+/// Takes one base backup of a group and returns what was committed.
+///
+/// Dropping the future stops the run; nothing is committed then.
+///
+/// # Errors
+///
+/// Each reason why there is no new backup. A suspect backup is no error: see [`Commit::suspect`].
+pub async fn take_backup(
+    context: &Context,
+    group: u32,
+    progress: &Progress,
+) -> Result<Commit, BackupError> {
+    let Context { config, settings, repository } = context;
+    let config = &config.backup;
+
+    progress.begin("asking the servers", 0);
+    let observed = observe(settings, &context.config.nodes, group).await;
+    let source = source::choose(&observed, config)?;
+    for reason in &source.passed_over {
+        info!(reason, "server passed over");
+    }
+    let place = repository.place(group, source.state.system_identifier);
+    let lock = RunLock::take(connect(settings, &source.primary).await?)
+        .await?
+        .ok_or(BackupError::OtherRun { group })?;
+    let catalog = Catalog::read(&place).await?;
+    remove_leftovers(&place, &catalog).await?;
+
+    progress.begin("checkpoint", 0);
+    let started_at = Utc::now();
+    let stream = start(settings, &source, config).await?;
+    let backup_id = BackupId::new(started_at, stream.timeline, stream.start_lsn);
+    let total_bytes = stream.tablespaces.iter().map(|tablespace| tablespace.bytes).sum();
+    info!(
+        %backup_id, node = source.node.name, timeline = stream.timeline,
+        start_lsn = %stream.start_lsn, bytes_estimated = total_bytes,
+        memory_bytes_max = config.upload().memory_bytes(), "base backup started"
+    );
+    progress.begin("copying", total_bytes);
+    let copied = copy(&place, &backup_id, stream, config, progress).await?;
+    let finished_at = Utc::now();
+    info!(%backup_id, end_lsn = %copied.end_lsn, parts = copied.parts.len(), "stream stored");
+
+    progress.begin("checking", 0);
+    check_stream(&backup_id, &copied)?;
+    let manifest = put(&place, Kind::Manifest, &backup_id, "manifest", &copied.manifest).await?;
+    let files =
+        put(&place, Kind::Files, &backup_id, "files", &files_text(&copied.members)?).await?;
+    let commit = Commit {
+        format: COMMIT_FORMAT,
+        backup_id: backup_id.clone(),
+        group,
+        system_identifier: source.state.system_identifier,
+        node: source.node.name.clone(),
+        from_standby: source::is_standby(&source.state),
+        server_version_num: source.state.server_version,
+        wal_segment_bytes: source.state.wal_segment_bytes,
+        started_at,
+        finished_at,
+        timeline: copied.timeline,
+        start_lsn: copied.start_lsn,
+        end_lsn: copied.end_lsn,
+        suspect: suspicion(&copied.verdict),
+        archives: copied.archives,
+        chunk_bytes: config.upload().chunk_bytes,
+        parts: copied.parts,
+        manifest,
+        files,
+        file_count: copied.members.len() as u64,
+        previous: catalog.backups.last().map(|backup| backup.backup_id.clone()),
+    };
+
+    progress.begin("waiting for WAL", 0);
+    wait_for_wal(&place, &commit, &source, &lock, config.wal_timeout).await?;
+
+    // From here on only a single put is left. Whoever lost the lock must not make it.
+    if !lock.is_held().await.unwrap_or(false) {
+        return Err(BackupError::LockLost { primary: source.primary.to_string(), backup_id });
+    }
+    progress.begin("committing", 0);
+    require_parts(&place, &commit).await?;
+    let text = to_json(&backup_id, &commit)?;
+    place.put(Kind::Commit, &backup_id.object("commit"), &text, 1).await?;
+    report(&commit);
+    Ok(commit)
+}
+
+/// Asks the servers of a group.
+async fn observe(settings: &Settings, nodes: &[Node], group: u32) -> Group {
+    let observed = topology::observe_group(settings, nodes, group).await;
+    for (node, error) in observed.unknown() {
+        warn!(node = node.name, error = %chain(error), "server did not answer");
+    }
+    observed
+}
+
+/// Opens the replication connection and starts the base backup on the server.
+async fn start(
+    settings: &Settings,
+    source: &Source,
+    config: &BackupConfig,
+) -> Result<BaseBackup, BackupError> {
+    let mut replication =
+        Replication::connect(settings, &source.node, config.stall_timeout).await?;
+    let identity = replication.identify_system().await?;
+    if identity.system_identifier != source.state.system_identifier {
+        return Err(BackupError::OtherServer {
+            node: source.node.to_string(),
+            expected: source.state.system_identifier,
+            found: identity.system_identifier,
+        });
+    }
+    let options = BaseBackupOptions {
+        label: "pgmesh backup-agent".to_owned(),
+        fast_checkpoint: config.fast_checkpoint,
+        rate_kilobytes_max: config.rate_kilobytes_max(),
+    };
+    Ok(replication.base_backup(&options).await?)
+}
+
+/// What a stream came to.
+#[derive(Debug)]
+struct Copied {
+    start_lsn: PgLsn,
+    end_lsn: PgLsn,
+    timeline: u32,
+    end_timeline: u32,
+    archives: Vec<Archive>,
+    members: Vec<Member>,
+    parts: Vec<ObjectRecord>,
+    manifest: Vec<u8>,
+    verdict: Verdict,
+}
+
+/// Stores the stream as it comes.
+async fn copy(
+    place: &Place,
+    backup_id: &BackupId,
+    mut stream: BaseBackup,
+    config: &BackupConfig,
+    progress: &Progress,
+) -> Result<Copied, BackupError> {
+    let torn = |source| BackupError::Tar { backup_id: backup_id.clone(), source };
+    let mut parts = Parts::new(place, backup_id, config.upload(), config.object_bytes);
+    let mut tar = TarReader::default();
+    let (mut archives, mut members) = (Vec::new(), Vec::new());
+    let mut manifest: Option<Vec<u8>> = None;
+    let (end_lsn, end_timeline) = loop {
+        match stream.next().await? {
+            Event::Archive { name } => {
+                tar.next_archive().map_err(torn)?;
+                archives.push(archive(&name, &stream.tablespaces, tar.offset())?);
+            }
+            Event::Manifest => manifest = Some(Vec::new()),
+            Event::Data(data) => {
+                if let Some(manifest) = &mut manifest {
+                    manifest.extend_from_slice(&data);
+                } else {
+                    tar.read(&data, |member| members.push(member)).map_err(torn)?;
+                    parts.write(&data).await?;
+                    progress.add(data.len() as u64);
+                }
+            }
+            Event::End { end_lsn, timeline } => break (end_lsn, timeline),
+        }
+    };
+    tar.end_archive().map_err(torn)?;
+    let (start_lsn, timeline) = (stream.start_lsn, stream.timeline);
+    let verdict = stream.finish().await?;
+    let parts = parts.finish().await?;
+    let manifest = manifest.unwrap_or_default();
+    Ok(Copied {
+        start_lsn,
+        end_lsn,
+        timeline,
+        end_timeline,
+        archives,
+        members,
+        parts,
+        manifest,
+        verdict,
+    })
+}
+
+/// The archive of that name among the tablespaces that the server announced.
+fn archive(name: &str, tablespaces: &[Tablespace], offset: u64) -> Result<Archive, BackupError> {
+    let unknown = || BackupError::UnknownArchive { name: name.to_owned() };
+    let oid = match name.strip_suffix(".tar") {
+        Some("base") => None,
+        Some(oid) => Some(oid.parse().map_err(|_| unknown())?),
+        None => return Err(unknown()),
+    };
+    let found = tablespaces.iter().find(|tablespace| tablespace.oid == oid).ok_or_else(unknown)?;
+    Ok(Archive { tablespace_oid: oid, location: found.location.clone(), offset })
+}
+
+/// The stream cut into objects of equal size.
+struct Parts<'a> {
+    place: &'a Place,
+    backup_id: &'a BackupId,
+    settings: UploadSettings,
+    part_plain_bytes: u64,
+    current: Option<ObjectWriter>,
+    written: Vec<ObjectRecord>,
+}
+
+impl<'a> Parts<'a> {
+    fn new(
+        place: &'a Place,
+        backup_id: &'a BackupId,
+        settings: UploadSettings,
+        object_bytes: u64,
+    ) -> Self {
+        // A multiple of the chunk, so that chunk n of the stream is easy to find.
+        let part_plain_bytes = object_bytes - object_bytes % u64::from(settings.chunk_bytes);
+        Self { place, backup_id, settings, part_plain_bytes, current: None, written: Vec::new() }
+    }
+
+    async fn write(&mut self, mut data: &[u8]) -> Result<(), RepositoryError> {
+        while !data.is_empty() {
+            let mut writer = if let Some(writer) = self.current.take() {
+                writer
+            } else {
+                let name = self.backup_id.object(&part_name(self.written.len()));
+                ObjectWriter::new(self.place, Kind::Part, &name, self.settings)?
+            };
+            let room = self.part_plain_bytes - writer.plain_bytes();
+            let room = usize::try_from(room).unwrap_or(usize::MAX).min(data.len());
+            let (now, later) = data.split_at(room);
+            writer.write(now).await?;
+            data = later;
+            if writer.plain_bytes() == self.part_plain_bytes {
+                self.written.push(writer.finish().await?.into());
+            } else {
+                self.current = Some(writer);
+            }
+        }
+        Ok(())
+    }
+
+    async fn finish(mut self) -> Result<Vec<ObjectRecord>, RepositoryError> {
+        if let Some(writer) = self.current.take() {
+            self.written.push(writer.finish().await?.into());
+        }
+        Ok(self.written)
+    }
+}
+
+/// Compares what arrived with what the server says it sent.
+fn check_stream(backup_id: &BackupId, copied: &Copied) -> Result<(), BackupError> {
+    if copied.timeline != copied.end_timeline {
+        return Err(BackupError::TimelineChanged {
+            backup_id: backup_id.clone(),
+            before: copied.timeline,
+            after: copied.end_timeline,
+        });
+    }
+    let differs = |source| BackupError::Manifest { backup_id: backup_id.clone(), source };
+    let manifest = ServerManifest::read(&copied.manifest).map_err(differs)?;
+    manifest.compare(&copied.members, &copied.archives).map_err(differs)?;
+    manifest.compare_wal(copied.timeline, copied.start_lsn, copied.end_lsn).map_err(differs)
+}
+
+/// What makes a backup suspect, if anything does.
+fn suspicion(verdict: &Verdict) -> Option<Suspicion> {
+    let failure = verdict.checksum_failure.as_ref()?;
+    let warnings = verdict.warnings.iter().map(ToString::to_string).collect();
+    Some(Suspicion { reason: failure.to_string(), warnings })
+}
+
+async fn put(
+    place: &Place,
+    kind: Kind,
+    backup_id: &BackupId,
+    name: &str,
+    content: &[u8],
+) -> Result<ObjectRecord, RepositoryError> {
+    let name = backup_id.object(name);
+    let settings = UploadSettings { level: 3, ..BackupConfig::default().upload() };
+    let mut writer = ObjectWriter::new(place, kind, &name, settings)?;
+    writer.write(content).await?;
+    Ok(writer.finish().await?.into())
+}
+
+fn files_text(members: &[Member]) -> Result<Vec<u8>, RepositoryError> {
+    let mut text = Vec::new();
+    for member in members {
+        serde_json::to_writer(&mut text, member)
+            .map_err(|source| RepositoryError::Content { name: member.path.clone(), source })?;
+        text.push(b'\n');
+    }
+    Ok(text)
+}
+
+fn to_json(backup_id: &BackupId, commit: &Commit) -> Result<Vec<u8>, RepositoryError> {
+    serde_json::to_vec(commit)
+        .map_err(|source| RepositoryError::Content { name: backup_id.to_string(), source })
+}
+
+/// Waits until every segment that the backup needs is stored.
+///
+/// A backup of a primary ends its last segment itself; after one of a standby, only the primary
+/// can.
+async fn wait_for_wal(
+    place: &Place,
+    commit: &Commit,
+    source: &Source,
+    lock: &RunLock,
+    limit: Duration,
+) -> Result<(), BackupError> {
+    let deadline = Instant::now() + limit;
+    let mut switched = !commit.from_standby;
+    loop {
+        let Some(missing) = first_missing(place, commit).await? else { return Ok(()) };
+        if !switched {
+            switched = true;
+            match lock.switch_wal().await {
+                Ok(()) => info!(node = source.primary.name, "WAL segment ended"),
+                Err(error) => warn!(
+                    error = %chain(&error),
+                    "WAL segment not ended; waiting until it is full or archive_timeout ends it"
+                ),
+            }
+        }
+        if Instant::now() >= deadline {
+            return Err(BackupError::NoWal {
+                backup_id: commit.backup_id.clone(),
+                missing,
+                primary: source.primary.to_string(),
+                limit,
+            });
+        }
+        sleep(WAL_POLL).await;
+    }
+}
+
+/// The first segment that the backup needs and the repository has not.
+async fn first_missing(place: &Place, commit: &Commit) -> Result<Option<String>, WalError> {
+    let segment_bytes = commit.wal_segment_bytes;
+    let stored = wal::stored_from(place, &commit.first_segment()).await?;
+    for number in commit.segments() {
+        let name = Segment { timeline: commit.timeline, number }.name(segment_bytes);
+        match stored.get(&name).map_or(0, Vec::len) {
+            0 => return Ok(Some(name)),
+            1 => {}
+            _ => {
+                let found = stored.get(&name).map(|it| it.join(", ")).unwrap_or_default();
+                return Err(WalError::Conflict { name, found });
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// Asks the store once more for everything that the commit names: the last moment at which a
+/// store that lost something can be caught.
+async fn require_parts(place: &Place, commit: &Commit) -> Result<(), RepositoryError> {
+    let parts = commit.parts.iter().enumerate().map(|(n, record)| (part_name(n), record));
+    let others = [("manifest".to_owned(), &commit.manifest), ("files".to_owned(), &commit.files)];
+    for (name, record) in parts.chain(others) {
+        let name = commit.backup_id.object(&name);
+        let found = place.store().head(&place.key(&name)).await?.map_or(0, |info| info.bytes);
+        if found != record.object_bytes {
+            let reason = format!("expected {} bytes, found {found}", record.object_bytes);
+            return Err(crate::container::ContainerError::Truncated { name, reason }.into());
+        }
+    }
+    Ok(())
+}
+
+/// Removes what earlier runs left: objects without a commit, and unfinished uploads.
+async fn remove_leftovers(place: &Place, catalog: &Catalog) -> Result<(), RepositoryError> {
+    for (backup_id, objects) in &catalog.unfinished {
+        for object in objects {
+            match place.store().delete(&place.key(&object.key)).await {
+                Ok(()) => {}
+                // Under Object Lock it stays until its retention ends, and harms nobody.
+                Err(error) if error.kind == StoreErrorKind::Denied => {
+                    info!(key = object.key, "leftover kept: the store does not let it be deleted");
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        info!(%backup_id, objects = objects.len(), "leftovers of a stopped backup removed");
+    }
+    match place.store().unfinished(&place.key("base/")).await {
+        Ok(uploads) => {
+            for upload in uploads {
+                place.store().abort(&upload).await?;
+                info!(key = upload.key, "unfinished upload of a stopped backup removed");
+            }
+            Ok(())
+        }
+        Err(error) if error.kind == StoreErrorKind::Unsupported => {
+            warn!(
+                error = %chain(&error),
+                "unfinished uploads cannot be listed; let a bucket lifecycle rule abort them"
+            );
+            Ok(())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn report(commit: &Commit) {
+    let elapsed_ms = (Utc::now() - commit.started_at).num_milliseconds();
+    let (backup_id, node) = (&commit.backup_id, &commit.node);
+    let (bytes, object_bytes) = (commit.plain_bytes(), commit.object_bytes());
+    if let Some(suspect) = &commit.suspect {
+        for warning in &suspect.warnings {
+            warn!(%backup_id, warning, "page checksum failure");
+        }
+        tracing::error!(
+            %backup_id, node, reason = suspect.reason,
+            "backup is SUSPECT: the server read damaged pages; it is kept and marked. \
+             Find the damage with pg_amcheck, and keep older backups"
+        );
+    }
+    info!(
+        %backup_id, node, bytes, object_bytes, files = commit.file_count, elapsed_ms,
+        start_lsn = %commit.start_lsn, end_lsn = %commit.end_lsn, "backup completed"
+    );
+}

@@ -1,0 +1,112 @@
+//! Which backups exist: those with a commit object and without a tombstone.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use shared::store::ObjectInfo;
+
+use crate::container::Kind;
+use crate::manifest::{BackupId, COMMIT_FORMAT, Commit};
+use crate::repository::{Place, RepositoryError};
+
+/// The backups of one place, as its objects tell.
+#[derive(Debug, Default)]
+pub struct Catalog {
+    /// The backups that can be restored, oldest first.
+    pub backups: Vec<Commit>,
+    /// Backups whose commit object cannot be read, and why.
+    pub unreadable: Vec<(BackupId, RepositoryError)>,
+    /// Backups that were deleted and whose objects are still there, and since when.
+    pub tombstones: BTreeMap<BackupId, DateTime<Utc>>,
+    /// Objects of backups that have no commit object: a run under way, or one that was stopped.
+    pub unfinished: BTreeMap<BackupId, Vec<ObjectInfo>>,
+}
+
+/// What a tombstone says.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Tombstone {
+    /// The backup that is deleted.
+    pub backup_id: BackupId,
+    /// When that was decided.
+    pub deleted_at: DateTime<Utc>,
+    /// Why.
+    pub reason: String,
+}
+
+impl Catalog {
+    /// Lists the backups and reads their commit objects.
+    ///
+    /// # Errors
+    ///
+    /// The store could not be asked. A single commit object that is damaged is listed in
+    /// [`Catalog::unreadable`].
+    pub async fn read(place: &Place) -> Result<Self, RepositoryError> {
+        let mut catalog = Self::default();
+        for info in place.list("tombstone/", None, None).await? {
+            if let Some(id) = info.key.strip_prefix("tombstone/").and_then(|id| id.parse().ok()) {
+                catalog.tombstones.insert(id, info.modified_at);
+            }
+        }
+        let mut committed = BTreeSet::new();
+        let mut objects: BTreeMap<BackupId, Vec<ObjectInfo>> = BTreeMap::new();
+        for info in place.list("base/", None, None).await? {
+            let path = info.key.strip_prefix("base/").unwrap_or_default();
+            let Some((id, object)) = path.split_once('/') else { continue };
+            let Ok(id) = id.parse::<BackupId>() else { continue };
+            if object == "commit" {
+                committed.insert(id.clone());
+            }
+            objects.entry(id).or_default().push(info);
+        }
+        for (id, objects) in objects {
+            if catalog.tombstones.contains_key(&id) {
+                continue;
+            }
+            if !committed.contains(&id) {
+                catalog.unfinished.insert(id, objects);
+                continue;
+            }
+            match read_commit(place, &id).await {
+                Ok(commit) => catalog.backups.push(commit),
+                Err(error) if error.is_transient() => return Err(error),
+                Err(error) => catalog.unreadable.push((id, error)),
+            }
+        }
+        Ok(catalog)
+    }
+
+    /// Backups that a later one names as its predecessor, and of which nothing is left: they were
+    /// removed by hand, not by `expire`.
+    pub fn vanished(&self) -> Vec<&BackupId> {
+        let known: BTreeSet<&BackupId> = self
+            .backups
+            .iter()
+            .map(|backup| &backup.backup_id)
+            .chain(self.unreadable.iter().map(|(id, _)| id))
+            .chain(self.tombstones.keys())
+            .collect();
+        let named = self.backups.iter().filter_map(|backup| backup.previous.as_ref());
+        named.filter(|id| !known.contains(id)).collect()
+    }
+}
+
+/// Reads one backup's commit object.
+///
+/// # Errors
+///
+/// There is none, it is damaged, or it is of a later format.
+pub async fn read_commit(place: &Place, id: &BackupId) -> Result<Commit, RepositoryError> {
+    let name = id.object("commit");
+    let (text, _) = place.get(Kind::Commit, &name).await?;
+    let wrong = |source| RepositoryError::Content { name: name.clone(), source };
+    let commit: Commit = serde_json::from_slice(&text).map_err(wrong)?;
+    if commit.format != COMMIT_FORMAT {
+        use serde::de::Error;
+        let found = commit.format;
+        return Err(wrong(serde_json::Error::custom(format!(
+            "format {found}, this release reads {COMMIT_FORMAT}; use a newer backup-agent"
+        ))));
+    }
+    Ok(commit)
+}

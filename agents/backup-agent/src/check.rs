@@ -1,0 +1,237 @@
+//! Tries the whole chain, one step after the other, and says for each whether it works.
+
+use chrono::{DateTime, TimeDelta, Utc};
+use serde::Serialize;
+use shared::pg::Node;
+use shared::pg::connect::connect;
+use shared::store::{Put, StoreErrorKind};
+use shared::telemetry::chain;
+use shared::topology::{Group, groups, observe_group};
+
+use crate::backup::Context;
+use crate::container::{Identity, Kind, open_whole, seal_whole};
+use crate::replication::Replication;
+use crate::repository::Repository;
+use crate::wal;
+
+/// How far two clocks may be apart.
+const CLOCK_TOLERANCE: TimeDelta = TimeDelta::seconds(30);
+
+/// How a step went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// It works.
+    Ok,
+    /// It works, and somebody should know.
+    Warning,
+    /// It does not work.
+    Failed,
+}
+
+/// One step.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Step {
+    /// What was tried.
+    pub step: String,
+    /// How it went.
+    pub outcome: Outcome,
+    /// What was found, and what to do.
+    pub detail: String,
+}
+
+/// Collects the steps.
+#[derive(Debug, Default)]
+struct Steps(Vec<Step>);
+
+impl Steps {
+    fn add(&mut self, step: impl Into<String>, outcome: Outcome, detail: impl Into<String>) {
+        self.0.push(Step { step: step.into(), outcome, detail: detail.into() });
+    }
+}
+
+/// Tries everything; one step that fails does not keep the others from being tried.
+pub async fn check(context: &Context) -> Vec<Step> {
+    let mut steps = Steps::default();
+    let keys = context.config.encryption.keys.len();
+    let write_key = &context.config.encryption.write_key;
+    steps.add("keys", Outcome::Ok, format!("{keys} can be read, {write_key} writes"));
+    check_repository(&context.repository, &context.config.cluster, &mut steps).await;
+    for number in groups(&context.config.nodes) {
+        check_group(context, number, &mut steps).await;
+    }
+    if context.config.nodes.is_empty() {
+        steps.add("servers", Outcome::Warning, "no [[nodes]] are configured: no base backups");
+    }
+    steps.0
+}
+
+/// Puts, reads, lists and deletes an object of its own.
+async fn check_repository(repository: &Repository, cluster: &str, steps: &mut Steps) {
+    let store = repository.store();
+    let location = repository.location();
+    let mut random = [0; 8];
+    if let Err(error) = getrandom::fill(&mut random) {
+        return steps.add("repository", Outcome::Failed, error.to_string());
+    }
+    let name = format!("probe/{}-{}", Utc::now().format("%Y%m%dT%H%M%SZ"), hex::encode(random));
+    let key = format!("v1/{cluster}/{name}");
+    let identity = Identity { system_identifier: 0, kind: Kind::Probe, name };
+    let content = b"backup-agent check";
+    let keys = repository.keys();
+    let sealed = |text: &[u8]| seal_whole(keys, &identity, 1 << 20, 1, text);
+    let (object, other) = match (sealed(content), sealed(b"something else")) {
+        (Ok((object, _)), Ok((other, _))) => (object, other),
+        (Err(error), _) | (_, Err(error)) => {
+            return steps.add("encryption", Outcome::Failed, error.to_string());
+        }
+    };
+
+    if let Err(error) = store.put(&key, object.clone(), None).await {
+        return steps.add("repository put", Outcome::Failed, chain(&error).to_string());
+    }
+    steps.add("repository put", Outcome::Ok, location);
+    match store
+        .get(&key)
+        .await
+        .map_err(|error| chain(&error).to_string())
+        .and_then(|object| open_whole(keys, &identity, &object).map_err(|error| error.to_string()))
+    {
+        Ok((found, _)) if found == content => {
+            steps.add("repository get", Outcome::Ok, "reads back and decrypts");
+        }
+        Ok(_) => steps.add("repository get", Outcome::Failed, "reads back something else"),
+        Err(error) => steps.add("repository get", Outcome::Failed, error),
+    }
+    match store.list(&key, None, None).await {
+        Ok(listed) => match listed.first() {
+            Some(info) => {
+                steps.add("repository list", Outcome::Ok, "finds it");
+                check_clock("the repository's clock", info.modified_at, steps);
+            }
+            None => steps.add("repository list", Outcome::Failed, "does not find what was put"),
+        },
+        Err(error) => steps.add("repository list", Outcome::Failed, chain(&error).to_string()),
+    }
+    match store.put(&key, other, None).await {
+        Ok(Put::Exists) => steps.add("write once", Outcome::Ok, "If-None-Match is honoured"),
+        Ok(Put::Created) => steps.add(
+            "write once",
+            Outcome::Warning,
+            "the store ignores If-None-Match: it would overwrite. Names are unique by themselves, \
+             so nothing is lost",
+        ),
+        Err(error) if error.kind == StoreErrorKind::Denied => {
+            steps.add("write once", Outcome::Ok, "overwriting is denied");
+        }
+        Err(error) => steps.add("write once", Outcome::Failed, chain(&error).to_string()),
+    }
+    match store.delete(&key).await {
+        Ok(()) => steps.add("repository delete", Outcome::Ok, "the probe is gone"),
+        Err(error) if error.kind == StoreErrorKind::Denied => steps.add(
+            "repository delete",
+            Outcome::Warning,
+            "denied: right under Object Lock; otherwise `expire` cannot free anything",
+        ),
+        Err(error) => steps.add("repository delete", Outcome::Failed, chain(&error).to_string()),
+    }
+}
+
+fn check_clock(whose: &str, at: DateTime<Utc>, steps: &mut Steps) {
+    let skew = Utc::now() - at;
+    let detail = format!("{} s from this host's", skew.num_seconds());
+    if skew.abs() <= CLOCK_TOLERANCE {
+        steps.add(whose, Outcome::Ok, detail);
+    } else {
+        let detail = format!("{detail}: times in `list` and --target-time mislead; run NTP");
+        steps.add(whose, Outcome::Failed, detail);
+    }
+}
+
+async fn check_group(context: &Context, number: u32, steps: &mut Steps) {
+    let group = observe_group(&context.settings, &context.config.nodes, number).await;
+    for observation in &group.nodes {
+        let step = format!("group {number}: {}", observation.node.name);
+        match &observation.state {
+            Ok(state) => {
+                let lsn = state.replay_lsn.or(state.flush_lsn);
+                let lsn = lsn.map_or("unknown".to_owned(), |lsn| lsn.to_string());
+                let role = if state.replay_lsn.is_some() { "standby" } else { "primary" };
+                let checksums = if state.data_checksums { "" } else { ", WITHOUT data checksums" };
+                let detail = format!("{role}, timeline {}, at {lsn}{checksums}", state.timeline);
+                let outcome = if state.data_checksums { Outcome::Ok } else { Outcome::Warning };
+                steps.add(step, outcome, detail);
+                check_replication(context, &observation.node, steps).await;
+            }
+            Err(error) => steps.add(step, Outcome::Failed, chain(error).to_string()),
+        }
+    }
+    if let Err(error) = check_archiving(context, &group, steps).await {
+        steps.add(format!("group {number}: archiving"), Outcome::Failed, error);
+    }
+}
+
+async fn check_replication(context: &Context, node: &Node, steps: &mut Steps) {
+    let step = format!("group {}: replication login at {}", node.group, node.name);
+    let limit = context.config.backup.stall_timeout;
+    let asked = async {
+        Replication::connect(&context.settings, node, limit).await?.identify_system().await
+    };
+    match asked.await {
+        Ok(identity) => {
+            let detail = format!("system identifier {}", identity.system_identifier);
+            steps.add(step, Outcome::Ok, detail);
+        }
+        Err(error) => steps.add(step, Outcome::Failed, chain(&error).to_string()),
+    }
+}
+
+/// What the primary says of its archiver, and whether what it archived last is in the repository.
+const ARCHIVER: &str = "
+    SELECT current_setting('archive_mode') AS mode, clock_timestamp() AS now,
+           last_archived_wal AS archived, last_failed_wal AS failed,
+           coalesce(last_failed_time > last_archived_time, last_failed_time IS NOT NULL) AS failing
+      FROM pg_stat_archiver";
+
+async fn check_archiving(
+    context: &Context,
+    group: &Group,
+    steps: &mut Steps,
+) -> Result<(), String> {
+    let step = format!("group {}: archiving", group.number);
+    let (node, state) = group.primary().map_err(|error| error.to_string())?;
+    let connection =
+        connect(&context.settings, node).await.map_err(|error| chain(&error).to_string())?;
+    let row =
+        connection.query_one(ARCHIVER, &[]).await.map_err(|error| chain(&error).to_string())?;
+    check_clock(&format!("group {}: the primary's clock", group.number), row.get("now"), steps);
+    let mode: String = row.get("mode");
+    if mode == "off" {
+        return Err("archive_mode is off: set it to on, with \
+                    archive_command = 'backup-agent wal-push %p', and restart"
+            .to_owned());
+    }
+    if row.get("failing") {
+        let failed: String = row.get("failed");
+        return Err(format!("{failed} could not be archived; see the log of {}", node.name));
+    }
+    let archived: Option<String> = row.get("archived");
+    let Some(archived) = archived else {
+        let detail = "on, and nothing archived yet; try SELECT pg_switch_wal()";
+        steps.add(step, Outcome::Warning, detail);
+        return Ok(());
+    };
+    let place = context.repository.place(group.number, state.system_identifier);
+    let found = wal::find(&place, &archived).await.map_err(|error| chain(&error).to_string())?;
+    match found.len() {
+        1 => steps.add(step, Outcome::Ok, format!("{archived} is in the repository")),
+        0 => {
+            return Err(format!(
+                "{archived} was archived, and not into this repository: does archive_command run \
+                 backup-agent with this cluster name and group?"
+            ));
+        }
+        count => return Err(format!("{archived} is in the repository with {count} contents")),
+    }
+    Ok(())
+}

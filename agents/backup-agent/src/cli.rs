@@ -1,0 +1,285 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use chrono::{DateTime, Utc};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use tokio_postgres::types::PgLsn;
+
+use crate::manifest::BackupId;
+use crate::recovery::{Target, TargetTimeline};
+
+/// Takes base backups of PostgreSQL clusters, stores their WAL, and restores both.
+#[derive(Debug, Parser)]
+#[command(name = "backup-agent", version, max_term_width = 100)]
+pub struct Cli {
+    /// What every agent has.
+    #[command(flatten)]
+    pub shared: shared::cli::Args,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve: take scheduled backups, apply the retention, answer /metrics and /status (default)
+    Run,
+    /// Take a base backup now
+    ///
+    /// Reads the standby that is least behind, or the primary if none is fit. It is done when
+    /// every file has been compared with the server's manifest and all WAL that the backup needs
+    /// is in the repository. Exit code 1 also for a suspect backup, which is kept.
+    Backup(GroupArgs),
+    /// Show the backups and what each can be restored to
+    List(GroupArgs),
+    /// Restore a backup into a data directory
+    ///
+    /// Without a target, recovery goes to the end of the WAL. The directory must be empty. Start
+    /// PostgreSQL there afterwards; it fetches WAL by itself and stops at the target.
+    Restore(RestoreArgs),
+    /// Read backups back, completely, and say what could not be restored
+    Verify(VerifyArgs),
+    /// Show what the retention would delete, or delete it
+    ///
+    /// Backups are marked at first and deleted when they have been marked for
+    /// `retention.delete_after`.
+    Expire(ExpireArgs),
+    /// Try the whole chain now: keys, repository, clocks, servers, archiving
+    Check(JsonArgs),
+    /// Store a WAL file: `archive_command = 'backup-agent wal-push %p'`
+    WalPush {
+        /// The file, as PostgreSQL gives it in %p
+        path: PathBuf,
+    },
+    /// Fetch a WAL file: `restore_command = 'backup-agent wal-fetch %f %p'`
+    ///
+    /// Exit code 1 only if the repository proves that the file was never produced; PostgreSQL
+    /// takes it as the end of the WAL. 254 for everything else, which stops the recovery.
+    WalFetch {
+        /// The file's name, as PostgreSQL gives it in %f
+        file: String,
+        /// Where it goes, as PostgreSQL gives it in %p
+        path: PathBuf,
+    },
+    /// Check the configuration and the files it names, and say what is wrong
+    CheckConfig,
+    /// Make an encryption key: 32 random bytes in base64
+    NewKey {
+        /// A file that does not exist yet; standard output if left out
+        file: Option<PathBuf>,
+    },
+}
+
+/// `--json`.
+#[derive(Debug, Args)]
+pub struct JsonArgs {
+    /// Print JSON, for programs
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `--group` and `--json`.
+#[derive(Debug, Args)]
+pub struct GroupArgs {
+    /// The group [default: all of them]
+    #[arg(long)]
+    pub group: Option<u32>,
+    /// Print JSON, for programs
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `verify`.
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// One backup [default: all of them]
+    #[arg(long, value_name = "ID")]
+    pub backup: Option<BackupId>,
+    /// The group [default: all of them]
+    #[arg(long)]
+    pub group: Option<u32>,
+    /// Print JSON, for programs
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `expire`.
+#[derive(Debug, Args)]
+pub struct ExpireArgs {
+    /// Do it; without this, only show the plan
+    #[arg(long)]
+    pub apply: bool,
+    /// The group [default: all of them]
+    #[arg(long)]
+    pub group: Option<u32>,
+    /// Print JSON, for programs
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What PostgreSQL does at the target.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Action {
+    /// Stay in recovery; look, then `pg_wal_replay_resume()`
+    Pause,
+    /// Become a primary
+    Promote,
+    /// Shut down
+    Shutdown,
+}
+
+impl Action {
+    /// The value of `recovery_target_action`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pause => "pause",
+            Self::Promote => "promote",
+            Self::Shutdown => "shutdown",
+        }
+    }
+}
+
+/// Whether the restored server archives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ArchiveMode {
+    /// As the server that was backed up: right for a replacement
+    Preserve,
+    /// Not at all: right for a copy beside a server that lives
+    Off,
+}
+
+/// Options of `restore`.
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    /// The data directory to make; must be empty or not exist
+    #[arg(long, value_name = "DIR")]
+    pub to: PathBuf,
+    /// The group
+    #[arg(long, default_value_t = 0)]
+    pub group: u32,
+    /// The database cluster, if the group was created anew and the repository has several
+    #[arg(long, value_name = "N")]
+    pub system_identifier: Option<u64>,
+    /// A certain backup [default: the newest that leads to the target]
+    #[arg(long, value_name = "ID")]
+    pub backup: Option<BackupId>,
+    /// Stop at the last commit at or before a time: '2026-03-01 14:30:00+00' (a zone is required)
+    #[arg(long, value_name = "TIME", value_parser = parse_time, group = "stop")]
+    pub target_time: Option<DateTime<Utc>>,
+    /// Stop at a position: 0/16B9188
+    #[arg(long, value_name = "LSN", value_parser = parse_lsn, group = "stop")]
+    pub target_lsn: Option<PgLsn>,
+    /// Stop at a restore point made by `pg_create_restore_point()`
+    #[arg(long, value_name = "NAME", group = "stop")]
+    pub target_name: Option<String>,
+    /// Stop at the commit of a transaction
+    #[arg(long, value_name = "XID", group = "stop")]
+    pub target_xid: Option<u64>,
+    /// Stop as soon as the backup is consistent: immediate
+    #[arg(long, value_name = "WORD", value_parser = ["immediate"], group = "stop")]
+    pub target: Option<String>,
+    /// The timeline to follow: latest, current or a number
+    #[arg(long, value_name = "TIMELINE", default_value = "latest")]
+    pub target_timeline: TargetTimeline,
+    /// What PostgreSQL does at the target
+    #[arg(long, value_enum, default_value = "pause")]
+    pub target_action: Action,
+    /// Put a tablespace elsewhere; may be given several times
+    #[arg(long, value_name = "OLD=NEW", value_parser = parse_tablespace)]
+    pub tablespace: Vec<(PathBuf, PathBuf)>,
+    /// Whether the restored server archives into the repository
+    #[arg(long, value_enum, default_value = "preserve")]
+    pub archive_mode: ArchiveMode,
+    /// Delete what is in the directories that the restore goes to. Refused under a server
+    #[arg(long, conflicts_with = "resume")]
+    pub force: bool,
+    /// Go on with a restore that was stopped: only what is not on disk is fetched
+    #[arg(long)]
+    pub resume: bool,
+    /// Print JSON, for programs
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl RestoreArgs {
+    /// Where recovery is to stop.
+    pub fn stop(&self) -> Target {
+        if let Some(at) = self.target_time {
+            Target::Time(at)
+        } else if let Some(lsn) = self.target_lsn {
+            Target::Lsn(lsn)
+        } else if let Some(name) = &self.target_name {
+            Target::Name(name.clone())
+        } else if let Some(xid) = self.target_xid {
+            Target::Xid(xid)
+        } else if self.target.is_some() {
+            Target::Immediate
+        } else {
+            Target::End
+        }
+    }
+}
+
+fn parse_lsn(text: &str) -> Result<PgLsn, String> {
+    text.parse().map_err(|_| "an LSN looks like 0/16B9188".to_owned())
+}
+
+/// Reads a time with a zone, as PostgreSQL prints it or as ISO 8601 has it.
+fn parse_time(text: &str) -> Result<DateTime<Utc>, String> {
+    let iso = text.trim().replacen(' ', "T", 1);
+    ["%Y-%m-%dT%H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M%#z"]
+        .iter()
+        .find_map(|format| DateTime::parse_from_str(&iso, format).ok())
+        .map(|at| at.to_utc())
+        .ok_or_else(|| {
+            "a time looks like '2026-03-01 14:30:00+00'; the zone must be there, because the \
+             server's is not known"
+                .to_owned()
+        })
+}
+
+fn parse_tablespace(text: &str) -> Result<(PathBuf, PathBuf), String> {
+    match text.split_once('=') {
+        Some((old, new)) if old.starts_with('/') && new.starts_with('/') => {
+            Ok((old.into(), new.into()))
+        }
+        _ => Err("must be OLD=NEW with two absolute paths".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_time_needs_a_zone() {
+        let cases = [
+            ("2026-03-01 14:30:00+00", Some("2026-03-01T14:30:00Z")),
+            ("2026-03-01 14:30:00.5+01:30", Some("2026-03-01T13:00:00.500Z")),
+            ("2026-03-01T14:30:00Z", Some("2026-03-01T14:30:00Z")),
+            ("2026-03-01 14:30+02", Some("2026-03-01T12:30:00Z")),
+            ("2026-03-01 14:30:00", None),
+            ("yesterday", None),
+        ];
+        for (text, expected) in cases {
+            let expected = expected.map(|text| text.parse::<DateTime<Utc>>().unwrap());
+            assert_eq!(parse_time(text).ok(), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn two_targets_are_wrong_use() {
+        let both =
+            ["backup-agent", "restore", "--to", "/x", "--target-lsn", "0/1", "--target-xid", "1"];
+        assert!(Cli::try_parse_from(both).is_err());
+    }
+}

@@ -1,0 +1,424 @@
+//! The one-shot commands: what each prints, and when it counts as failed.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+use chrono::Utc;
+use serde_json::{Value, json};
+use shared::cli::WrongUse;
+use shared::config;
+use shared::topology::groups;
+
+use crate::archive;
+use crate::backup::{Context, take_backup};
+use crate::catalog::Catalog;
+use crate::check::{Outcome, check};
+use crate::cli::{
+    ArchiveMode, Cli, Command, ExpireArgs, GroupArgs, JsonArgs, RestoreArgs, VerifyArgs,
+};
+use crate::config::Config;
+use crate::expire;
+use crate::keys::{KeyRing, new_key, new_key_file};
+use crate::manifest::Commit;
+use crate::progress::{Progress, drawn};
+use crate::recovery::{TargetTimeline, Window};
+use crate::repository::{Place, Repository};
+use crate::restore::{RestoreOptions, restore};
+use crate::service;
+use crate::table::{Table, bytes, span, time};
+use crate::verify::verify;
+use crate::wal::{Then, WalMap};
+
+/// The service's name: package, configuration file, log target.
+pub const AGENT: &str = "backup-agent";
+
+/// Carries out a command.
+///
+/// # Errors
+///
+/// Each reason to exit with 1 or 2.
+pub async fn run(cli: Cli) -> anyhow::Result<()> {
+    let path = cli.shared.config_file(AGENT);
+    match cli.command.unwrap_or(Command::Run) {
+        Command::Run => service::run(load(&path)?).await,
+        Command::Backup(args) => Box::pin(backup(&context(&path).await?, &args)).await,
+        Command::List(args) => list(&load(&path)?, &args).await,
+        Command::Restore(args) => restore_command(&path, &args).await,
+        Command::Verify(args) => verify_command(&load(&path)?, &args).await,
+        Command::Expire(args) => expire_command(&load(&path)?, &args).await,
+        Command::Check(args) => check_command(&context(&path).await?, &args).await,
+        Command::WalPush { path: file } => {
+            archive::push(&load(&path)?, &file).await?;
+            Ok(())
+        }
+        Command::WalFetch { .. } => bail!("wal-fetch has its own way out"),
+        Command::CheckConfig => check_config(&path),
+        Command::NewKey { file } => make_key(file),
+    }
+}
+
+fn load(path: &Path) -> anyhow::Result<Config> {
+    Ok(config::load(path)?)
+}
+
+/// Loads what the commands need that talk to servers.
+///
+/// # Errors
+///
+/// The configuration or a file that it names cannot be used.
+pub async fn context(path: &Path) -> anyhow::Result<Context> {
+    let config = load(path)?;
+    let settings = config.postgres.settings(&format!("pgmesh/{AGENT}"))?;
+    let repository = Repository::open(&config).await?;
+    Ok(Context { config, settings, repository })
+}
+
+fn print(text: impl AsRef<str>) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_ref().as_bytes()).and_then(|()| out.flush()) {
+        // `backup-agent list | head` is no error.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("write to standard output"),
+    }
+}
+
+fn print_json(value: &Value) -> anyhow::Result<()> {
+    print(format!("{value:#}\n"))
+}
+
+/// The groups that a command is for: the one asked for, or those that are configured.
+fn chosen_groups(config: &Config, asked: Option<u32>) -> Vec<u32> {
+    match asked {
+        Some(group) => vec![group],
+        None if config.nodes.is_empty() => vec![config.wal.group],
+        None => groups(&config.nodes).into_iter().collect(),
+    }
+}
+
+/// Every place of the groups that a command is for.
+async fn places(config: &Config, asked: Option<u32>) -> anyhow::Result<Vec<Place>> {
+    let repository = Repository::open(config).await?;
+    let mut places = Vec::new();
+    for group in chosen_groups(config, asked) {
+        places.extend(repository.places(group).await?);
+    }
+    Ok(places)
+}
+
+async fn backup(context: &Context, args: &GroupArgs) -> anyhow::Result<()> {
+    let groups = chosen_groups(&context.config, args.group);
+    if context.config.nodes.is_empty() {
+        bail!(WrongUse("no [[nodes]] are configured: there is no server to back up".to_owned()));
+    }
+    let mut suspect = Vec::new();
+    for group in groups {
+        let progress = Progress::default();
+        let commit = drawn(&progress, Box::pin(take_backup(context, group, &progress)))
+            .await
+            .with_context(|| format!("backup of group {group} failed"))?;
+        if args.json {
+            print_json(&backup_json(&commit, None))?;
+        } else {
+            let (plain, stored) = (bytes(commit.plain_bytes()), bytes(commit.object_bytes()));
+            let took = span(commit.finished_at - commit.started_at);
+            let id = &commit.backup_id;
+            print(format!("{id}: {plain} in {stored}, from {}, {took}\n", commit.node))?;
+        }
+        if commit.suspect.is_some() {
+            suspect.push(commit.backup_id.to_string());
+        }
+    }
+    if !suspect.is_empty() {
+        bail!("suspect: {}; the server read damaged pages", suspect.join(", "));
+    }
+    Ok(())
+}
+
+fn backup_json(commit: &Commit, window: Option<&Window>) -> Value {
+    let reach = window.and_then(|window| window.reach.as_ref());
+    json!({
+        "backup_id": commit.backup_id,
+        "group": commit.group,
+        "system_identifier": commit.system_identifier.to_string(),
+        "node": commit.node,
+        "from_standby": commit.from_standby,
+        "server_version_num": commit.server_version_num,
+        "timeline": commit.timeline,
+        "start_lsn": commit.start_lsn.to_string(),
+        "end_lsn": commit.end_lsn.to_string(),
+        "started_at": commit.started_at,
+        "finished_at": commit.finished_at,
+        "bytes": commit.plain_bytes(),
+        "object_bytes": commit.object_bytes(),
+        "file_count": commit.file_count,
+        "suspect": commit.suspect,
+        "window": reach.map(|reach| json!({
+            "consistent": window.is_some_and(Window::is_consistent),
+            "timeline": reach.timeline,
+            "until_lsn": reach.until_lsn.to_string(),
+            "until": reach.until,
+            "ends_with": match &reach.then {
+                Then::End => json!({ "reason": "end" }),
+                Then::Gap { segment } => json!({ "reason": "gap", "segment": segment }),
+                Then::Conflict { segment } => json!({ "reason": "conflict", "segment": segment }),
+            },
+        })),
+    })
+}
+
+async fn list(config: &Config, args: &GroupArgs) -> anyhow::Result<()> {
+    let header =
+        ["BACKUP", "GROUP", "FROM", "AGE", "TOOK", "SIZE", "STORED", "RESTORABLE UNTIL", "NOTE"];
+    let mut table = Table::new(&header);
+    let (mut values, mut unreadable) = (Vec::new(), Vec::new());
+    for place in places(config, args.group).await? {
+        let catalog = Catalog::read(&place).await?;
+        let segment_bytes = catalog.backups.last().map_or(16 << 20, |it| it.wal_segment_bytes);
+        let wal = WalMap::read(&place, segment_bytes).await?;
+        for commit in &catalog.backups {
+            let window = Window::of(commit, &wal, TargetTimeline::Latest);
+            values.push(backup_json(commit, Some(&window)));
+            table.row(list_row(commit, &window));
+        }
+        for (backup_id, error) in &catalog.unreadable {
+            let error = shared::telemetry::chain(error).to_string();
+            values.push(json!({ "backup_id": backup_id, "group": place.group, "error": error }));
+            let mut row = vec![backup_id.to_string(), place.group.to_string()];
+            row.extend(["?"; 6].map(str::to_owned));
+            row.push(format!("UNREADABLE: {error}"));
+            table.row(row);
+            unreadable.push(backup_id.to_string());
+        }
+    }
+    if args.json {
+        print_json(&json!(values))?;
+    } else if table.is_empty() {
+        print("no backups; take one with `backup-agent backup`\n")?;
+    } else {
+        print(table.to_string())?;
+    }
+    if !unreadable.is_empty() {
+        bail!("cannot be read: {}", unreadable.join(", "));
+    }
+    Ok(())
+}
+
+fn list_row(commit: &Commit, window: &Window) -> Vec<String> {
+    let until = match &window.reach {
+        Some(reach) if window.is_consistent() => reach.until.map_or("?".to_owned(), time),
+        _ => "NOT RESTORABLE".to_owned(),
+    };
+    let mut notes = Vec::new();
+    if commit.suspect.is_some() {
+        notes.push("SUSPECT".to_owned());
+    }
+    match window.reach.as_ref().map(|reach| &reach.then) {
+        Some(Then::Gap { segment }) => notes.push(format!("then {segment} is missing")),
+        Some(Then::Conflict { segment }) => notes.push(format!("then {segment} has two contents")),
+        Some(Then::End) | None => {}
+    }
+    let node = if commit.from_standby { "standby" } else { "primary" };
+    vec![
+        commit.backup_id.to_string(),
+        commit.group.to_string(),
+        format!("{} ({node})", commit.node),
+        span(Utc::now() - commit.finished_at),
+        span(commit.finished_at - commit.started_at),
+        bytes(commit.plain_bytes()),
+        bytes(commit.object_bytes()),
+        until,
+        notes.join("; "),
+    ]
+}
+
+async fn restore_command(config_path: &Path, args: &RestoreArgs) -> anyhow::Result<()> {
+    let config = load(config_path)?;
+    let repository = Repository::open(&config).await?;
+    let to = std::path::absolute(&args.to).context("--to")?;
+    let options = RestoreOptions {
+        restore_command: fetch_command(config_path, args.group, config.wal.group)?,
+        to,
+        group: args.group,
+        system_identifier: args.system_identifier,
+        backup: args.backup.clone(),
+        target: args.stop(),
+        timeline: args.target_timeline,
+        action: args.target_action.as_str().to_owned(),
+        tablespaces: args.tablespace.clone(),
+        force: args.force,
+        resume: args.resume,
+        archive_off: args.archive_mode == ArchiveMode::Off,
+    };
+    let progress = Progress::default();
+    let began = Utc::now();
+    let work = Box::pin(restore(&config, &repository, &options, &progress));
+    let restored = drawn(&progress, work).await.map_err(|error| {
+        let state = options.to.join(".pgmesh-restore").exists();
+        let hint = if state { "; go on with --resume once the cause is gone" } else { "" };
+        anyhow::Error::new(error).context(format!("restore failed{hint}"))
+    })?;
+    let window = Window {
+        backup_id: restored.commit.backup_id.clone(),
+        suspect: restored.commit.suspect.is_some(),
+        from_lsn: restored.commit.end_lsn,
+        from: restored.commit.finished_at,
+        reach: Some(restored.reach),
+    };
+    if args.json {
+        let mut value = backup_json(&restored.commit, Some(&window));
+        value["restored_to"] = json!(options.to);
+        value["target"] = json!(options.target.to_string());
+        return print_json(&value);
+    }
+    print(format!(
+        "{} restored to {} in {} ({}).\nStart PostgreSQL there: it recovers to {} on timeline {} \
+         by itself.\nCheck the files, if you like, before that: pg_verifybackup -n {}\n",
+        restored.commit.backup_id,
+        options.to.display(),
+        span(Utc::now() - began),
+        bytes(restored.bytes),
+        options.target,
+        window.reach.map_or(0, |reach| reach.timeline),
+        options.to.display(),
+    ))
+}
+
+/// The `restore_command` of the restored server: this very program with this configuration.
+fn fetch_command(config_path: &Path, group: u32, configured: u32) -> anyhow::Result<String> {
+    if group != configured {
+        bail!(WrongUse(format!(
+            "the restored server will fetch WAL with this configuration, whose wal.group is \
+             {configured}; restore group {group} with a configuration that says wal.group = {group}"
+        )));
+    }
+    let program = std::env::current_exe().context("find this program")?;
+    let config_path = std::path::absolute(config_path).context("--config")?;
+    let quoted = |path: &Path| format!("'{}'", path.display().to_string().replace('\'', r"'\''"));
+    // PostgreSQL replaces %f and %p; a percent sign of ours must be doubled.
+    let (program, config_path) =
+        (quoted(&program).replace('%', "%%"), quoted(&config_path).replace('%', "%%"));
+    Ok(format!("{program} --config {config_path} wal-fetch %f %p"))
+}
+
+async fn verify_command(config: &Config, args: &VerifyArgs) -> anyhow::Result<()> {
+    let mut table = Table::new(&["BACKUP", "READ", "WAL SEGMENTS", "RESULT"]);
+    let (mut values, mut bad, mut count) = (Vec::new(), 0, 0);
+    for place in places(config, args.group).await? {
+        let progress = Progress::default();
+        let at_once = config.backup.upload().workers + 1;
+        let work = Box::pin(verify(&place, args.backup.as_ref(), at_once, &progress));
+        for verified in drawn(&progress, work).await? {
+            count += 1;
+            bad += usize::from(!verified.problems.is_empty());
+            values.push(json!({
+                "backup_id": verified.backup_id, "group": place.group, "bytes": verified.bytes,
+                "segments": verified.segments, "problems": verified.problems,
+            }));
+            let mut results = verified.problems.into_iter();
+            let first = results.next().unwrap_or_else(|| "can be restored".to_owned());
+            let segments = verified.segments.to_string();
+            table.row([verified.backup_id.to_string(), bytes(verified.bytes), segments, first]);
+            for more in results {
+                table.row(["", "", "", &more].map(str::to_owned));
+            }
+        }
+    }
+    if args.json {
+        print_json(&json!(values))?;
+    } else {
+        print(table.to_string())?;
+    }
+    match (count, bad) {
+        (0, _) => bail!("there is no such backup: nothing was verified"),
+        (_, 0) => Ok(()),
+        _ => bail!("{bad} of {count} backups have problems"),
+    }
+}
+
+async fn expire_command(config: &Config, args: &ExpireArgs) -> anyhow::Result<()> {
+    let mut table = Table::new(&["WHAT", "ACTION", "WHY"]);
+    let mut values = Vec::new();
+    for place in places(config, args.group).await? {
+        let plan = expire::plan(&place, &config.retention, Utc::now()).await?;
+        for decision in &plan.decisions {
+            let id = decision.backup_id.to_string();
+            let keep = decision.keep.join(", ");
+            let action = if decision.keep.is_empty() { "mark as deleted" } else { "keep" };
+            values.push(json!({ "backup_id": id, "action": action, "reasons": decision.keep }));
+            let why = if keep.is_empty() { "no rule keeps it".to_owned() } else { keep };
+            table.row([id, action.to_owned(), why]);
+        }
+        for (id, due) in &plan.marked {
+            let why = format!("can be brought back until {}", time(*due));
+            values.push(json!({ "backup_id": id, "action": "marked", "until": due }));
+            table.row([id.to_string(), "marked as deleted".to_owned(), why]);
+        }
+        for id in &plan.delete {
+            values.push(json!({ "backup_id": id, "action": "delete" }));
+            table.row([id.to_string(), "delete".to_owned(), "was marked long enough".to_owned()]);
+        }
+        if !plan.wal.is_empty() {
+            let what = format!("{} WAL segments, {}", plan.wal.len(), bytes(plan.wal_bytes()));
+            values.push(json!({
+                "wal_segments": plan.wal.len(), "bytes": plan.wal_bytes(), "action": "delete",
+            }));
+            table.row([what, "delete".to_owned(), "no kept backup needs them".to_owned()]);
+        }
+        if args.apply {
+            expire::apply(&place, &plan).await?;
+        }
+    }
+    if args.json {
+        return print_json(&json!(values));
+    }
+    print(table.to_string())?;
+    if !args.apply {
+        print("nothing was changed; do it with --apply\n")?;
+    }
+    Ok(())
+}
+
+async fn check_command(context: &Context, args: &JsonArgs) -> anyhow::Result<()> {
+    let steps = check(context).await;
+    let failed = steps.iter().filter(|step| step.outcome == Outcome::Failed).count();
+    if args.json {
+        print_json(&json!(steps))?;
+    } else {
+        let mut table = Table::new(&["STEP", "RESULT", "DETAIL"]);
+        for step in &steps {
+            let outcome = match step.outcome {
+                Outcome::Ok => "ok",
+                Outcome::Warning => "WARNING",
+                Outcome::Failed => "FAILED",
+            };
+            table.row([step.step.clone(), outcome.to_owned(), step.detail.clone()]);
+        }
+        print(table.to_string())?;
+    }
+    if failed > 0 {
+        bail!("{failed} of {} steps failed", steps.len());
+    }
+    Ok(())
+}
+
+fn check_config(path: &Path) -> anyhow::Result<()> {
+    let config = load(path)?;
+    config.postgres.settings(AGENT)?;
+    KeyRing::read(&config.encryption)?;
+    let memory = bytes(config.backup.upload().memory_bytes() as u64);
+    print(format!("{} is fine; a base backup takes up to {memory} of memory\n", path.display()))
+}
+
+fn make_key(file: Option<PathBuf>) -> anyhow::Result<()> {
+    match file {
+        Some(path) => {
+            new_key_file(&path).with_context(|| format!("write {}", path.display()))?;
+            print(format!(
+                "{} written. Keep a copy elsewhere: without it no backup can be read.\n",
+                path.display()
+            ))
+        }
+        None => print(format!("{}\n", *new_key()?)),
+    }
+}

@@ -1,0 +1,737 @@
+//! The one format of every object in the repository: compress, then seal; and the reverse.
+//!
+//! ```text
+//! header   100 bytes, readable without a key
+//! chunks   each AES-256-GCM( codec byte ‖ data ), 16-byte tag at its end
+//! index    the sealed lengths of the chunks and the length of the whole, sealed like a chunk
+//! trailer  16 bytes: length of the sealed index, number of chunks, magic
+//! ```
+//!
+//! The key of an object is HKDF-SHA256 of the configured key with the header's random salt, the
+//! system identifier, the kind and the object's name. The nonce of a chunk is its number and
+//! whether it is the last (the index is); the associated data is the SHA-256 of the header. So
+//! whatever is reordered, dropped, repeated, truncated, swapped between objects or renamed does
+//! not open. Source: Hoang, Reyhanitabar, Rogaway, Vizár, "Online Authenticated-Encryption and
+//! its Nonce-Reuse Misuse-Resistance" (the STREAM construction), 2015.
+//!
+//! Chunks are independent zstd frames: they are made and opened in parallel, and a part of an
+//! object can be read alone. All integers are little-endian.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use aes_gcm::aead::{AeadInOut, KeyInit};
+use aes_gcm::{Aes256Gcm, Nonce, Tag};
+use bytes::Bytes;
+use hkdf::Hkdf;
+use sha2::{Digest, Sha256};
+use thiserror::Error;
+use zeroize::Zeroizing;
+
+use crate::keys::{KEY_ID_BYTES_MAX, KeyRing};
+
+/// Bytes of the header.
+pub const HEADER_BYTES: usize = 100;
+/// Bytes of the trailer.
+pub const TRAILER_BYTES: usize = 16;
+/// Bytes of an authentication tag.
+pub const TAG_BYTES: usize = 16;
+/// The largest chunk a reader accepts, in plaintext bytes: it allocates that much.
+pub const CHUNK_BYTES_MAX: u32 = 16 << 20;
+/// The most chunks an object can have; the nonce has room for 2³², memory for the index has not.
+pub const CHUNKS_MAX: u32 = 1 << 22;
+
+const MAGIC: [u8; 8] = *b"PGMESH\r\n";
+const TRAILER_MAGIC: [u8; 8] = *b"\r\nHSEMGP";
+const VERSION: u16 = 1;
+/// HKDF-SHA256, AES-256-GCM, zstd.
+const SUITE: u8 = 1;
+const CODEC_RAW: u8 = 0;
+const CODEC_ZSTD: u8 = 1;
+
+/// What an object is. The number stands in the header and goes into the key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Kind {
+    /// A stretch of a base backup's tar stream.
+    Part = 1,
+    /// The server's own `backup_manifest`.
+    Manifest = 2,
+    /// The table of the files in the tar stream.
+    Files = 3,
+    /// What makes a backup exist.
+    Commit = 4,
+    /// A WAL segment, complete or partial.
+    Wal = 5,
+    /// A timeline history file or a backup history file.
+    History = 6,
+    /// Marks a backup as deleted.
+    Tombstone = 7,
+    /// Written and read by `check`.
+    Probe = 8,
+}
+
+/// What an object is called and where it belongs: part of its key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// The PostgreSQL system identifier.
+    pub system_identifier: u64,
+    /// What it is.
+    pub kind: Kind,
+    /// Its name below the system identifier's folder.
+    pub name: String,
+}
+
+/// Why an object is not what it should be. Each names the object.
+#[derive(Debug, Error)]
+pub enum ContainerError {
+    /// Too short, or not one of ours.
+    #[error("{name} is not an object of this repository or its header is damaged: {reason}")]
+    NotOurs {
+        /// The object.
+        name: String,
+        /// What was expected and found.
+        reason: String,
+    },
+    /// Written by a later release.
+    #[error(
+        "{name} has format version {found}, this release reads {VERSION}; use a newer backup-agent"
+    )]
+    Version {
+        /// The object.
+        name: String,
+        /// Its version.
+        found: u16,
+    },
+    /// The key is not configured.
+    #[error("{name} is encrypted with key {key_id}, which is not configured (there are: {known})")]
+    MissingKey {
+        /// The object.
+        name: String,
+        /// The key's id.
+        key_id: String,
+        /// The ids that are configured.
+        known: String,
+    },
+    /// A key of that id is configured, but another wrote the object.
+    #[error("{name} was not encrypted with the configured key {key_id}: wrong key under this id")]
+    WrongKey {
+        /// The object.
+        name: String,
+        /// The key's id.
+        key_id: String,
+    },
+    /// A whole object that was written as another.
+    #[error("{name} holds an object that was written under another name, kind or cluster")]
+    Misplaced {
+        /// The object.
+        name: String,
+    },
+    /// An object of this name and key, but not the one the backup recorded.
+    #[error("{name} is not the object that was recorded: it was replaced by another version")]
+    Replaced {
+        /// The object.
+        name: String,
+    },
+    /// The end is missing or wrong.
+    #[error("{name} is truncated or its end is damaged: {reason}")]
+    Truncated {
+        /// The object.
+        name: String,
+        /// What was expected and found.
+        reason: String,
+    },
+    /// A chunk does not open.
+    #[error("{name} is damaged in chunk {chunk} of {chunks}")]
+    Damaged {
+        /// The object.
+        name: String,
+        /// The chunk's number, from 0; the index counts as the last.
+        chunk: u32,
+        /// How many there are.
+        chunks: u32,
+    },
+    /// More than the format holds.
+    #[error("{name} would need more than {CHUNKS_MAX} chunks; use a larger chunk size")]
+    TooLarge {
+        /// The object.
+        name: String,
+    },
+    /// zstd or the random number generator failed.
+    #[error("{operation} {name}: {reason}")]
+    Codec {
+        /// What was tried.
+        operation: &'static str,
+        /// The object.
+        name: String,
+        /// What the library said.
+        reason: String,
+    },
+}
+
+/// The readable beginning of an object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Header {
+    kind: u8,
+    chunk_bytes: u32,
+    key_id: String,
+    salt: [u8; 32],
+    key_check: [u8; 8],
+    name_check: [u8; 8],
+}
+
+impl Header {
+    fn encode(&self) -> [u8; HEADER_BYTES] {
+        let mut bytes = [0; HEADER_BYTES];
+        bytes[..8].copy_from_slice(&MAGIC);
+        bytes[8..10].copy_from_slice(&VERSION.to_le_bytes());
+        bytes[10] = SUITE;
+        bytes[11] = self.kind;
+        bytes[12..16].copy_from_slice(&self.chunk_bytes.to_le_bytes());
+        bytes[16..16 + self.key_id.len()].copy_from_slice(self.key_id.as_bytes());
+        bytes[48..80].copy_from_slice(&self.salt);
+        bytes[80..88].copy_from_slice(&self.key_check);
+        bytes[88..96].copy_from_slice(&self.name_check);
+        let checksum = crc32c::crc32c(&bytes[..96]);
+        bytes[96..].copy_from_slice(&checksum.to_le_bytes());
+        bytes
+    }
+
+    fn decode(name: &str, bytes: &[u8]) -> Result<Self, ContainerError> {
+        let not_ours = |reason: String| ContainerError::NotOurs { name: name.to_owned(), reason };
+        let Some(bytes) = bytes.first_chunk::<HEADER_BYTES>() else {
+            let found = bytes.len();
+            return Err(not_ours(format!("expected {HEADER_BYTES} bytes or more, found {found}")));
+        };
+        if bytes[..8] != MAGIC {
+            return Err(not_ours("it does not begin with the magic bytes".to_owned()));
+        }
+        if crc32c::crc32c(&bytes[..96]) != u32::from_le_bytes(array(&bytes[96..])) {
+            return Err(not_ours("the header's checksum is wrong".to_owned()));
+        }
+        let version = u16::from_le_bytes(array(&bytes[8..10]));
+        if version != VERSION || bytes[10] != SUITE {
+            return Err(ContainerError::Version { name: name.to_owned(), found: version });
+        }
+        let chunk_bytes = u32::from_le_bytes(array(&bytes[12..16]));
+        if chunk_bytes == 0 || chunk_bytes > CHUNK_BYTES_MAX {
+            return Err(not_ours(format!("a chunk size of {chunk_bytes} bytes")));
+        }
+        let key_id = bytes[16..48].split(|byte| *byte == 0).next().unwrap_or_default();
+        let key_id = std::str::from_utf8(key_id)
+            .map_err(|_| not_ours("the key id is no text".to_owned()))?
+            .to_owned();
+        Ok(Self {
+            kind: bytes[11],
+            chunk_bytes,
+            key_id,
+            salt: array(&bytes[48..80]),
+            key_check: array(&bytes[80..88]),
+            name_check: array(&bytes[88..96]),
+        })
+    }
+}
+
+/// Seals the chunks of one object. Shared between the threads that do so.
+#[derive(Debug)]
+pub struct Sealer {
+    name: String,
+    header: [u8; HEADER_BYTES],
+    salt: [u8; 32],
+    chunk_bytes: u32,
+    cipher: Cipher,
+    level: i32,
+}
+
+impl Sealer {
+    /// Begins an object: draws its salt and derives its key.
+    ///
+    /// `level` is zstd's, from 1 to 19.
+    ///
+    /// # Errors
+    ///
+    /// The operating system gave no random bytes.
+    pub fn new(
+        keys: &KeyRing,
+        identity: &Identity,
+        chunk_bytes: u32,
+        level: i32,
+    ) -> Result<Self, ContainerError> {
+        let (key_id, key) = keys.writing();
+        debug_assert!(key_id.len() <= KEY_ID_BYTES_MAX && chunk_bytes <= CHUNK_BYTES_MAX);
+        let mut salt = [0; 32];
+        getrandom::fill(&mut salt).map_err(|error| ContainerError::Codec {
+            operation: "draw a salt for",
+            name: identity.name.clone(),
+            reason: error.to_string(),
+        })?;
+        let derived = Derived::new(key, &salt, identity);
+        let header = Header {
+            kind: identity.kind as u8,
+            chunk_bytes,
+            key_id: key_id.to_owned(),
+            salt,
+            key_check: derived.key_check,
+            name_check: name_check(identity),
+        }
+        .encode();
+        let cipher = Cipher::new(&derived.key, &header);
+        Ok(Self { name: identity.name.clone(), header, salt, chunk_bytes, cipher, level })
+    }
+
+    /// The first bytes of the object.
+    pub fn header(&self) -> &[u8] {
+        &self.header
+    }
+
+    /// The salt: it names this very object, since no two ever share one.
+    pub fn salt(&self) -> [u8; 32] {
+        self.salt
+    }
+
+    /// The plaintext bytes of each chunk but the last.
+    pub fn chunk_bytes(&self) -> usize {
+        self.chunk_bytes as usize
+    }
+
+    /// Compresses and seals chunk `number`, from 0. What zstd cannot shrink is kept as it is.
+    ///
+    /// # Errors
+    ///
+    /// zstd failed, or the object has too many chunks.
+    pub fn seal(&self, number: u32, plain: &[u8]) -> Result<Vec<u8>, ContainerError> {
+        if number >= CHUNKS_MAX {
+            return Err(ContainerError::TooLarge { name: self.name.clone() });
+        }
+        let mut sealed = compress(plain, self.level).map_err(|reason| ContainerError::Codec {
+            operation: "compress",
+            name: self.name.clone(),
+            reason,
+        })?;
+        if !self.cipher.seal(number, false, &mut sealed) {
+            return Err(self.damaged_input());
+        }
+        Ok(sealed)
+    }
+
+    /// Seals the index and returns the end of the object.
+    ///
+    /// # Errors
+    ///
+    /// More than the cipher takes, which no object reaches.
+    pub fn finish(&self, sealed_lens: &[u32], plain_bytes: u64) -> Result<Vec<u8>, ContainerError> {
+        let chunks = count(sealed_lens.len());
+        let mut tail = Vec::with_capacity(8 + 4 * sealed_lens.len() + TAG_BYTES + TRAILER_BYTES);
+        tail.extend_from_slice(&plain_bytes.to_le_bytes());
+        for len in sealed_lens {
+            tail.extend_from_slice(&len.to_le_bytes());
+        }
+        if !self.cipher.seal(chunks, true, &mut tail) {
+            return Err(self.damaged_input());
+        }
+        let index_bytes = count(tail.len());
+        tail.extend_from_slice(&index_bytes.to_le_bytes());
+        tail.extend_from_slice(&chunks.to_le_bytes());
+        tail.extend_from_slice(&TRAILER_MAGIC);
+        Ok(tail)
+    }
+
+    fn damaged_input(&self) -> ContainerError {
+        ContainerError::TooLarge { name: self.name.clone() }
+    }
+}
+
+/// Opens the chunks of one object, once its header and index have been checked.
+#[derive(Debug)]
+pub struct Opener {
+    name: String,
+    salt: [u8; 32],
+    chunk_bytes: u32,
+    plain_bytes: u64,
+    /// Where chunk `n` begins in the object; one more than there are chunks.
+    offsets: Vec<u64>,
+    cipher: Cipher,
+}
+
+/// The header of an object whose index has not been read yet.
+#[derive(Debug)]
+pub struct Unopened {
+    name: String,
+    header: Header,
+    cipher: Cipher,
+}
+
+impl Unopened {
+    /// Reads a header, finds its key, and checks that it is the header of this object.
+    ///
+    /// # Errors
+    ///
+    /// Each way a header can be wrong.
+    pub fn new(
+        keys: &KeyRing,
+        identity: &Identity,
+        header_bytes: &[u8],
+    ) -> Result<Self, ContainerError> {
+        let name = &identity.name;
+        let header = Header::decode(name, header_bytes)?;
+        let key = keys.find(&header.key_id).ok_or_else(|| ContainerError::MissingKey {
+            name: name.clone(),
+            key_id: header.key_id.clone(),
+            known: keys.ids(),
+        })?;
+        let derived = Derived::new(key, &header.salt, identity);
+        if derived.key_check != header.key_check {
+            let key_id = header.key_id;
+            return Err(ContainerError::WrongKey { name: name.clone(), key_id });
+        }
+        if name_check(identity) != header.name_check || header.kind != identity.kind as u8 {
+            return Err(ContainerError::Misplaced { name: name.clone() });
+        }
+        let cipher = Cipher::new(&derived.key, &header_bytes[..HEADER_BYTES]);
+        Ok(Self { name: name.clone(), header, cipher })
+    }
+
+    /// Opens the index. `tail` is the end of the object, `object_bytes` its length.
+    ///
+    /// # Errors
+    ///
+    /// [`ContainerError::Truncated`], or [`ContainerError::Damaged`] for the index.
+    pub fn open_index(self, tail: &[u8], object_bytes: u64) -> Result<Opener, ContainerError> {
+        let truncated =
+            |reason: String| ContainerError::Truncated { name: self.name.clone(), reason };
+        let (index_bytes, chunks) = trailer(tail)
+            .ok_or_else(|| truncated("it does not end with the magic bytes".to_owned()))?;
+        let index_end = tail.len() - TRAILER_BYTES;
+        let index_start = index_end
+            .checked_sub(index_bytes as usize)
+            .filter(|_| index_bytes as usize == 8 + 4 * chunks as usize + TAG_BYTES)
+            .ok_or_else(|| truncated("the index has an impossible length".to_owned()))?;
+        let mut index = tail[index_start..index_end].to_vec();
+        if !self.cipher.open(chunks, true, &mut index) {
+            return Err(ContainerError::Damaged { name: self.name, chunk: chunks, chunks });
+        }
+        let plain_bytes = u64::from_le_bytes(array(&index[..8]));
+        let mut offsets = Vec::with_capacity(chunks as usize + 1);
+        let mut offset = HEADER_BYTES as u64;
+        for len in index[8..].chunks_exact(4) {
+            offsets.push(offset);
+            offset += u64::from(u32::from_le_bytes(array(len)));
+        }
+        offsets.push(offset);
+        let expected = offset + u64::from(index_bytes) + TRAILER_BYTES as u64;
+        if expected != object_bytes {
+            return Err(truncated(format!("expected {expected} bytes, found {object_bytes}")));
+        }
+        if plain_bytes.div_ceil(u64::from(self.header.chunk_bytes)) != u64::from(chunks) {
+            return Err(truncated(format!("{plain_bytes} bytes in {chunks} chunks")));
+        }
+        Ok(Opener {
+            name: self.name,
+            salt: self.header.salt,
+            chunk_bytes: self.header.chunk_bytes,
+            plain_bytes,
+            offsets,
+            cipher: self.cipher,
+        })
+    }
+}
+
+/// How many bytes from the end [`Unopened::open_index`] needs, told by the last
+/// [`TRAILER_BYTES`] of the object; `None` if they are no trailer.
+pub fn tail_bytes(end: &[u8]) -> Option<u64> {
+    trailer(end).map(|(index_bytes, _)| u64::from(index_bytes) + TRAILER_BYTES as u64)
+}
+
+impl Opener {
+    /// The salt: it names this very object.
+    pub fn salt(&self) -> [u8; 32] {
+        self.salt
+    }
+
+    /// Refuses an object that is authentic but not the one that was recorded.
+    ///
+    /// # Errors
+    ///
+    /// [`ContainerError::Replaced`].
+    pub fn require_salt(&self, recorded: &[u8; 32]) -> Result<(), ContainerError> {
+        if self.salt == *recorded {
+            return Ok(());
+        }
+        Err(ContainerError::Replaced { name: self.name.clone() })
+    }
+
+    /// Plaintext bytes of the whole object.
+    pub fn plain_bytes(&self) -> u64 {
+        self.plain_bytes
+    }
+
+    /// Plaintext bytes of each chunk but the last.
+    pub fn chunk_bytes(&self) -> u64 {
+        u64::from(self.chunk_bytes)
+    }
+
+    /// The number of chunks.
+    pub fn chunks(&self) -> u32 {
+        count(self.offsets.len() - 1)
+    }
+
+    /// Where chunks `first` up to but not including `end` lie in the object.
+    pub fn range(&self, first: u32, end: u32) -> Range<u64> {
+        self.offsets[first as usize]..self.offsets[end as usize]
+    }
+
+    /// Opens and decompresses chunk `number` into `plain`, which is cleared first.
+    ///
+    /// # Errors
+    ///
+    /// [`ContainerError::Damaged`]; `plain` is then empty.
+    pub fn open(
+        &self,
+        number: u32,
+        sealed: &[u8],
+        plain: &mut Vec<u8>,
+    ) -> Result<(), ContainerError> {
+        plain.clear();
+        let mut opened = sealed.to_vec();
+        let expected = self.plain_len(number);
+        let good = self.cipher.open(number, false, &mut opened)
+            && decompress(&opened, expected, plain)
+            && plain.len() == expected;
+        if good {
+            return Ok(());
+        }
+        plain.clear();
+        let name = self.name.clone();
+        Err(ContainerError::Damaged { name, chunk: number, chunks: self.chunks() })
+    }
+
+    /// Opens the chunks from `first` on that `sealed` holds, as [`Opener::range`] cut it, and hands
+    /// the plaintext of each to `take`, in order.
+    ///
+    /// # Errors
+    ///
+    /// [`ContainerError::Damaged`] for the first chunk that does not open; or what `take` says.
+    pub fn open_stretch<E: From<ContainerError>>(
+        &self,
+        first: u32,
+        end: u32,
+        sealed: &[u8],
+        mut take: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let base = self.range(first, end).start;
+        let mut plain = Vec::new();
+        for number in first..end {
+            let Range { start, end } = self.range(number, number + 1);
+            let chunk = sealed.get(index(start - base)..index(end - base)).unwrap_or_default();
+            self.open(number, chunk, &mut plain)?;
+            take(&plain)?;
+        }
+        Ok(())
+    }
+
+    /// Plaintext bytes of chunk `number`.
+    fn plain_len(&self, number: u32) -> usize {
+        let start = u64::from(number) * u64::from(self.chunk_bytes);
+        let rest = self.plain_bytes.saturating_sub(start);
+        index(rest.min(u64::from(self.chunk_bytes)))
+    }
+}
+
+/// Seals a small object in one go.
+///
+/// # Errors
+///
+/// As [`Sealer::new`] and [`Sealer::seal`].
+pub fn seal_whole(
+    keys: &KeyRing,
+    identity: &Identity,
+    chunk_bytes: u32,
+    level: i32,
+    plain: &[u8],
+) -> Result<(Bytes, [u8; 32]), ContainerError> {
+    let sealer = Sealer::new(keys, identity, chunk_bytes, level)?;
+    let mut object = sealer.header().to_vec();
+    let mut lens = Vec::new();
+    for (number, chunk) in (0..).zip(plain.chunks(sealer.chunk_bytes())) {
+        let part = sealer.seal(number, chunk)?;
+        lens.push(count(part.len()));
+        object.extend_from_slice(&part);
+    }
+    object.extend_from_slice(&sealer.finish(&lens, plain.len() as u64)?);
+    Ok((object.into(), sealer.salt()))
+}
+
+/// Opens an object that is in memory as a whole.
+///
+/// # Errors
+///
+/// Each way an object can be wrong; never a part of its content.
+pub fn open_whole(
+    keys: &KeyRing,
+    identity: &Identity,
+    object: &[u8],
+) -> Result<(Vec<u8>, [u8; 32]), ContainerError> {
+    let unopened = Unopened::new(keys, identity, object)?;
+    let opener = unopened.open_index(&object[HEADER_BYTES..], object.len() as u64)?;
+    let mut whole = Vec::with_capacity(index(opener.plain_bytes()));
+    let Range { start, end } = opener.range(0, opener.chunks());
+    let chunks = object.get(index(start)..index(end)).unwrap_or_default();
+    opener.open_stretch(0, opener.chunks(), chunks, |plain| {
+        whole.extend_from_slice(plain);
+        Ok::<_, ContainerError>(())
+    })?;
+    Ok((whole, opener.salt()))
+}
+
+/// What is derived from a configured key for one object.
+struct Derived {
+    key: Zeroizing<[u8; 32]>,
+    key_check: [u8; 8],
+}
+
+impl Derived {
+    fn new(key: &[u8; 32], salt: &[u8; 32], identity: &Identity) -> Self {
+        let hkdf = Hkdf::<Sha256>::new(Some(salt), key);
+        let mut derived = Self { key: Zeroizing::new([0; 32]), key_check: [0; 8] };
+        // 40 bytes are far below the 255 × 32 that HKDF-SHA256 gives, its only failure.
+        let info = info(identity);
+        let expanded = hkdf.expand(&info, &mut *derived.key).is_ok()
+            && hkdf.expand(b"pgmesh v1 key check", &mut derived.key_check).is_ok();
+        assert!(expanded, "HKDF-SHA256 gives 40 bytes");
+        derived
+    }
+}
+
+fn info(identity: &Identity) -> Vec<u8> {
+    let mut info = b"pgmesh v1 object".to_vec();
+    info.extend_from_slice(&identity.system_identifier.to_le_bytes());
+    info.push(identity.kind as u8);
+    info.extend_from_slice(identity.name.as_bytes());
+    info
+}
+
+fn name_check(identity: &Identity) -> [u8; 8] {
+    array(&Sha256::digest(info(identity))[..8])
+}
+
+struct Cipher {
+    aead: Aes256Gcm,
+    associated: [u8; 32],
+}
+
+impl std::fmt::Debug for Cipher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Cipher(…)")
+    }
+}
+
+impl Cipher {
+    fn new(key: &[u8; 32], header: &[u8]) -> Self {
+        Self { aead: Aes256Gcm::new(&(*key).into()), associated: Sha256::digest(header).into() }
+    }
+
+    /// Chunk counter ‖ last flag, in the last five bytes.
+    fn nonce(number: u32, last: bool) -> [u8; 12] {
+        let mut nonce = [0; 12];
+        nonce[7..11].copy_from_slice(&number.to_be_bytes());
+        nonce[11] = u8::from(last);
+        nonce
+    }
+
+    fn seal(&self, number: u32, last: bool, buffer: &mut Vec<u8>) -> bool {
+        let nonce = Nonce::from(Self::nonce(number, last));
+        let sealed = self.aead.encrypt_inout_detached(
+            &nonce,
+            &self.associated,
+            buffer.as_mut_slice().into(),
+        );
+        sealed.is_ok_and(|tag| {
+            buffer.extend_from_slice(&tag);
+            true
+        })
+    }
+
+    fn open(&self, number: u32, last: bool, buffer: &mut Vec<u8>) -> bool {
+        let Some(data) = buffer.len().checked_sub(TAG_BYTES) else { return false };
+        let tag = Tag::from(array::<TAG_BYTES>(&buffer[data..]));
+        buffer.truncate(data);
+        let nonce = Nonce::from(Self::nonce(number, last));
+        self.aead
+            .decrypt_inout_detached(&nonce, &self.associated, buffer.as_mut_slice().into(), &tag)
+            .is_ok()
+    }
+}
+
+thread_local! {
+    // A compressor keeps a megabyte of tables; making one for each chunk costs as much as a chunk.
+    static COMPRESSOR: RefCell<Option<(i32, zstd::bulk::Compressor<'static>)>> =
+        const { RefCell::new(None) };
+    static DECOMPRESSOR: RefCell<Option<zstd::bulk::Decompressor<'static>>> =
+        const { RefCell::new(None) };
+}
+
+/// Returns the codec byte and the data, with room for the tag.
+fn compress(plain: &[u8], level: i32) -> Result<Vec<u8>, String> {
+    let bound = zstd::zstd_safe::compress_bound(plain.len());
+    let mut sealed = vec![0; 1 + bound];
+    let compressed = COMPRESSOR.with_borrow_mut(|slot| {
+        if slot.as_ref().is_none_or(|(used, _)| *used != level) {
+            *slot = Some((level, zstd::bulk::Compressor::new(level)?));
+        }
+        match slot {
+            Some((_, compressor)) => compressor.compress_to_buffer(plain, &mut sealed[1..]),
+            None => Ok(plain.len()),
+        }
+    });
+    let len = compressed.map_err(|error| error.to_string())?;
+    if len < plain.len() {
+        sealed[0] = CODEC_ZSTD;
+        sealed.truncate(1 + len);
+    } else {
+        sealed[0] = CODEC_RAW;
+        sealed.truncate(1 + plain.len());
+        sealed[1..].copy_from_slice(plain);
+    }
+    Ok(sealed)
+}
+
+fn decompress(opened: &[u8], expected: usize, plain: &mut Vec<u8>) -> bool {
+    match opened.split_first() {
+        Some((&CODEC_RAW, data)) => {
+            plain.extend_from_slice(data);
+            true
+        }
+        Some((&CODEC_ZSTD, data)) => DECOMPRESSOR.with_borrow_mut(|slot| {
+            if slot.is_none() {
+                *slot = zstd::bulk::Decompressor::new().ok();
+            }
+            plain.reserve(expected);
+            slot.as_mut().is_some_and(|it| it.decompress_to_buffer(data, plain).is_ok())
+        }),
+        _ => false,
+    }
+}
+
+fn trailer(end: &[u8]) -> Option<(u32, u32)> {
+    let trailer = end.last_chunk::<TRAILER_BYTES>()?;
+    let index_bytes = u32::from_le_bytes(array(&trailer[..4]));
+    let chunks = u32::from_le_bytes(array(&trailer[4..8]));
+    (trailer[8..] == TRAILER_MAGIC && chunks <= CHUNKS_MAX).then_some((index_bytes, chunks))
+}
+
+/// A count of bytes in memory; what does not fit cannot be there.
+fn index(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}
+
+/// A length or a count that the format bounds far below 2³².
+fn count(len: usize) -> u32 {
+    u32::try_from(len).unwrap_or(u32::MAX)
+}
+
+/// The first `N` bytes of a slice that is at least so long.
+fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {
+    let mut array = [0; N];
+    array.copy_from_slice(&bytes[..N]);
+    array
+}

@@ -1,0 +1,137 @@
+//! Carries out the retention: marks backups as deleted, and deletes what was marked long enough
+//! ago, and the WAL that nothing needs any more.
+//!
+//! A tombstone comes first, and only later does anything go. So a restore that is under way
+//! finishes, and a mistake can be undone by deleting the tombstone.
+
+use chrono::{DateTime, TimeDelta, Utc};
+use shared::store::StoreErrorKind;
+use tracing::{info, warn};
+
+use crate::catalog::{Catalog, Tombstone};
+use crate::container::Kind;
+use crate::manifest::{BackupId, Commit};
+use crate::repository::{Place, RepositoryError};
+use crate::retention::{Decision, Retention, decide, spare_wal};
+use crate::wal::{WalError, WalMap, WalObject};
+
+/// What is to go, and why the rest stays.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Each listed backup.
+    pub decisions: Vec<Decision>,
+    /// Backups that were marked long enough ago.
+    pub delete: Vec<BackupId>,
+    /// Backups that were marked and can still be brought back, and until when.
+    pub marked: Vec<(BackupId, DateTime<Utc>)>,
+    /// WAL segments that nothing needs.
+    pub wal: Vec<WalObject>,
+}
+
+impl Plan {
+    /// The backups that will be marked.
+    pub fn mark(&self) -> impl Iterator<Item = &BackupId> {
+        self.decisions.iter().filter(|it| it.keep.is_empty()).map(|it| &it.backup_id)
+    }
+
+    /// Bytes of WAL that will go.
+    pub fn wal_bytes(&self) -> u64 {
+        self.wal.iter().map(|wal| wal.object_bytes).sum()
+    }
+}
+
+/// Works out what the retention asks for at `now`. Changes nothing.
+///
+/// # Errors
+///
+/// The repository could not be read. A backup whose commit object is damaged stops everything:
+/// nobody knows what it needs.
+pub async fn plan(
+    place: &Place,
+    retention: &Retention,
+    now: DateTime<Utc>,
+) -> Result<Plan, WalError> {
+    let mut catalog = Catalog::read(place).await?;
+    if let Some((_, error)) = catalog.unreadable.pop() {
+        return Err(error.into());
+    }
+    let decisions = decide(&catalog.backups, retention, now);
+    let grace = TimeDelta::from_std(retention.delete_after).unwrap_or(TimeDelta::MAX);
+    let (mut delete, mut marked) = (Vec::new(), Vec::new());
+    for (backup_id, at) in &catalog.tombstones {
+        let due = at.checked_add_signed(grace).unwrap_or(DateTime::<Utc>::MAX_UTC);
+        if due <= now {
+            delete.push(backup_id.clone());
+        } else {
+            marked.push((backup_id.clone(), due));
+        }
+    }
+    let is_kept = |backup: &&Commit| {
+        decisions.iter().any(|it| it.backup_id == backup.backup_id && !it.keep.is_empty())
+    };
+    let kept: Vec<Commit> = catalog.backups.iter().filter(is_kept).cloned().collect();
+    let mut wal = Vec::new();
+    if let Some(newest) = kept.last() {
+        let map = WalMap::read(place, newest.wal_segment_bytes).await?;
+        // What a marked backup needs stays as long as it can be brought back.
+        let restorable = marked.is_empty();
+        if restorable {
+            wal = spare_wal(&kept, &map, retention, now).into_iter().cloned().collect();
+        }
+    }
+    Ok(Plan { decisions, delete, marked, wal })
+}
+
+/// Carries out a plan.
+///
+/// # Errors
+///
+/// The repository could not be written. What Object Lock protects stays, and is tried again next
+/// time.
+pub async fn apply(place: &Place, plan: &Plan) -> Result<(), RepositoryError> {
+    for backup_id in plan.mark() {
+        let tombstone = Tombstone {
+            backup_id: backup_id.clone(),
+            deleted_at: Utc::now(),
+            reason: "retention".to_owned(),
+        };
+        let name = format!("tombstone/{backup_id}");
+        let text = serde_json::to_vec(&tombstone)
+            .map_err(|source| RepositoryError::Content { name: name.clone(), source })?;
+        match place.put(Kind::Tombstone, &name, &text, 1).await {
+            Ok(_) | Err(RepositoryError::Conflict { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        info!(%backup_id, "backup marked as deleted");
+    }
+    for backup_id in &plan.delete {
+        let mut all = true;
+        // The commit object first: what is left is then no backup, whatever happens.
+        all &= delete(place, &backup_id.object("commit")).await?;
+        for object in place.list(&backup_id.object(""), None, None).await? {
+            all &= delete(place, &object.key).await?;
+        }
+        if all {
+            delete(place, &format!("tombstone/{backup_id}")).await?;
+            info!(%backup_id, "backup deleted");
+        } else {
+            warn!(%backup_id, "backup not deleted: the store does not allow it yet");
+        }
+    }
+    for wal in &plan.wal {
+        delete(place, &wal.name).await?;
+    }
+    if !plan.wal.is_empty() {
+        info!(segments = plan.wal.len(), bytes = plan.wal_bytes(), "WAL deleted");
+    }
+    Ok(())
+}
+
+/// Deletes an object; false if the store does not let it.
+async fn delete(place: &Place, name: &str) -> Result<bool, RepositoryError> {
+    match place.store().delete(&place.key(name)).await {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind == StoreErrorKind::Denied => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}

@@ -1,0 +1,241 @@
+//! The encryption keys: several may be read with, one writes.
+
+use std::fmt;
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde::Deserialize;
+use shared::config::Problems;
+use shared::secret::{Secret, SecretError};
+use thiserror::Error;
+use zeroize::Zeroizing;
+
+/// Bytes of a key: AES-256.
+pub const KEY_BYTES: usize = 32;
+/// The longest key id: it stands in every object's header.
+pub const KEY_ID_BYTES_MAX: usize = 32;
+
+/// The encryption section of the configuration.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EncryptionConfig {
+    /// The id of the key that new objects are written with.
+    pub write_key: String,
+    /// Every key that objects may have been written with.
+    pub keys: Vec<KeyConfig>,
+}
+
+/// One key.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeyConfig {
+    /// The name that objects carry. Never give another key the same id.
+    pub id: String,
+    /// A file with 32 random bytes in base64 or hexadecimal, as `new-key` makes it.
+    pub file: PathBuf,
+}
+
+/// The keys, read.
+#[derive(Clone)]
+pub struct KeyRing {
+    keys: Vec<(String, Zeroizing<[u8; KEY_BYTES]>)>,
+    write: usize,
+}
+
+/// Why the keys cannot be used.
+#[derive(Debug, Error)]
+pub enum KeyError {
+    /// The file could not be read.
+    #[error("read encryption key {id} from {}", path.display())]
+    Read {
+        /// The key's id.
+        id: String,
+        /// Its file.
+        path: PathBuf,
+        /// What was wrong.
+        source: SecretError,
+    },
+    /// The file holds something else.
+    #[error(
+        "encryption key {id} in {} is not 32 bytes in base64 or hexadecimal; \
+         make one with `backup-agent new-key`",
+        path.display()
+    )]
+    Malformed {
+        /// The key's id.
+        id: String,
+        /// Its file.
+        path: PathBuf,
+    },
+    /// `write_key` names no key.
+    #[error("encryption.write_key {id} is not among encryption.keys")]
+    NoWriteKey {
+        /// The id asked for.
+        id: String,
+    },
+}
+
+impl EncryptionConfig {
+    /// Adds every problem with these keys.
+    pub fn check(&self, problems: &mut Problems) {
+        for (index, key) in self.keys.iter().enumerate() {
+            let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+            if key.id.is_empty() || key.id.len() > KEY_ID_BYTES_MAX || !key.id.chars().all(plain) {
+                let problem =
+                    format!("must be 1 to {KEY_ID_BYTES_MAX} letters, digits, dots, - or _");
+                problems.add(&format!("encryption.keys[{index}].id"), problem);
+            }
+            if self.keys[..index].iter().any(|other| other.id == key.id) {
+                let problem = format!("{} is named twice", key.id);
+                problems.add(&format!("encryption.keys[{index}].id"), problem);
+            }
+        }
+        if !self.keys.iter().any(|key| key.id == self.write_key) {
+            let problem = format!("{} is not among encryption.keys", self.write_key);
+            problems.add("encryption.write_key", problem);
+        }
+    }
+}
+
+impl KeyRing {
+    /// Reads every configured key.
+    ///
+    /// # Errors
+    ///
+    /// The first key that cannot be used.
+    pub fn read(config: &EncryptionConfig) -> Result<Self, KeyError> {
+        let mut keys = Vec::new();
+        for KeyConfig { id, file } in &config.keys {
+            let text = Secret::read(file).map_err(|source| KeyError::Read {
+                id: id.clone(),
+                path: file.clone(),
+                source,
+            })?;
+            let key = parse(text.expose())
+                .ok_or_else(|| KeyError::Malformed { id: id.clone(), path: file.clone() })?;
+            keys.push((id.clone(), key));
+        }
+        Self::new(keys, &config.write_key)
+    }
+
+    /// Puts keys together.
+    ///
+    /// # Errors
+    ///
+    /// [`KeyError::NoWriteKey`].
+    pub fn new(
+        keys: Vec<(String, Zeroizing<[u8; KEY_BYTES]>)>,
+        write_key: &str,
+    ) -> Result<Self, KeyError> {
+        let write = keys
+            .iter()
+            .position(|(id, _)| id == write_key)
+            .ok_or_else(|| KeyError::NoWriteKey { id: write_key.to_owned() })?;
+        Ok(Self { keys, write })
+    }
+
+    /// The key that writes, and its id.
+    pub fn writing(&self) -> (&str, &[u8; KEY_BYTES]) {
+        let (id, key) = &self.keys[self.write];
+        (id, key)
+    }
+
+    /// The key of an id, if it is configured.
+    pub fn find(&self, id: &str) -> Option<&[u8; KEY_BYTES]> {
+        self.keys.iter().find(|(known, _)| known == id).map(|(_, key)| &**key)
+    }
+
+    /// The ids of all keys, for messages.
+    pub fn ids(&self) -> String {
+        self.keys.iter().map(|(id, _)| id.as_str()).collect::<Vec<_>>().join(", ")
+    }
+}
+
+impl fmt::Debug for KeyRing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "KeyRing({}; writes {})", self.ids(), self.writing().0)
+    }
+}
+
+/// Returns a new key as text: 32 random bytes in base64.
+///
+/// # Errors
+///
+/// The operating system gave no random bytes.
+pub fn new_key() -> io::Result<Zeroizing<String>> {
+    let mut key = Zeroizing::new([0; KEY_BYTES]);
+    getrandom::fill(&mut *key).map_err(io::Error::other)?;
+    Ok(Zeroizing::new(STANDARD.encode(*key)))
+}
+
+/// Writes a new key to a file that did not exist, readable by its owner only.
+///
+/// # Errors
+///
+/// The file exists already (a key is never overwritten: what it encrypted would be lost), or it
+/// cannot be written.
+pub fn new_key_file(path: &Path) -> io::Result<()> {
+    let key = new_key()?;
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    writeln!(file, "{}", *key)?;
+    file.sync_all()
+}
+
+fn parse(text: &str) -> Option<Zeroizing<[u8; KEY_BYTES]>> {
+    let text = text.trim();
+    let bytes = if text.len() == 2 * KEY_BYTES {
+        hex::decode(text).ok()?
+    } else {
+        STANDARD.decode(text).ok()?
+    };
+    let bytes = Zeroizing::new(bytes);
+    let mut key = Zeroizing::new([0; KEY_BYTES]);
+    if bytes.len() != KEY_BYTES {
+        return None;
+    }
+    key.copy_from_slice(&bytes);
+    Some(key)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_32_bytes_in_base64_or_hexadecimal() {
+        let hexadecimal = "00".repeat(31) + "ff";
+        let base64 = STANDARD.encode([7; 32]);
+        let cases = [
+            ("hexadecimal", hexadecimal.as_str(), true),
+            ("base64", base64.as_str(), true),
+            ("a password", "correct horse battery staple", false),
+            ("31 bytes", &STANDARD.encode([7; 31]), false),
+            ("33 bytes", &STANDARD.encode([7; 33]), false),
+            ("64 letters that are no digits", &"z".repeat(64), false),
+            ("nothing", "", false),
+        ];
+        for (case, text, good) in cases {
+            assert_eq!(parse(text).is_some(), good, "{case}");
+        }
+    }
+
+    #[test]
+    fn a_new_key_reads_back_and_never_replaces_another() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("key");
+        new_key_file(&path).unwrap();
+        assert!(parse(&std::fs::read_to_string(&path).unwrap()).is_some());
+        let again = new_key_file(&path).unwrap_err();
+        assert_eq!(again.kind(), io::ErrorKind::AlreadyExists);
+    }
+
+    #[test]
+    fn a_key_ring_never_prints_a_key() {
+        let ring = KeyRing::new(vec![("a".to_owned(), Zeroizing::new([65; 32]))], "a").unwrap();
+        assert_eq!(format!("{ring:?}"), "KeyRing(a; writes a)");
+    }
+}

@@ -1,0 +1,40 @@
+//! The backup agent: takes base backups, stores WAL, and gives both back, bit for bit.
+//!
+//! In the order data flows. A backup: [`source`] chooses a server, [`replication`] speaks to it,
+//! [`tar`] follows the stream, [`upload`] cuts it into chunks, [`container`] seals them,
+//! [`manifest`] says what there is. [`backup`] alone knows the order. A restore is the same list
+//! read upwards: [`catalog`], [`recovery`] chooses, [`restore`] unpacks, [`archive`] serves WAL.
+
+pub mod config;
+pub mod keys;
+
+pub mod backup;
+pub mod container;
+pub mod manifest;
+pub mod replication;
+pub mod repository;
+pub mod source;
+pub mod stream;
+pub mod tar;
+pub mod upload;
+
+pub mod archive;
+pub mod wal;
+
+pub mod catalog;
+pub mod recovery;
+pub mod restore;
+pub mod verify;
+
+pub mod expire;
+pub mod retention;
+
+pub mod check;
+pub mod cli;
+pub mod commands;
+pub mod metrics;
+pub mod progress;
+pub mod service;
+pub mod table;
+
+pub use config::Config;

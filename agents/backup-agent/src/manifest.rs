@@ -1,0 +1,415 @@
+//! What a backup is: the commit object that makes it exist, the table of its files, and the
+//! comparison with the server's own manifest.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::str::FromStr;
+
+use chrono::{DateTime, SubsecRound, Utc};
+use serde::{Deserialize, Serialize};
+use shared::pg::wal::segment_name;
+use thiserror::Error;
+use tokio_postgres::types::PgLsn;
+
+use crate::tar::{Member, MemberKind};
+use crate::upload::Written;
+
+/// The format of [`Commit`]; a reader refuses a later one.
+pub const COMMIT_FORMAT: u32 = 1;
+
+/// The identity of a backup: `<UTC time>-<timeline>-<start LSN>`, so that names sort by time.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct BackupId(String);
+
+impl BackupId {
+    /// Names a backup that started then and there.
+    pub fn new(started_at: DateTime<Utc>, timeline: u32, start_lsn: PgLsn) -> Self {
+        let time = started_at.trunc_subsecs(0).format("%Y%m%dT%H%M%SZ");
+        Self(format!("{time}-{timeline:08X}-{:016X}", u64::from(start_lsn)))
+    }
+
+    /// The name as it stands in the repository.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The name of one of the backup's objects.
+    pub fn object(&self, part: &str) -> String {
+        format!("base/{}/{part}", self.0)
+    }
+}
+
+impl fmt::Display for BackupId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What is no backup identity.
+#[derive(Debug, Error)]
+#[error("{0:?} is no backup; `backup-agent list` shows them")]
+pub struct NotABackupId(String);
+
+impl FromStr for BackupId {
+    type Err = NotABackupId;
+
+    fn from_str(text: &str) -> Result<Self, NotABackupId> {
+        let parts: Vec<_> = text.split('-').collect();
+        let digits =
+            |part: &str, len| part.len() == len && part.bytes().all(|b| b.is_ascii_hexdigit());
+        match parts.as_slice() {
+            [time, timeline, lsn]
+                if time.len() == 16
+                    && time.bytes().all(|b| b.is_ascii_digit() || b == b'T' || b == b'Z')
+                    && digits(timeline, 8)
+                    && digits(lsn, 16) =>
+            {
+                Ok(Self(text.to_owned()))
+            }
+            _ => Err(NotABackupId(text.to_owned())),
+        }
+    }
+}
+
+impl TryFrom<String> for BackupId {
+    type Error = NotABackupId;
+
+    fn try_from(text: String) -> Result<Self, NotABackupId> {
+        text.parse()
+    }
+}
+
+impl From<BackupId> for String {
+    fn from(id: BackupId) -> Self {
+        id.0
+    }
+}
+
+/// One object of a backup, as it was written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ObjectRecord {
+    /// Bytes in the store.
+    pub object_bytes: u64,
+    /// Bytes before compression.
+    pub plain_bytes: u64,
+    /// The salt in its header: tells it from any other object, an older one of the same name too.
+    #[serde(with = "hex::serde")]
+    pub salt: [u8; 32],
+}
+
+impl From<Written> for ObjectRecord {
+    fn from(written: Written) -> Self {
+        let Written { salt, plain_bytes, object_bytes } = written;
+        Self { object_bytes, plain_bytes, salt }
+    }
+}
+
+/// One tar archive of a backup.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Archive {
+    /// The tablespace's object id; `None` for the data directory.
+    pub tablespace_oid: Option<u32>,
+    /// Where the tablespace lay on the server; `None` for the data directory.
+    pub location: Option<String>,
+    /// Where the archive starts in the backup's stream, in bytes.
+    pub offset: u64,
+}
+
+/// Why a backup is not to be trusted without a look.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Suspicion {
+    /// The server's words at the end.
+    pub reason: String,
+    /// Its warnings, one per damaged page at first.
+    pub warnings: Vec<String>,
+}
+
+/// What makes a backup exist: written last, after everything it names.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Commit {
+    /// [`COMMIT_FORMAT`].
+    pub format: u32,
+    /// The backup.
+    pub backup_id: BackupId,
+    /// The group it is of.
+    pub group: u32,
+    /// The database cluster it is of.
+    pub system_identifier: u64,
+    /// The server it was read from.
+    pub node: String,
+    /// Whether that was a standby.
+    pub from_standby: bool,
+    /// `server_version_num`.
+    pub server_version_num: u32,
+    /// `wal_segment_size`.
+    pub wal_segment_bytes: u64,
+    /// When it began, by the agent's clock.
+    pub started_at: DateTime<Utc>,
+    /// When it was complete, by the agent's clock: the earliest time a restore of it can reach.
+    pub finished_at: DateTime<Utc>,
+    /// The timeline, the same at start and end.
+    pub timeline: u32,
+    /// Where the WAL it needs starts.
+    #[serde(with = "lsn")]
+    pub start_lsn: PgLsn,
+    /// Where the WAL it needs ends, exclusive: the earliest position a restore of it can reach.
+    #[serde(with = "lsn")]
+    pub end_lsn: PgLsn,
+    /// Set when the server found pages with wrong checksums.
+    pub suspect: Option<Suspicion>,
+    /// The archives, in the order of the stream.
+    pub archives: Vec<Archive>,
+    /// Plaintext bytes of each chunk.
+    pub chunk_bytes: u32,
+    /// The objects that hold the stream, `part-00000` first.
+    pub parts: Vec<ObjectRecord>,
+    /// The server's `backup_manifest`.
+    pub manifest: ObjectRecord,
+    /// The table of files.
+    pub files: ObjectRecord,
+    /// How many files there are.
+    pub file_count: u64,
+    /// The backup before this one that the repository listed, so that one that vanished without a
+    /// tombstone is noticed.
+    pub previous: Option<BackupId>,
+}
+
+impl Commit {
+    /// Bytes of the cluster: the tar stream.
+    pub fn plain_bytes(&self) -> u64 {
+        self.parts.iter().map(|part| part.plain_bytes).sum()
+    }
+
+    /// Bytes in the store.
+    pub fn object_bytes(&self) -> u64 {
+        let parts: u64 = self.parts.iter().map(|part| part.object_bytes).sum();
+        parts + self.manifest.object_bytes + self.files.object_bytes
+    }
+
+    /// The numbers of the first and the last WAL segment that the backup needs.
+    pub fn segments(&self) -> std::ops::RangeInclusive<u64> {
+        let last = u64::from(self.end_lsn).saturating_sub(1).max(u64::from(self.start_lsn));
+        u64::from(self.start_lsn) / self.wal_segment_bytes..=last / self.wal_segment_bytes
+    }
+
+    /// The name of the first WAL segment that the backup needs.
+    pub fn first_segment(&self) -> String {
+        segment_name(self.timeline, self.start_lsn, self.wal_segment_bytes)
+    }
+}
+
+/// The name of part `number` within a backup.
+pub fn part_name(number: usize) -> String {
+    format!("part-{number:05}")
+}
+
+/// An LSN as PostgreSQL prints it.
+pub mod lsn {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+    use tokio_postgres::types::PgLsn;
+
+    /// Writes `0/16B9188`.
+    ///
+    /// # Errors
+    ///
+    /// As the serializer.
+    pub fn serialize<S: Serializer>(lsn: &PgLsn, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(lsn)
+    }
+
+    /// Reads `0/16B9188`.
+    ///
+    /// # Errors
+    ///
+    /// What is no LSN.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PgLsn, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(|_| D::Error::custom(format!("{text:?} is no LSN")))
+    }
+}
+
+/// The table of files as it is stored: one JSON object a line, in the order of the stream.
+///
+/// # Errors
+///
+/// What is no such table.
+pub fn read_files(text: &[u8]) -> Result<Vec<Member>, serde_json::Error> {
+    text.split(|byte| *byte == b'\n')
+        .filter(|line| !line.is_empty())
+        .map(serde_json::from_slice)
+        .collect()
+}
+
+/// The server's `backup_manifest`, as far as it is needed.
+/// Source: PostgreSQL manual, "Backup Manifest Format".
+#[derive(Debug, Deserialize)]
+pub struct ServerManifest {
+    #[serde(rename = "PostgreSQL-Backup-Manifest-Version")]
+    version: u32,
+    /// Absent in version 1.
+    #[serde(default, rename = "System-Identifier")]
+    pub system_identifier: Option<u64>,
+    #[serde(rename = "Files")]
+    files: Vec<ManifestFile>,
+    #[serde(rename = "WAL-Ranges")]
+    wal_ranges: Vec<WalRange>,
+    #[serde(rename = "Manifest-Checksum")]
+    manifest_checksum: String,
+}
+
+#[derive(Debug, Deserialize)]
+struct ManifestFile {
+    #[serde(rename = "Path")]
+    path: Option<String>,
+    #[serde(rename = "Encoded-Path")]
+    encoded_path: Option<String>,
+    #[serde(rename = "Size")]
+    size: u64,
+    #[serde(rename = "Checksum-Algorithm")]
+    checksum_algorithm: Option<String>,
+    #[serde(rename = "Checksum")]
+    checksum: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct WalRange {
+    #[serde(rename = "Timeline")]
+    timeline: u32,
+    #[serde(rename = "Start-LSN", with = "lsn")]
+    start_lsn: PgLsn,
+    #[serde(rename = "End-LSN", with = "lsn")]
+    end_lsn: PgLsn,
+}
+
+/// Why a stream is not the backup that the server's manifest describes.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum ManifestError {
+    /// Not JSON of the known form.
+    #[error("backup_manifest is not readable: {0}")]
+    Unreadable(String),
+    /// The manifest's own checksum.
+    #[error("backup_manifest is damaged: its checksum does not match its content")]
+    Damaged,
+    /// A file is missing.
+    #[error("{0} is named by backup_manifest and missing in the stream")]
+    Missing(String),
+    /// A file has another size.
+    #[error("{path} has {found} bytes in the stream, backup_manifest says {expected}")]
+    Size {
+        /// The file.
+        path: String,
+        /// What the manifest says.
+        expected: u64,
+        /// What arrived.
+        found: u64,
+    },
+    /// A file has another checksum.
+    #[error("{0} arrived with another checksum than backup_manifest says")]
+    Checksum(String),
+    /// A file nobody named.
+    #[error("{0} is in the stream and not named by backup_manifest")]
+    Unnamed(String),
+    /// The WAL range is another one than the server told.
+    #[error("backup_manifest names no WAL from {start_lsn} to {end_lsn} on timeline {timeline}")]
+    WalRange {
+        /// The timeline.
+        timeline: u32,
+        /// The start.
+        start_lsn: PgLsn,
+        /// The end.
+        end_lsn: PgLsn,
+    },
+}
+
+impl ServerManifest {
+    /// Reads a manifest and checks its own SHA-256, which covers every line but the last.
+    ///
+    /// # Errors
+    ///
+    /// [`ManifestError::Unreadable`] and [`ManifestError::Damaged`].
+    pub fn read(text: &[u8]) -> Result<Self, ManifestError> {
+        use sha2::{Digest, Sha256};
+        let manifest: Self = serde_json::from_slice(text)
+            .map_err(|error| ManifestError::Unreadable(error.to_string()))?;
+        if !(1..=2).contains(&manifest.version) {
+            let reason = format!("version {} is not known", manifest.version);
+            return Err(ManifestError::Unreadable(reason));
+        }
+        let body = text.strip_suffix(b"\n").unwrap_or(text);
+        let covered = body.iter().rposition(|byte| *byte == b'\n').map_or(0, |newline| newline + 1);
+        if hex::encode(Sha256::digest(&text[..covered])) != manifest.manifest_checksum {
+            return Err(ManifestError::Damaged);
+        }
+        Ok(manifest)
+    }
+
+    /// Compares the manifest with the files that arrived.
+    ///
+    /// # Errors
+    ///
+    /// The first difference.
+    pub fn compare(&self, members: &[Member], archives: &[Archive]) -> Result<(), ManifestError> {
+        let mut arrived: HashMap<String, (u64, u32)> = members
+            .iter()
+            .filter(|member| member.kind == MemberKind::File)
+            .map(|member| (path_in_manifest(member, archives), (member.size, member.crc32c)))
+            .collect();
+        for file in &self.files {
+            let path = file.path()?;
+            let (found, crc32c) =
+                arrived.remove(&path).ok_or_else(|| ManifestError::Missing(path.clone()))?;
+            if found != file.size {
+                return Err(ManifestError::Size { path, expected: file.size, found });
+            }
+            // The server prints the four bytes in memory order, which is little-endian on every
+            // machine that PostgreSQL's packages are built for here.
+            let expected = hex::encode(crc32c.to_le_bytes());
+            let given = file.checksum.as_deref().unwrap_or_default();
+            if file.checksum_algorithm.as_deref() != Some("CRC32C") || given != expected {
+                return Err(ManifestError::Checksum(path));
+            }
+        }
+        // The manifest cannot name itself; the server writes no other file it does not name.
+        match arrived.into_keys().min() {
+            Some(path) => Err(ManifestError::Unnamed(path)),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks that the manifest asks for the WAL that the server told of.
+    ///
+    /// # Errors
+    ///
+    /// [`ManifestError::WalRange`].
+    pub fn compare_wal(
+        &self,
+        timeline: u32,
+        start_lsn: PgLsn,
+        end_lsn: PgLsn,
+    ) -> Result<(), ManifestError> {
+        let named = self.wal_ranges.iter().any(|range| {
+            (range.timeline, range.start_lsn, range.end_lsn) == (timeline, start_lsn, end_lsn)
+        });
+        if named { Ok(()) } else { Err(ManifestError::WalRange { timeline, start_lsn, end_lsn }) }
+    }
+}
+
+impl ManifestFile {
+    fn path(&self) -> Result<String, ManifestError> {
+        match (&self.path, &self.encoded_path) {
+            (Some(path), _) => Ok(path.clone()),
+            // A name that is no UTF-8 comes in hexadecimal; the tar reader refused it before.
+            (None, Some(encoded)) => Ok(encoded.clone()),
+            (None, None) => Err(ManifestError::Unreadable("a file without a path".to_owned())),
+        }
+    }
+}
+
+/// The path of a file as the manifest has it: below the data directory.
+pub fn path_in_manifest(member: &Member, archives: &[Archive]) -> String {
+    match archives.get(member.archive as usize).and_then(|archive| archive.tablespace_oid) {
+        Some(oid) => format!("pg_tblspc/{oid}/{}", member.path),
+        None => member.path.clone(),
+    }
+}

@@ -1,0 +1,307 @@
+//! What Prometheus and `/status` see.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use chrono::{DateTime, Utc};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{
+    DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric,
+};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::{Registry, Unit};
+use serde::Serialize;
+
+use crate::manifest::Commit;
+use crate::progress::Progress;
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[expect(non_camel_case_types, reason = "the names are the label's values")]
+pub enum Outcome {
+    /// A backup was committed.
+    ok,
+    /// A backup was committed and is suspect.
+    suspect,
+    /// None was.
+    failed,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RunLabels {
+    cluster: String,
+    group: u32,
+    outcome: Outcome,
+}
+
+/// What is known of one group.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct GroupState {
+    /// The last run of this process that committed a backup.
+    pub last_run: Option<LastRun>,
+    /// Why the last run failed, if it did.
+    pub last_error: Option<String>,
+    /// What the repository holds, and when that was read.
+    pub repository: Option<RepositoryState>,
+    #[serde(skip)]
+    progress: Option<Progress>,
+}
+
+/// A run that committed a backup.
+#[derive(Clone, Debug, Serialize)]
+pub struct LastRun {
+    /// The backup.
+    pub backup_id: String,
+    /// When it was complete.
+    pub finished_at: DateTime<Utc>,
+    /// How long it took, seconds.
+    pub seconds: f64,
+    /// Bytes before compression.
+    pub bytes: u64,
+    /// Bytes in the store.
+    pub object_bytes: u64,
+}
+
+/// What the repository holds of one group.
+#[derive(Clone, Debug, Serialize)]
+pub struct RepositoryState {
+    /// When it was read.
+    pub observed_at: DateTime<Utc>,
+    /// Backups that can be restored.
+    pub backups: u64,
+    /// Of those, suspect.
+    pub suspect: u64,
+    /// Backups whose commit object cannot be read.
+    pub unreadable: u64,
+    /// When the newest was complete.
+    pub newest_at: Option<DateTime<Utc>>,
+    /// From when on a moment can be reached.
+    pub reachable_from: Option<DateTime<Utc>>,
+    /// Until when, from the newest backup without a gap.
+    pub reachable_until: Option<DateTime<Utc>>,
+    /// The first WAL segment that is missing or ambiguous after the newest backup.
+    pub broken_at: Option<String>,
+}
+
+/// The state of all groups, shared between the loops and the admin server.
+#[derive(Clone, Debug)]
+pub struct State {
+    cluster: String,
+    groups: Arc<Mutex<BTreeMap<u32, GroupState>>>,
+    runs: Family<RunLabels, Counter>,
+}
+
+impl State {
+    /// A state that knows of these groups and nothing about them.
+    pub fn new(cluster: &str, groups: impl IntoIterator<Item = u32>) -> Self {
+        let groups: BTreeMap<_, _> =
+            groups.into_iter().map(|group| (group, GroupState::default())).collect();
+        let runs: Family<RunLabels, Counter> = Family::default();
+        for group in groups.keys() {
+            for outcome in [Outcome::ok, Outcome::suspect, Outcome::failed] {
+                // Every series from 0 on, so that `rate()` sees the first failure.
+                drop(runs.get_or_create(&RunLabels {
+                    cluster: cluster.to_owned(),
+                    group: *group,
+                    outcome,
+                }));
+            }
+        }
+        Self { cluster: cluster.to_owned(), groups: Arc::new(Mutex::new(groups)), runs }
+    }
+
+    /// Registers the metrics below `backup`.
+    pub fn register(&self, registry: &mut Registry) {
+        let registry = registry.sub_registry_with_prefix("backup");
+        registry.register("runs", "Base backup runs by outcome", self.runs.clone());
+        registry.register_collector(Box::new(self.clone()));
+    }
+
+    /// A run began.
+    pub fn began(&self, group: u32, progress: &Progress) {
+        self.change(group, |state| state.progress = Some(progress.clone()));
+    }
+
+    /// A run committed a backup.
+    pub fn completed(&self, group: u32, commit: &Commit) {
+        let outcome = if commit.suspect.is_some() { Outcome::suspect } else { Outcome::ok };
+        self.count(group, outcome);
+        let run = LastRun {
+            backup_id: commit.backup_id.to_string(),
+            finished_at: commit.finished_at,
+            seconds: (commit.finished_at - commit.started_at).as_seconds_f64(),
+            bytes: commit.plain_bytes(),
+            object_bytes: commit.object_bytes(),
+        };
+        self.change(group, |state| {
+            state.progress = None;
+            state.last_run = Some(run);
+            state.last_error = None;
+        });
+    }
+
+    /// A run failed.
+    pub fn failed(&self, group: u32, error: String) {
+        self.count(group, Outcome::failed);
+        self.change(group, |state| {
+            state.progress = None;
+            state.last_error = Some(error);
+        });
+    }
+
+    /// The repository was read.
+    pub fn observed(&self, group: u32, repository: RepositoryState) {
+        self.change(group, |state| state.repository = Some(repository));
+    }
+
+    /// When the repository was last read, for each group.
+    pub fn observed_at(&self) -> Vec<(u32, Option<DateTime<Utc>>)> {
+        let at = |state: GroupState| state.repository.map(|it| it.observed_at);
+        self.snapshot().into_iter().map(|(group, state)| (group, at(state))).collect()
+    }
+
+    /// What `/status` shows.
+    pub fn status(&self) -> serde_json::Value {
+        let groups: BTreeMap<u32, serde_json::Value> = self
+            .snapshot()
+            .into_iter()
+            .map(|(group, state)| {
+                let run = state.progress.as_ref().map(Progress::now).map(|(stage, done, total)| {
+                    serde_json::json!({ "stage": stage, "bytes": done, "bytes_total": total })
+                });
+                (group, serde_json::json!({ "running": run, "state": state }))
+            })
+            .collect();
+        serde_json::json!({ "cluster": self.cluster, "groups": groups })
+    }
+
+    fn count(&self, group: u32, outcome: Outcome) {
+        let cluster = self.cluster.clone();
+        self.runs.get_or_create(&RunLabels { cluster, group, outcome }).inc();
+    }
+
+    fn change(&self, group: u32, change: impl FnOnce(&mut GroupState)) {
+        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        change(groups.entry(group).or_default());
+    }
+
+    fn snapshot(&self) -> BTreeMap<u32, GroupState> {
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// One gauge: its name, help, unit, and its value for a group, if there is one.
+type Gauge = (&'static str, &'static str, Option<Unit>, fn(&GroupState) -> Option<f64>);
+
+/// Prometheus has no integers: counts of bytes beyond 2⁵³ lose their last digits there too.
+#[expect(clippy::cast_precision_loss, reason = "samples are 64-bit floats")]
+fn float(count: u64) -> f64 {
+    count as f64
+}
+
+fn seconds_since_1970(at: DateTime<Utc>) -> f64 {
+    (at - DateTime::UNIX_EPOCH).as_seconds_f64()
+}
+
+/// What is not known is not there: an absent series says so, a 0 would not.
+const GAUGES: &[Gauge] = &[
+    ("running", "1 while a base backup is under way.", None, |state| {
+        Some(if state.progress.is_some() { 1.0 } else { 0.0 })
+    }),
+    (
+        "running_bytes",
+        "Bytes of the server's files that the run under way has stored.",
+        None,
+        |state| state.progress.as_ref().map(|progress| float(progress.now().1)),
+    ),
+    (
+        "last_success_timestamp",
+        "When the last base backup of this process was complete.",
+        Some(Unit::Seconds),
+        |state| state.last_run.as_ref().map(|run| seconds_since_1970(run.finished_at)),
+    ),
+    ("last_duration", "How long the last base backup took.", Some(Unit::Seconds), |state| {
+        state.last_run.as_ref().map(|run| run.seconds)
+    }),
+    ("last_size", "Size of the last base backup before compression.", Some(Unit::Bytes), |state| {
+        state.last_run.as_ref().map(|run| float(run.bytes))
+    }),
+    (
+        "last_stored",
+        "Size of the last base backup in the repository.",
+        Some(Unit::Bytes),
+        |state| state.last_run.as_ref().map(|run| float(run.object_bytes)),
+    ),
+    (
+        "repository_observed_timestamp",
+        "When the repository was last read.",
+        Some(Unit::Seconds),
+        |state| state.repository.as_ref().map(|it| seconds_since_1970(it.observed_at)),
+    ),
+    ("repository_backups", "Base backups in the repository.", None, |state| {
+        state.repository.as_ref().map(|it| float(it.backups))
+    }),
+    (
+        "repository_suspect_backups",
+        "Base backups of which the server read damaged pages.",
+        None,
+        |state| state.repository.as_ref().map(|it| float(it.suspect)),
+    ),
+    (
+        "repository_unreadable_backups",
+        "Base backups whose commit object cannot be read.",
+        None,
+        |state| state.repository.as_ref().map(|it| float(it.unreadable)),
+    ),
+    (
+        "newest_timestamp",
+        "When the newest base backup in the repository was complete.",
+        Some(Unit::Seconds),
+        |state| Some(seconds_since_1970(state.repository.as_ref()?.newest_at?)),
+    ),
+    (
+        "reachable_from_timestamp",
+        "The earliest moment that can be restored.",
+        Some(Unit::Seconds),
+        |state| Some(seconds_since_1970(state.repository.as_ref()?.reachable_from?)),
+    ),
+    (
+        "reachable_until_timestamp",
+        "The latest moment that can be restored from the newest base backup.",
+        Some(Unit::Seconds),
+        |state| Some(seconds_since_1970(state.repository.as_ref()?.reachable_until?)),
+    ),
+    (
+        "wal_broken",
+        "1 when WAL after the newest base backup is missing or ambiguous.",
+        None,
+        |state| {
+            let broken = state.repository.as_ref()?.broken_at.is_some();
+            Some(if broken { 1.0 } else { 0.0 })
+        },
+    ),
+];
+
+impl Collector for State {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let groups = self.snapshot();
+        for (name, help, unit, value) in GAUGES {
+            let values: Vec<_> =
+                groups.iter().filter_map(|(group, state)| Some((group, value(state)?))).collect();
+            if values.is_empty() {
+                continue;
+            }
+            let mut family =
+                encoder.encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?;
+            for (group, value) in values {
+                let labels = [("cluster", self.cluster.as_str()), ("group", &group.to_string())];
+                ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,451 @@
+//! Which backup a recovery starts from, and whether its target can be reached. Pure.
+
+use std::fmt;
+
+use chrono::{DateTime, SecondsFormat, TimeDelta, Utc};
+use thiserror::Error;
+use tokio_postgres::types::PgLsn;
+
+use crate::manifest::{BackupId, Commit};
+use crate::wal::{Reach, Then, WalMap};
+
+/// How far the clocks of store, server and agent may be apart before a time counts as beyond the
+/// newest WAL.
+const CLOCK_TOLERANCE: TimeDelta = TimeDelta::seconds(60);
+
+/// Where a recovery is to stop. The words are PostgreSQL's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The end of the WAL.
+    End,
+    /// As soon as the backup is consistent.
+    Immediate,
+    /// The last commit at or before a time.
+    Time(DateTime<Utc>),
+    /// A position, inclusive.
+    Lsn(PgLsn),
+    /// A restore point made by `pg_create_restore_point()`.
+    Name(String),
+    /// The commit of a transaction.
+    Xid(u64),
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::End => f.write_str("the end of the WAL"),
+            Self::Immediate => f.write_str("the end of the backup"),
+            Self::Time(at) => write!(f, "time {}", time(*at)),
+            Self::Lsn(lsn) => write!(f, "LSN {lsn}"),
+            Self::Name(name) => write!(f, "restore point {name:?}"),
+            Self::Xid(xid) => write!(f, "transaction {xid}"),
+        }
+    }
+}
+
+/// Which timeline a recovery follows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TargetTimeline {
+    /// The newest that descends from the backup's.
+    #[default]
+    Latest,
+    /// The backup's own.
+    Current,
+    /// A certain one.
+    Number(u32),
+}
+
+impl std::str::FromStr for TargetTimeline {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "latest" => Ok(Self::Latest),
+            "current" => Ok(Self::Current),
+            number => number
+                .parse()
+                .map(Self::Number)
+                .map_err(|_| format!("{number:?} is not latest, current or a number")),
+        }
+    }
+}
+
+/// What one backup can be recovered to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// The backup.
+    pub backup_id: BackupId,
+    /// Whether it is suspect.
+    pub suspect: bool,
+    /// The earliest position.
+    pub from_lsn: PgLsn,
+    /// The earliest time.
+    pub from: DateTime<Utc>,
+    /// How far its WAL goes; `None` if the timeline asked for does not descend from it.
+    pub reach: Option<Reach>,
+}
+
+impl Window {
+    /// The window of a backup along a timeline.
+    pub fn of(backup: &Commit, wal: &WalMap, timeline: TargetTimeline) -> Self {
+        let target = match timeline {
+            TargetTimeline::Latest => wal.newest_timeline(backup.timeline, backup.end_lsn),
+            TargetTimeline::Current => backup.timeline,
+            TargetTimeline::Number(number) => number,
+        };
+        Self {
+            backup_id: backup.backup_id.clone(),
+            suspect: backup.suspect.is_some(),
+            from_lsn: backup.end_lsn,
+            from: backup.finished_at,
+            reach: wal.reach(backup, target),
+        }
+    }
+
+    /// Whether the WAL that makes the backup consistent is there.
+    pub fn is_consistent(&self) -> bool {
+        self.reach.as_ref().is_some_and(|reach| reach.until_lsn >= self.from_lsn)
+    }
+
+    /// Whether a recovery can stop there, as far as the repository tells.
+    fn covers(&self, target: &Target) -> bool {
+        let Some(reach) = self.reach.as_ref().filter(|_| self.is_consistent()) else {
+            return false;
+        };
+        match target {
+            Target::Immediate => true,
+            Target::Lsn(lsn) => self.from_lsn <= *lsn && *lsn <= reach.until_lsn,
+            Target::Time(at) => {
+                let newest = reach.until.map(|until| until + CLOCK_TOLERANCE);
+                self.from <= *at && Some(*at) <= newest
+            }
+            // Where a name or a transaction lies in the WAL is not known; PostgreSQL stops with an
+            // error if it is not found.
+            Target::End | Target::Name(_) | Target::Xid(_) => reach.then == Then::End,
+        }
+    }
+}
+
+impl fmt::Display for Window {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { backup_id, suspect, from_lsn, from, reach } = self;
+        write!(f, "{backup_id}{}: ", if *suspect { " (suspect)" } else { "" })?;
+        let Some(reach) = reach else {
+            return f.write_str("is not on the way to the timeline asked for");
+        };
+        if self.is_consistent() {
+            let until = reach.until.map_or("?".to_owned(), time);
+            write!(
+                f,
+                "from {} ({from_lsn}) to {until} ({}) on timeline {}",
+                time(*from),
+                reach.until_lsn,
+                reach.timeline
+            )?;
+        } else {
+            f.write_str("cannot be restored, its own WAL is incomplete")?;
+        }
+        match &reach.then {
+            Then::End => Ok(()),
+            Then::Gap { segment } => write!(f, "; then WAL segment {segment} is missing"),
+            Then::Conflict { segment } => {
+                write!(f, "; then WAL segment {segment} is there with two contents")
+            }
+        }
+    }
+}
+
+/// What a recovery starts from and follows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Choice<'a> {
+    /// The backup.
+    pub backup: &'a Commit,
+    /// How far its WAL goes.
+    pub reach: Reach,
+}
+
+/// Why a target is refused.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum Unreachable {
+    /// No backups at all.
+    #[error("there is no backup in the repository; take one with `backup-agent backup`")]
+    NoBackup,
+    /// The backup asked for is not listed.
+    #[error("there is no backup {0}; `backup-agent list` shows them")]
+    Unknown(BackupId),
+    /// No backup leads there.
+    #[error("{target} cannot be reached. What can be reached:\n{}", lines(.windows))]
+    Target {
+        /// What was asked for.
+        target: String,
+        /// What there is.
+        windows: Vec<Window>,
+    },
+}
+
+/// Chooses the backup for a target: the newest from which it can be reached, so that the least
+/// WAL is replayed. Where a restore point or a transaction lies is not known in advance, so for
+/// them it is the oldest. A suspect backup is taken only by name.
+///
+/// # Errors
+///
+/// The repository proves that the target cannot be reached.
+pub fn choose<'a>(
+    backups: &'a [Commit],
+    wal: &WalMap,
+    target: &Target,
+    timeline: TargetTimeline,
+    asked: Option<&BackupId>,
+) -> Result<Choice<'a>, Unreachable> {
+    if backups.is_empty() {
+        return Err(Unreachable::NoBackup);
+    }
+    let considered: Vec<&Commit> = match asked {
+        None => backups.iter().collect(),
+        Some(id) => {
+            let found = backups.iter().find(|backup| backup.backup_id == *id);
+            vec![found.ok_or_else(|| Unreachable::Unknown(id.clone()))?]
+        }
+    };
+    let windows: Vec<Window> =
+        considered.iter().map(|backup| Window::of(backup, wal, timeline)).collect();
+    let mut fit = considered.iter().zip(&windows).filter(|(backup, window)| {
+        window.covers(target) && (asked.is_some() || backup.suspect.is_none())
+    });
+    let chosen = match target {
+        Target::Name(_) | Target::Xid(_) => fit.next(),
+        Target::End | Target::Immediate | Target::Time(_) | Target::Lsn(_) => fit.next_back(),
+    };
+    match chosen {
+        Some((backup, Window { reach: Some(reach), .. })) => {
+            Ok(Choice { backup, reach: reach.clone() })
+        }
+        _ => Err(Unreachable::Target { target: target.to_string(), windows }),
+    }
+}
+
+fn lines(windows: &[Window]) -> String {
+    windows.iter().map(|window| format!("  {window}")).collect::<Vec<_>>().join("\n")
+}
+
+fn time(at: DateTime<Utc>) -> String {
+    at.to_rfc3339_opts(SecondsFormat::Secs, true)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use shared::pg::wal::{HistoryEntry, Segment};
+
+    use super::*;
+    use crate::manifest::ObjectRecord;
+    use crate::wal::WalObject;
+
+    const SEGMENT: u64 = 16 << 20;
+
+    fn at(minute: u32) -> DateTime<Utc> {
+        DateTime::from_timestamp(1_800_000_000 + i64::from(minute) * 60, 0).unwrap()
+    }
+
+    fn lsn(segment: u64) -> PgLsn {
+        PgLsn::from(segment * SEGMENT)
+    }
+
+    /// A backup that starts in segment `first` at that minute and ends two segments later.
+    fn backup(timeline: u32, first: u64, suspect: bool) -> Commit {
+        let record = ObjectRecord { object_bytes: 1, plain_bytes: 1, salt: [0; 32] };
+        let started_at = at(u32::try_from(first).unwrap());
+        Commit {
+            format: 1,
+            backup_id: BackupId::new(started_at, timeline, lsn(first)),
+            group: 0,
+            system_identifier: 1,
+            node: "postgres-1".to_owned(),
+            from_standby: false,
+            server_version_num: 170_000,
+            wal_segment_bytes: SEGMENT,
+            started_at,
+            finished_at: at(u32::try_from(first).unwrap() + 2),
+            timeline,
+            start_lsn: lsn(first),
+            end_lsn: lsn(first + 2),
+            suspect: suspect.then(|| crate::manifest::Suspicion {
+                reason: String::new(),
+                warnings: Vec::new(),
+            }),
+            archives: Vec::new(),
+            chunk_bytes: 1,
+            parts: Vec::new(),
+            manifest: record.clone(),
+            files: record,
+            file_count: 0,
+            previous: None,
+        }
+    }
+
+    /// Segments of a timeline, each stored in the minute of its number.
+    fn segments(
+        timeline: u32,
+        numbers: impl Iterator<Item = u64>,
+    ) -> BTreeMap<u64, Vec<WalObject>> {
+        let object = |number| {
+            let file = Segment { timeline, number }.name(SEGMENT);
+            let stored_at = at(u32::try_from(number).unwrap());
+            let wal = WalObject {
+                name: String::new(),
+                file,
+                hash: String::new(),
+                object_bytes: 1,
+                stored_at,
+            };
+            (number, vec![wal])
+        };
+        numbers.map(object).collect()
+    }
+
+    fn map(timelines: &[(u32, Vec<u64>)], histories: &[(u32, &[(u32, u64)])]) -> WalMap {
+        let history = |entries: &[(u32, u64)]| {
+            entries
+                .iter()
+                .map(|(timeline, segment)| HistoryEntry {
+                    timeline: *timeline,
+                    switch_lsn: PgLsn::from(segment * SEGMENT + 100),
+                    reason: String::new(),
+                })
+                .collect()
+        };
+        WalMap {
+            segment_bytes: SEGMENT,
+            segments: timelines
+                .iter()
+                .map(|(timeline, numbers)| {
+                    (*timeline, segments(*timeline, numbers.iter().copied()))
+                })
+                .collect(),
+            histories: histories.iter().map(|(timeline, it)| (*timeline, history(it))).collect(),
+        }
+    }
+
+    fn chosen(
+        backups: &[Commit],
+        wal: &WalMap,
+        target: &Target,
+        timeline: TargetTimeline,
+    ) -> Option<(u64, u32, u64)> {
+        let choice = choose(backups, wal, target, timeline, None).ok()?;
+        let segment = |lsn: PgLsn| u64::from(lsn) / SEGMENT;
+        let Choice { backup, reach } = choice;
+        Some((segment(backup.start_lsn), reach.timeline, segment(reach.until_lsn)))
+    }
+
+    #[test]
+    fn the_newest_backup_that_leads_to_the_target_is_chosen() {
+        let backups = [backup(1, 2, false), backup(1, 10, false), backup(1, 20, true)];
+        let wal = map(&[(1, (2..30).collect())], &[]);
+        let cases = [
+            ("the end, and not from the suspect one", Target::End, Some(10)),
+            ("the backup alone", Target::Immediate, Some(10)),
+            ("between the two", Target::Lsn(lsn(8)), Some(2)),
+            ("exactly where the first is consistent", Target::Lsn(lsn(4)), Some(2)),
+            ("before the first is consistent", Target::Lsn(lsn(3)), None),
+            ("after both", Target::Lsn(lsn(15)), Some(10)),
+            ("the end of the last segment", Target::Lsn(lsn(30)), Some(10)),
+            ("beyond the last segment", Target::Lsn(lsn(31)), None),
+            ("a time between the two", Target::Time(at(9)), Some(2)),
+            ("a time after both", Target::Time(at(25)), Some(10)),
+            ("a time when the last segment was stored", Target::Time(at(29)), Some(10)),
+            ("a time in the tolerance", Target::Time(at(30)), Some(10)),
+            ("a time after the last segment", Target::Time(at(32)), None),
+            ("a time before the first backup", Target::Time(at(3)), None),
+            ("a name, from the oldest", Target::Name("x".to_owned()), Some(2)),
+            ("a transaction, from the oldest", Target::Xid(7), Some(2)),
+        ];
+        for (case, target, first) in cases {
+            let found = chosen(&backups, &wal, &target, TargetTimeline::Latest);
+            assert_eq!(found, first.map(|first| (first, 1, 30)), "{case}");
+        }
+    }
+
+    #[test]
+    fn a_gap_ends_the_window_of_the_backup_before_it() {
+        let backups = [backup(1, 2, false), backup(1, 10, false)];
+        let wal = map(&[(1, (2..7).chain(9..20).collect())], &[]);
+        let cases = [
+            ("the end, from the backup after the gap", Target::End, Some((10, 1, 20))),
+            ("before the gap", Target::Lsn(lsn(6)), Some((2, 1, 7))),
+            ("in the gap", Target::Lsn(lsn(8)), None),
+            (
+                "a name: only where the WAL is whole",
+                Target::Name("x".to_owned()),
+                Some((10, 1, 20)),
+            ),
+        ];
+        for (case, target, expected) in cases {
+            let found = chosen(&backups, &wal, &target, TargetTimeline::Latest);
+            assert_eq!(found, expected, "{case}");
+        }
+        let only_first = &backups[..1];
+        let refused = choose(only_first, &wal, &Target::End, TargetTimeline::Latest, None);
+        let message = refused.unwrap_err().to_string();
+        assert!(
+            message.contains("then WAL segment 000000010000000000000007 is missing"),
+            "{message}"
+        );
+    }
+
+    #[test]
+    fn recovery_follows_the_newest_timeline_that_descends_from_the_backup() {
+        let backups = [backup(1, 2, false)];
+        // Timeline 1 ends in segment 8, which only timeline 2 has whole. Timeline 3 branched off
+        // timeline 1 before the backup was consistent: a recovery cannot follow it.
+        let wal = map(
+            &[(1, (2..8).collect()), (2, (8..12).collect()), (3, vec![3])],
+            &[(2, &[(1, 8)]), (3, &[(1, 3)])],
+        );
+        let cases = [
+            ("latest", TargetTimeline::Latest, Target::End, Some((2, 2, 12))),
+            (
+                "current ends before the switch",
+                TargetTimeline::Current,
+                Target::End,
+                Some((2, 1, 8)),
+            ),
+            ("current, within", TargetTimeline::Current, Target::Lsn(lsn(6)), Some((2, 1, 8))),
+            ("a number", TargetTimeline::Number(2), Target::Lsn(lsn(10)), Some((2, 2, 12))),
+            ("one that branched off too early", TargetTimeline::Number(3), Target::End, None),
+            ("one that is unknown", TargetTimeline::Number(9), Target::End, None),
+        ];
+        for (case, timeline, target, expected) in cases {
+            assert_eq!(chosen(&backups, &wal, &target, timeline), expected, "{case}");
+        }
+    }
+
+    #[test]
+    fn a_segment_with_two_contents_ends_the_window() {
+        let backups = [backup(1, 2, false)];
+        let mut wal = map(&[(1, (2..10).collect())], &[]);
+        let twice = wal.segments.get_mut(&1).unwrap().get_mut(&6).unwrap();
+        twice.push(twice[0].clone());
+        assert_eq!(chosen(&backups, &wal, &Target::End, TargetTimeline::Latest), None);
+        let before = chosen(&backups, &wal, &Target::Lsn(lsn(5)), TargetTimeline::Latest);
+        assert_eq!(before, Some((2, 1, 6)));
+    }
+
+    #[test]
+    fn without_its_own_wal_a_backup_is_no_start() {
+        let backups = [backup(1, 2, false)];
+        let wal = map(&[(1, vec![2])], &[]);
+        assert_eq!(chosen(&backups, &wal, &Target::Immediate, TargetTimeline::Latest), None);
+    }
+
+    #[test]
+    fn a_suspect_backup_is_taken_when_it_is_named() {
+        let backups = [backup(1, 2, true)];
+        let wal = map(&[(1, (2..9).collect())], &[]);
+        let latest = TargetTimeline::Latest;
+        assert!(choose(&backups, &wal, &Target::End, latest, None).is_err());
+        let id = backups[0].backup_id.clone();
+        assert!(choose(&backups, &wal, &Target::End, latest, Some(&id)).is_ok());
+    }
+}

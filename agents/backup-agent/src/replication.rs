@@ -1,0 +1,593 @@
+//! A replication connection: the `BASE_BACKUP` command, which is what `pg_basebackup` sends.
+//!
+//! `tokio-postgres` has no replication mode, and `pg_basebackup` itself can write to a pipe only
+//! if there is a single tablespace. Speaking the protocol gives each tablespace, the manifest and
+//! the server's warnings as they come, and no second process to look after.
+//!
+//! Source: PostgreSQL manual, "Streaming Replication Protocol" and "Message Formats".
+
+use std::fmt;
+use std::io;
+use std::time::Duration;
+
+use bytes::{Buf, Bytes, BytesMut};
+use postgres_protocol::authentication::md5_hash;
+use postgres_protocol::authentication::sasl::{ChannelBinding, SCRAM_SHA_256, ScramSha256};
+use postgres_protocol::message::backend::{DataRowBody, ErrorFields, Message};
+use postgres_protocol::message::frontend;
+use shared::pg::{Node, Settings};
+use thiserror::Error;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
+use tokio_postgres::fallible_iterator::FallibleIterator;
+use tokio_postgres::types::PgLsn;
+
+use crate::stream::{self, Stream};
+
+/// How much is asked of the socket at once; the server sends messages of 32 KiB.
+const READ_BYTES: usize = 256 << 10;
+/// Time for dialling, TLS and authentication together.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Warnings kept for the log; a damaged table can cause one per page.
+const WARNINGS_MAX: usize = 100;
+/// SQLSTATE `data_corrupted`: how the server ends a backup that read pages with wrong checksums.
+const DATA_CORRUPTED: &str = "XX001";
+
+/// Why a replication connection failed.
+#[derive(Debug, Error)]
+pub enum ReplicationError {
+    /// The server could not be reached.
+    #[error("connect to {node} for replication")]
+    Connect {
+        /// The server.
+        node: String,
+        /// What was wrong.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The server asks for something this client does not do.
+    #[error("{node} asks for {asked}, which is not supported; use scram-sha-256 in pg_hba.conf")]
+    Authentication {
+        /// The server.
+        node: String,
+        /// What it asked for.
+        asked: &'static str,
+    },
+    /// The server wants a password and none is configured.
+    #[error("{node} asks for a password; set postgres.password_file")]
+    NoPassword {
+        /// The server.
+        node: String,
+    },
+    /// The connection broke.
+    #[error("read from {node}")]
+    Broken {
+        /// The server.
+        node: String,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// The server sent nothing for too long.
+    #[error("{node} sent nothing for {} s", limit.as_secs())]
+    Stalled {
+        /// The server.
+        node: String,
+        /// The limit.
+        limit: Duration,
+    },
+    /// The server refused.
+    #[error("{node} says: {message}")]
+    Server {
+        /// The server.
+        node: String,
+        /// Its words.
+        message: Box<ServerMessage>,
+    },
+    /// The server does not keep to the protocol.
+    #[error("{node} sent an unexpected answer: {what}")]
+    Protocol {
+        /// The server.
+        node: String,
+        /// What was unexpected.
+        what: String,
+    },
+}
+
+impl ReplicationError {
+    /// Tells whether the same may succeed if tried again soon.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Connect { .. } | Self::Broken { .. } | Self::Stalled { .. } => true,
+            Self::Server { message, .. } => {
+                // Too many connections, shutting down, starting up; the rest needs a person.
+                ["53300", "57P01", "57P02", "57P03"].contains(&message.code.as_str())
+            }
+            Self::Authentication { .. } | Self::NoPassword { .. } | Self::Protocol { .. } => false,
+        }
+    }
+}
+
+/// An error or warning in the server's words.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServerMessage {
+    /// `ERROR`, `WARNING`, …
+    pub severity: String,
+    /// The SQLSTATE.
+    pub code: String,
+    /// What happened.
+    pub message: String,
+    /// More about it, if there is.
+    pub detail: String,
+    /// What to do, if the server has an idea.
+    pub hint: String,
+}
+
+impl ServerMessage {
+    fn new(mut fields: ErrorFields<'_>) -> io::Result<Self> {
+        use postgres_protocol::message::backend::ErrorField;
+        let mut message = Self::default();
+        let text =
+            |field: &ErrorField<'_>| String::from_utf8_lossy(field.value_bytes()).into_owned();
+        while let Some(field) = fields.next()? {
+            match field.type_() {
+                b'V' => message.severity = text(&field),
+                b'C' => message.code = text(&field),
+                b'M' => message.message = text(&field),
+                b'D' => message.detail = text(&field),
+                b'H' => message.hint = text(&field),
+                _ => {}
+            }
+        }
+        Ok(message)
+    }
+}
+
+impl fmt::Display for ServerMessage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)?;
+        for more in [&self.detail, &self.hint] {
+            if !more.is_empty() {
+                write!(f, "; {more}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What `IDENTIFY_SYSTEM` answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SystemIdentity {
+    /// The system identifier.
+    pub system_identifier: u64,
+    /// The timeline.
+    pub timeline: u32,
+    /// The flush position of a primary, the replay position of a standby.
+    pub lsn: PgLsn,
+}
+
+/// How a base backup is taken.
+#[derive(Clone, Debug)]
+pub struct BaseBackupOptions {
+    /// Shown in `backup_label`.
+    pub label: String,
+    /// Checkpoint at once instead of spread over `checkpoint_completion_target`.
+    pub fast_checkpoint: bool,
+    /// The most the server reads in a second, in kilobytes; the server allows 32 to 1 048 576.
+    pub rate_kilobytes_max: Option<u32>,
+}
+
+/// A tablespace of the server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tablespace {
+    /// Its object id; `None` for the data directory itself.
+    pub oid: Option<u32>,
+    /// Where it lies on the server; `None` for the data directory itself.
+    pub location: Option<String>,
+    /// How large the server estimates it, in bytes.
+    pub bytes: u64,
+}
+
+/// What a base backup stream consists of, in order.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A tar archive begins: a tablespace, or the data directory (last).
+    Archive {
+        /// `base.tar` or `<oid>.tar`.
+        name: String,
+    },
+    /// The `backup_manifest` begins.
+    Manifest,
+    /// Content of what began last.
+    Data(Bytes),
+    /// The stream is complete.
+    End {
+        /// The end of the WAL that the backup needs, exclusive.
+        end_lsn: PgLsn,
+        /// Its timeline.
+        timeline: u32,
+    },
+}
+
+/// A connection in replication mode.
+pub struct Replication {
+    node: String,
+    stream: Stream,
+    buffer: BytesMut,
+    /// Longest silence of the server that is waited for.
+    stall_limit: Duration,
+    warnings: Vec<ServerMessage>,
+    warning_count: u64,
+}
+
+impl fmt::Debug for Replication {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Replication").field("node", &self.node).finish_non_exhaustive()
+    }
+}
+
+/// A base backup under way.
+#[derive(Debug)]
+pub struct BaseBackup {
+    connection: Replication,
+    /// Where the WAL that the backup needs starts.
+    pub start_lsn: PgLsn,
+    /// The timeline at the start.
+    pub timeline: u32,
+    /// The tablespaces that will be sent, the data directory among them.
+    pub tablespaces: Vec<Tablespace>,
+}
+
+/// How a base backup ended on the server.
+#[derive(Clone, Debug, Default)]
+pub struct Verdict {
+    /// The server found pages with wrong checksums: the backup is suspect.
+    pub checksum_failure: Option<ServerMessage>,
+    /// The server's warnings, the first [`WARNINGS_MAX`] of them.
+    pub warnings: Vec<ServerMessage>,
+    /// How many there were.
+    pub warning_count: u64,
+}
+
+impl Replication {
+    /// Connects to a server in replication mode.
+    ///
+    /// `stall_limit` bounds the server's silence in everything after.
+    ///
+    /// # Errors
+    ///
+    /// The server cannot be reached or does not let this user in.
+    pub async fn connect(
+        settings: &Settings,
+        node: &Node,
+        stall_limit: Duration,
+    ) -> Result<Self, ReplicationError> {
+        let name = node.to_string();
+        let connecting = async {
+            let stream = stream::open(settings, node).await.map_err(|error| {
+                ReplicationError::Connect { node: name.clone(), source: error.into() }
+            })?;
+            let mut connection = Self {
+                node: name.clone(),
+                stream,
+                buffer: BytesMut::with_capacity(READ_BYTES),
+                stall_limit: CONNECT_TIMEOUT,
+                warnings: Vec::new(),
+                warning_count: 0,
+            };
+            connection.start(settings).await?;
+            connection.stall_limit = stall_limit;
+            Ok(connection)
+        };
+        timeout(CONNECT_TIMEOUT, connecting).await.unwrap_or_else(|_| {
+            Err(ReplicationError::Stalled { node: name.clone(), limit: CONNECT_TIMEOUT })
+        })
+    }
+
+    async fn start(&mut self, settings: &Settings) -> Result<(), ReplicationError> {
+        let parameters = [
+            ("user", settings.user.as_str()),
+            ("replication", "true"),
+            ("application_name", settings.application_name.as_str()),
+            ("client_encoding", "UTF8"),
+        ];
+        let mut out = BytesMut::new();
+        frontend::startup_message(parameters, &mut out).map_err(|e| self.broken(e))?;
+        self.send(&out).await?;
+
+        let mut scram = None;
+        loop {
+            out.clear();
+            match self.message().await? {
+                Message::AuthenticationOk
+                | Message::BackendKeyData(_)
+                | Message::ParameterStatus(_) => continue,
+                Message::ReadyForQuery(_) => return Ok(()),
+                Message::AuthenticationMd5Password(body) => {
+                    let password = self.password(settings)?;
+                    let hash = md5_hash(settings.user.as_bytes(), password, body.salt());
+                    frontend::password_message(hash.as_bytes(), &mut out)
+                        .map_err(|e| self.broken(e))?;
+                }
+                Message::AuthenticationSasl(body) => {
+                    let mut mechanisms = body.mechanisms();
+                    let mut known = false;
+                    while let Some(name) = mechanisms.next().map_err(|e| self.broken(e))? {
+                        known |= name == SCRAM_SHA_256;
+                    }
+                    if !known {
+                        return Err(self.unsupported("a SASL mechanism other than SCRAM-SHA-256"));
+                    }
+                    let password = self.password(settings)?;
+                    let begun = ScramSha256::new(password, ChannelBinding::unsupported());
+                    frontend::sasl_initial_response(SCRAM_SHA_256, begun.message(), &mut out)
+                        .map_err(|e| self.broken(e))?;
+                    scram = Some(begun);
+                }
+                Message::AuthenticationSaslContinue(body) => {
+                    let Some(scram) = scram.as_mut() else {
+                        return Err(self.unexpected("a SCRAM answer that was not asked for"));
+                    };
+                    scram.update(body.data()).map_err(|e| self.broken(e))?;
+                    frontend::sasl_response(scram.message(), &mut out)
+                        .map_err(|e| self.broken(e))?;
+                }
+                Message::AuthenticationSaslFinal(body) => {
+                    let Some(scram) = scram.as_mut() else {
+                        return Err(self.unexpected("a SCRAM answer that was not asked for"));
+                    };
+                    // The server proves here that it knows the password too.
+                    scram.finish(body.data()).map_err(|e| self.broken(e))?;
+                    continue;
+                }
+                Message::AuthenticationCleartextPassword => {
+                    return Err(self.unsupported("a cleartext password"));
+                }
+                _ => return Err(self.unsupported("an unknown authentication method")),
+            }
+            self.send(&out).await?;
+        }
+    }
+
+    fn password<'s>(&self, settings: &'s Settings) -> Result<&'s [u8], ReplicationError> {
+        match &settings.password {
+            Some(password) => Ok(password.expose().as_bytes()),
+            None => Err(ReplicationError::NoPassword { node: self.node.clone() }),
+        }
+    }
+
+    /// Asks the server who it is.
+    ///
+    /// # Errors
+    ///
+    /// The connection broke or the server refused.
+    pub async fn identify_system(&mut self) -> Result<SystemIdentity, ReplicationError> {
+        self.query("IDENTIFY_SYSTEM").await?;
+        let rows = self.rows().await?;
+        self.ready().await?;
+        let [row] = rows.as_slice() else {
+            return Err(self.unexpected("IDENTIFY_SYSTEM gave no row"));
+        };
+        Ok(SystemIdentity {
+            system_identifier: self.field(row, 0)?,
+            timeline: self.field(row, 1)?,
+            lsn: self.field(row, 2)?,
+        })
+    }
+
+    /// Starts a base backup; returns once the server has made its checkpoint and begun.
+    ///
+    /// The WAL that the backup needs is not in the stream, and the server does not wait for it to
+    /// be archived: whoever calls this does.
+    ///
+    /// # Errors
+    ///
+    /// The connection broke or the server refused.
+    pub async fn base_backup(
+        mut self,
+        options: &BaseBackupOptions,
+    ) -> Result<BaseBackup, ReplicationError> {
+        let checkpoint = if options.fast_checkpoint { "fast" } else { "spread" };
+        let mut command = format!(
+            "BASE_BACKUP (LABEL '{}', PROGRESS, CHECKPOINT '{checkpoint}', WAIT false, \
+             MANIFEST 'yes', MANIFEST_CHECKSUMS 'CRC32C'",
+            options.label.replace('\'', "''")
+        );
+        let rate = options.rate_kilobytes_max.map(|rate| format!(", MAX_RATE {rate}"));
+        command.push_str(rate.as_deref().unwrap_or_default());
+        command.push(')');
+        self.query(&command).await?;
+
+        let started = self.rows().await?;
+        let [start] = started.as_slice() else {
+            return Err(self.unexpected("BASE_BACKUP gave no start position"));
+        };
+        let (start_lsn, timeline) = (self.field(start, 0)?, self.field(start, 1)?);
+        let mut tablespaces = Vec::new();
+        for row in self.rows().await? {
+            let kilobytes: u64 = self.optional(&row, 2)?.unwrap_or(0);
+            tablespaces.push(Tablespace {
+                oid: self.optional(&row, 0)?,
+                location: self.optional(&row, 1)?,
+                bytes: kilobytes << 10,
+            });
+        }
+        match self.message().await? {
+            Message::CopyOutResponse(_) => {}
+            _ => return Err(self.unexpected("BASE_BACKUP did not begin to copy")),
+        }
+        Ok(BaseBackup { connection: self, start_lsn, timeline, tablespaces })
+    }
+
+    async fn query(&mut self, command: &str) -> Result<(), ReplicationError> {
+        let mut out = BytesMut::new();
+        frontend::query(command, &mut out).map_err(|e| self.broken(e))?;
+        self.send(&out).await
+    }
+
+    /// Reads one result set, its command tag included.
+    async fn rows(&mut self) -> Result<Vec<Vec<Option<String>>>, ReplicationError> {
+        let mut rows = Vec::new();
+        loop {
+            match self.message().await? {
+                Message::RowDescription(_) => {}
+                Message::DataRow(body) => rows.push(fields(&body).map_err(|e| self.broken(e))?),
+                Message::CommandComplete(_) => return Ok(rows),
+                _ => return Err(self.unexpected("a message that is no part of a result")),
+            }
+        }
+    }
+
+    async fn ready(&mut self) -> Result<(), ReplicationError> {
+        loop {
+            if let Message::ReadyForQuery(_) = self.message().await? {
+                return Ok(());
+            }
+        }
+    }
+
+    fn field<T: std::str::FromStr>(
+        &self,
+        row: &[Option<String>],
+        index: usize,
+    ) -> Result<T, ReplicationError> {
+        self.optional(row, index)?.ok_or_else(|| self.unexpected("a value is missing"))
+    }
+
+    fn optional<T: std::str::FromStr>(
+        &self,
+        row: &[Option<String>],
+        index: usize,
+    ) -> Result<Option<T>, ReplicationError> {
+        let Some(text) = row.get(index).and_then(Option::as_deref) else { return Ok(None) };
+        text.parse().map(Some).map_err(|_| self.unexpected(text))
+    }
+
+    async fn send(&mut self, out: &[u8]) -> Result<(), ReplicationError> {
+        let sent = async {
+            self.stream.write_all(out).await?;
+            self.stream.flush().await
+        };
+        match timeout(self.stall_limit, sent).await {
+            Ok(sent) => sent.map_err(|e| self.broken(e)),
+            Err(_) => Err(self.stalled()),
+        }
+    }
+
+    /// Returns the next message that is no notice; an error of the server is an error here.
+    async fn message(&mut self) -> Result<Message, ReplicationError> {
+        loop {
+            match Message::parse(&mut self.buffer).map_err(|e| self.broken(e))? {
+                Some(Message::NoticeResponse(body)) => {
+                    let warning = ServerMessage::new(body.fields()).map_err(|e| self.broken(e))?;
+                    if warning.severity == "WARNING" {
+                        self.warning_count += 1;
+                        if self.warnings.len() < WARNINGS_MAX {
+                            self.warnings.push(warning);
+                        }
+                    }
+                }
+                Some(Message::ErrorResponse(body)) => {
+                    let message = ServerMessage::new(body.fields()).map_err(|e| self.broken(e))?;
+                    let message = Box::new(message);
+                    return Err(ReplicationError::Server { node: self.node.clone(), message });
+                }
+                Some(message) => return Ok(message),
+                None => self.fill().await?,
+            }
+        }
+    }
+
+    async fn fill(&mut self) -> Result<(), ReplicationError> {
+        self.buffer.reserve(READ_BYTES);
+        match timeout(self.stall_limit, self.stream.read_buf(&mut self.buffer)).await {
+            Ok(Ok(0)) => Err(self.broken(io::ErrorKind::UnexpectedEof.into())),
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(self.broken(error)),
+            Err(_) => Err(self.stalled()),
+        }
+    }
+
+    fn broken(&self, source: io::Error) -> ReplicationError {
+        ReplicationError::Broken { node: self.node.clone(), source }
+    }
+
+    fn stalled(&self) -> ReplicationError {
+        ReplicationError::Stalled { node: self.node.clone(), limit: self.stall_limit }
+    }
+
+    fn unexpected(&self, what: &str) -> ReplicationError {
+        ReplicationError::Protocol { node: self.node.clone(), what: what.to_owned() }
+    }
+
+    fn unsupported(&self, asked: &'static str) -> ReplicationError {
+        ReplicationError::Authentication { node: self.node.clone(), asked }
+    }
+}
+
+impl BaseBackup {
+    /// Returns what comes next; nothing may be asked after [`Event::End`].
+    ///
+    /// # Errors
+    ///
+    /// The connection broke, the server gave the backup up, or it broke the protocol.
+    pub async fn next(&mut self) -> Result<Event, ReplicationError> {
+        let connection = &mut self.connection;
+        loop {
+            let mut data = match connection.message().await? {
+                Message::CopyData(body) => body.into_bytes(),
+                Message::CopyDone => break,
+                _ => return Err(connection.unexpected("a message within the copy")),
+            };
+            if data.is_empty() {
+                return Err(connection.unexpected("an empty copy message"));
+            }
+            match data.get_u8() {
+                b'd' => return Ok(Event::Data(data)),
+                b'n' => {
+                    let name = data.split(|byte| *byte == 0).next().unwrap_or_default();
+                    let name = String::from_utf8_lossy(name).into_owned();
+                    return Ok(Event::Archive { name });
+                }
+                b'm' => return Ok(Event::Manifest),
+                // The server's own count; ours is of what arrived.
+                b'p' => {}
+                other => {
+                    return Err(connection.unexpected(&format!("copy message type {other}")));
+                }
+            }
+        }
+        let rows = connection.rows().await?;
+        let [end] = rows.as_slice() else {
+            return Err(connection.unexpected("BASE_BACKUP gave no end position"));
+        };
+        Ok(Event::End { end_lsn: connection.field(end, 0)?, timeline: connection.field(end, 1)? })
+    }
+
+    /// Waits for the server's last word after [`Event::End`].
+    ///
+    /// # Errors
+    ///
+    /// Anything but success or a report of wrong page checksums.
+    pub async fn finish(mut self) -> Result<Verdict, ReplicationError> {
+        let checksum_failure = match self.connection.ready().await {
+            Ok(()) => None,
+            Err(ReplicationError::Server { message, .. }) if message.code == DATA_CORRUPTED => {
+                Some(*message)
+            }
+            Err(error) => return Err(error),
+        };
+        Ok(Verdict {
+            checksum_failure,
+            warnings: self.connection.warnings,
+            warning_count: self.connection.warning_count,
+        })
+    }
+}
+
+fn fields(body: &DataRowBody) -> io::Result<Vec<Option<String>>> {
+    let mut ranges = body.ranges();
+    let mut fields = Vec::new();
+    while let Some(range) = ranges.next()? {
+        fields.push(range.map(|range| String::from_utf8_lossy(&body.buffer()[range]).into_owned()));
+    }
+    Ok(fields)
+}

@@ -1,0 +1,304 @@
+//! The repository: where each object lies, and how one is written and read as a whole.
+//!
+//! ```text
+//! v1/<cluster>/<group>/<system identifier>/
+//!     base/<backup id>/part-00000 …  manifest  files  commit
+//!     wal/<timeline>/<16 hex digits>/<segment>-<content hash>
+//!     history/<file name>-<content hash>
+//!     tombstone/<backup id>
+//! ```
+//!
+//! A name below the system identifier's folder is the object's name, which is part of its key.
+
+use bytes::Bytes;
+use shared::store::{ObjectInfo, ObjectStore, Put, StoreError};
+use thiserror::Error;
+
+use crate::config::{Config, StorageClass};
+use crate::container::{
+    ContainerError, HEADER_BYTES, Identity, Kind, Opener, TRAILER_BYTES, Unopened, open_whole,
+    seal_whole, tail_bytes,
+};
+use crate::keys::{KeyError, KeyRing};
+
+/// Plaintext bytes of a chunk of the small objects; base backups and WAL choose their own.
+const CHUNK_BYTES: u32 = 1 << 20;
+/// What is fetched of an object's end at first: the index of all but huge objects.
+const TAIL_BYTES: u64 = 64 << 10;
+
+/// Why an object could not be written or read.
+#[derive(Debug, Error)]
+pub enum RepositoryError {
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The object is not what it should be.
+    #[error(transparent)]
+    Container(#[from] ContainerError),
+    /// The name is taken by other content. Nothing was overwritten.
+    #[error("{key} exists already with other content; nothing was overwritten")]
+    Conflict {
+        /// The key.
+        key: String,
+    },
+    /// The object is authentic, but its content makes no sense to this release.
+    #[error("read {name}")]
+    Content {
+        /// The object.
+        name: String,
+        /// What is wrong.
+        source: serde_json::Error,
+    },
+}
+
+impl RepositoryError {
+    /// Tells whether the same may succeed if tried again soon.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Store(error) => error.is_transient(),
+            Self::Container(_) | Self::Conflict { .. } | Self::Content { .. } => false,
+        }
+    }
+}
+
+/// The repository as configured: a store and keys.
+#[derive(Clone, Debug)]
+pub struct Repository {
+    store: ObjectStore,
+    keys: KeyRing,
+    cluster: String,
+    class: StorageClass,
+}
+
+/// Why the repository cannot be opened.
+#[derive(Debug, Error)]
+pub enum OpenError {
+    /// The keys cannot be used.
+    #[error(transparent)]
+    Keys(#[from] KeyError),
+    /// The store cannot be used.
+    #[error("open the repository")]
+    Store(#[source] anyhow::Error),
+}
+
+impl Repository {
+    /// Reads the keys and credentials. The store itself is not asked yet.
+    ///
+    /// # Errors
+    ///
+    /// A key or credential that cannot be used.
+    pub async fn open(config: &Config) -> Result<Self, OpenError> {
+        let keys = KeyRing::read(&config.encryption)?;
+        let store = ObjectStore::open(&config.repository).await.map_err(OpenError::Store)?;
+        let (cluster, class) = (config.cluster.clone(), config.storage_class.clone());
+        Ok(Self { store, keys, cluster, class })
+    }
+
+    /// Where it is, for people.
+    pub fn location(&self) -> String {
+        self.store.location()
+    }
+
+    /// The keys to seal and open with.
+    pub fn keys(&self) -> &KeyRing {
+        &self.keys
+    }
+
+    /// The store.
+    pub fn store(&self) -> &ObjectStore {
+        &self.store
+    }
+
+    /// The folder of one system identifier of a group.
+    pub fn place(&self, group: u32, system_identifier: u64) -> Place {
+        let base = format!("{}{system_identifier}/", self.group_prefix(group));
+        Place { repository: self.clone(), group, system_identifier, base }
+    }
+
+    /// Every system identifier that the repository holds something of, for a group. More than
+    /// one means that the group was created anew at some time.
+    ///
+    /// # Errors
+    ///
+    /// The store could not be asked.
+    pub async fn places(&self, group: u32) -> Result<Vec<Place>, RepositoryError> {
+        let names = self.store.list_folders(&self.group_prefix(group)).await?;
+        let numbers = names.iter().filter_map(|name| name.parse().ok());
+        Ok(numbers.map(|system_identifier| self.place(group, system_identifier)).collect())
+    }
+
+    fn group_prefix(&self, group: u32) -> String {
+        format!("v1/{}/{group}/", self.cluster)
+    }
+}
+
+/// The folder of one system identifier: all that belongs to one database cluster.
+#[derive(Clone, Debug)]
+pub struct Place {
+    repository: Repository,
+    /// The Patroni or Citus group.
+    pub group: u32,
+    /// The PostgreSQL system identifier.
+    pub system_identifier: u64,
+    base: String,
+}
+
+impl Place {
+    /// The store's key of an object.
+    pub fn key(&self, name: &str) -> String {
+        format!("{}{name}", self.base)
+    }
+
+    /// What an object is called, as its key is derived from.
+    pub fn identity(&self, kind: Kind, name: &str) -> Identity {
+        Identity { system_identifier: self.system_identifier, kind, name: name.to_owned() }
+    }
+
+    /// The keys to seal and open with.
+    pub fn keys(&self) -> &KeyRing {
+        self.repository.keys()
+    }
+
+    /// The store.
+    pub fn store(&self) -> &ObjectStore {
+        self.repository.store()
+    }
+
+    /// The storage class that objects of a kind are given.
+    pub fn class(&self, kind: Kind) -> Option<&str> {
+        self.repository.class.of(kind)
+    }
+
+    /// Lists the objects whose names start with `prefix`; each with its name for a key.
+    ///
+    /// # Errors
+    ///
+    /// The store could not be asked.
+    pub async fn list(
+        &self,
+        prefix: &str,
+        after: Option<&str>,
+        limit: Option<usize>,
+    ) -> Result<Vec<ObjectInfo>, RepositoryError> {
+        let after = after.map(|after| self.key(after));
+        let listed = self.store().list(&self.key(prefix), after.as_deref(), limit).await?;
+        let named = listed.into_iter().map(|info| {
+            let name = info.key.strip_prefix(&self.base).unwrap_or(&info.key).to_owned();
+            ObjectInfo { key: name, ..info }
+        });
+        Ok(named.collect())
+    }
+
+    /// Seals and stores a small object; returns its salt.
+    ///
+    /// # Errors
+    ///
+    /// [`RepositoryError::Conflict`] when the name is taken; or the store failed.
+    pub async fn put(
+        &self,
+        kind: Kind,
+        name: &str,
+        plain: &[u8],
+        level: i32,
+    ) -> Result<[u8; 32], RepositoryError> {
+        let identity = self.identity(kind, name);
+        let (object, salt) = seal_whole(self.keys(), &identity, CHUNK_BYTES, level, plain)?;
+        self.put_sealed(kind, name, object).await?;
+        Ok(salt)
+    }
+
+    /// Stores an object that is sealed already.
+    ///
+    /// # Errors
+    ///
+    /// As [`Place::put`].
+    pub async fn put_sealed(
+        &self,
+        kind: Kind,
+        name: &str,
+        object: Bytes,
+    ) -> Result<(), RepositoryError> {
+        let key = self.key(name);
+        match self.store().put(&key, object, self.class(kind)).await? {
+            Put::Created => Ok(()),
+            Put::Exists => Err(RepositoryError::Conflict { key }),
+        }
+    }
+
+    /// Fetches and opens a whole object; returns its content and its salt.
+    ///
+    /// # Errors
+    ///
+    /// The store failed, or the object is not what it should be.
+    pub async fn get(
+        &self,
+        kind: Kind,
+        name: &str,
+    ) -> Result<(Vec<u8>, [u8; 32]), RepositoryError> {
+        let object = self.store().get(&self.key(name)).await?;
+        Ok(open_whole(self.keys(), &self.identity(kind, name), &object)?)
+    }
+
+    /// Opens an object for reading in pieces. `object_bytes` is its length if that is known.
+    ///
+    /// # Errors
+    ///
+    /// The store failed, or the object's header or end is not what it should be.
+    pub async fn open(
+        &self,
+        kind: Kind,
+        name: &str,
+        object_bytes: Option<u64>,
+    ) -> Result<ObjectReader, RepositoryError> {
+        let key = self.key(name);
+        let found = self.store().head(&key).await?.ok_or_else(|| StoreError {
+            operation: "get",
+            key: key.clone(),
+            kind: shared::store::StoreErrorKind::NotFound,
+            source: "there is no such object".into(),
+        })?;
+        let short = |reason: String| ContainerError::Truncated { name: name.to_owned(), reason };
+        if let Some(expected) = object_bytes
+            && expected != found.bytes
+        {
+            let reason = format!("expected {expected} bytes, found {}", found.bytes);
+            return Err(short(reason).into());
+        }
+        if found.bytes < (HEADER_BYTES + TRAILER_BYTES) as u64 {
+            return Err(short(format!("only {} bytes long", found.bytes)).into());
+        }
+        let header = self.store().get_range(&key, 0..HEADER_BYTES as u64).await?;
+        let unopened = Unopened::new(self.keys(), &self.identity(kind, name), &header)?;
+        let mut start = found.bytes.saturating_sub(TAIL_BYTES);
+        let mut tail = self.store().get_range(&key, start..found.bytes).await?;
+        if let Some(needed) = tail_bytes(&tail)
+            && needed > tail.len() as u64
+            && needed <= found.bytes
+        {
+            start = found.bytes - needed;
+            tail = self.store().get_range(&key, start..found.bytes).await?;
+        }
+        let opener = unopened.open_index(&tail, found.bytes)?;
+        Ok(ObjectReader { place: self.clone(), key, opener: opener.into() })
+    }
+}
+
+/// An object whose header and index are checked, read in pieces.
+#[derive(Clone, Debug)]
+pub struct ObjectReader {
+    place: Place,
+    key: String,
+    /// Opens its chunks.
+    pub opener: std::sync::Arc<Opener>,
+}
+
+impl ObjectReader {
+    /// Fetches the sealed chunks `first` up to but not including `end`.
+    ///
+    /// # Errors
+    ///
+    /// The store failed.
+    pub async fn fetch(&self, first: u32, end: u32) -> Result<Bytes, RepositoryError> {
+        Ok(self.place.store().get_range(&self.key, self.opener.range(first, end)).await?)
+    }
+}

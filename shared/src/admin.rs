@@ -1,0 +1,300 @@
+//! The admin server: `/livez`, `/readyz`, `/metrics`, `/status`.
+//!
+//! It must answer while the agent is busy and cannot be tied up by a slow client: each
+//! connection serves one request, within [`CONNECTION_LIMIT`] from its first byte to its last,
+//! and at most [`CONNECTIONS_MAX`] are served at a time; the others wait in the kernel's queue.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::Router;
+use axum::http::header::{CONNECTION, CONTENT_TYPE};
+use axum::http::{HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Json, Response};
+use axum::routing::get;
+use axum::serve::Listener;
+use prometheus_client::registry::Registry;
+use serde_json::Value;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Sleep, sleep};
+use tokio_util::sync::CancellationToken;
+
+use crate::metrics;
+
+/// Longest life of a connection. Answers are small and made from memory, so this is for the
+/// network alone; it is above Prometheus' default scrape timeout of 10 s.
+pub const CONNECTION_LIMIT: Duration = Duration::from_secs(15);
+
+/// Most connections served at a time: a few scrapers, the container's health check and a person.
+pub const CONNECTIONS_MAX: usize = 32;
+
+/// A bound admin server, not yet serving.
+pub struct Admin {
+    listener: TcpListener,
+    router: Router,
+}
+
+impl Admin {
+    /// Listens on `address`. Connections wait until [`Admin::serve`].
+    ///
+    /// `not_ready` returns the reasons why the agent cannot do its work now; none means ready.
+    /// `status` returns what `/status` shows. Both are called for each request and must return
+    /// at once: they read what the agent's loop has published and ask nobody.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the address cannot be bound.
+    pub async fn bind(
+        address: SocketAddr,
+        registry: Registry,
+        not_ready: impl Fn() -> Vec<String> + Send + Sync + 'static,
+        status: impl Fn() -> Value + Send + Sync + 'static,
+    ) -> io::Result<Self> {
+        let listener = TcpListener::bind(address).await?;
+        let registry = Arc::new(registry);
+        let not_ready = Arc::new(not_ready);
+        let status = Arc::new(status);
+        let router = Router::new()
+            .route("/livez", get(async || "ok\n"))
+            .route("/readyz", get(async move || readyz(&not_ready())))
+            .route("/metrics", get(async move || exposition(&registry)))
+            .route("/status", get(async move || Json(status())))
+            .layer(axum::middleware::map_response(close_after));
+        Ok(Self { listener, router })
+    }
+
+    /// The address bound, with the port the system chose if 0 was asked for.
+    ///
+    /// # Errors
+    ///
+    /// Fails when the operating system does not tell.
+    pub fn local_address(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Serves until `shutdown`, then finishes the requests under way.
+    ///
+    /// # Errors
+    ///
+    /// Never at present: a connection that cannot be accepted is tried again.
+    pub async fn serve(self, shutdown: CancellationToken) -> anyhow::Result<()> {
+        let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        axum::serve(Bounded { listener: self.listener, slots }, self.router)
+            .with_graceful_shutdown(shutdown.cancelled_owned())
+            .await?;
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Admin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Admin").field("listener", &self.listener).finish_non_exhaustive()
+    }
+}
+
+fn readyz(reasons: &[String]) -> Response {
+    if reasons.is_empty() {
+        return "ready\n".into_response();
+    }
+    let text = reasons.join("\n") + "\n";
+    (StatusCode::SERVICE_UNAVAILABLE, text).into_response()
+}
+
+fn exposition(registry: &Registry) -> Response {
+    match metrics::encode(registry) {
+        Ok(text) => ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
+        Err(fmt::Error) => {
+            (StatusCode::INTERNAL_SERVER_ERROR, "a collector cannot be encoded\n").into_response()
+        }
+    }
+}
+
+/// Ends the connection after this response, so that an idle client holds no slot.
+async fn close_after(mut response: Response) -> Response {
+    response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    response
+}
+
+/// Accepts a connection only when a slot is free.
+struct Bounded {
+    listener: TcpListener,
+    slots: Arc<Semaphore>,
+}
+
+impl Listener for Bounded {
+    type Io = BoundedStream;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (BoundedStream, SocketAddr) {
+        // The semaphore is never closed; without a slot the connection would be unbounded.
+        let Ok(slot) = Arc::clone(&self.slots).acquire_owned().await else {
+            return std::future::pending().await;
+        };
+        // axum's own `accept` tries again after an error, for example too many open files.
+        let (stream, address) = Listener::accept(&mut self.listener).await;
+        let limit = Box::pin(sleep(CONNECTION_LIMIT));
+        (BoundedStream { stream, limit, _slot: slot }, address)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+}
+
+/// A connection that fails once its time is up, and gives its slot back when it is dropped.
+struct BoundedStream {
+    stream: TcpStream,
+    limit: Pin<Box<Sleep>>,
+    _slot: OwnedSemaphorePermit,
+}
+
+impl BoundedStream {
+    fn check_limit(&mut self, context: &mut Context<'_>) -> io::Result<()> {
+        if self.limit.as_mut().poll(context).is_ready() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        Ok(())
+    }
+}
+
+impl AsyncRead for BoundedStream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.check_limit(context)?;
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for BoundedStream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.check_limit(context)?;
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.check_limit(context)?;
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.check_limit(context)?;
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use serde_json::json;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+    use crate::tasks::Tasks;
+
+    struct Server {
+        address: SocketAddr,
+        reasons: Arc<Mutex<Vec<String>>>,
+        _tasks: Tasks,
+    }
+
+    async fn server() -> Server {
+        let reasons = Arc::new(Mutex::new(Vec::new()));
+        let mut registry = metrics::registry();
+        metrics::build_info(&mut registry, "agent", "1.0");
+        let not_ready = {
+            let reasons = Arc::clone(&reasons);
+            move || reasons.lock().unwrap().clone()
+        };
+        let any_port = "127.0.0.1:0".parse().unwrap();
+        let admin =
+            Admin::bind(any_port, registry, not_ready, || json!({"turns": 3})).await.unwrap();
+        let address = admin.local_address().unwrap();
+        let mut tasks = Tasks::default();
+        tasks.spawn("admin", |shutdown| admin.serve(shutdown));
+        Server { address, reasons, _tasks: tasks }
+    }
+
+    /// The status line, the headers and the body of the answer to GET `path`.
+    async fn get(address: SocketAddr, path: &str) -> (String, String) {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nHost: agent\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.to_owned(), body.to_owned())
+    }
+
+    #[tokio::test]
+    async fn each_path_answers_and_closes() {
+        let server = server().await;
+        for (path, status, content_type, body) in [
+            ("/livez", "200 OK", "text/plain; charset=utf-8", "ok\n"),
+            ("/readyz", "200 OK", "text/plain; charset=utf-8", "ready\n"),
+            ("/status", "200 OK", "application/json", "{\"turns\":3}"),
+            (
+                "/metrics",
+                "200 OK",
+                "application/openmetrics-text; version=1.0.0; charset=utf-8",
+                "# HELP pgmesh_build_info Which agent runs here, and its version.\n\
+                 # TYPE pgmesh_build_info gauge\n\
+                 pgmesh_build_info{service=\"agent\",version=\"1.0\"} 1\n\
+                 # EOF\n",
+            ),
+        ] {
+            let (head, answered) = get(server.address, path).await;
+            assert!(head.starts_with(&format!("HTTP/1.1 {status}\r\n")), "{path}: {head}");
+            assert!(head.contains(&format!("content-type: {content_type}")), "{path}: {head}");
+            assert_eq!(answered, body, "{path}");
+        }
+        let (head, _) = get(server.address, "/secrets").await;
+        assert!(head.starts_with("HTTP/1.1 404"), "{head}");
+    }
+
+    #[tokio::test]
+    async fn an_agent_that_is_not_ready_says_why_and_stays_alive() {
+        let server = server().await;
+        *server.reasons.lock().unwrap() = vec!["no primary".to_owned(), "no bucket".to_owned()];
+        let (head, body) = get(server.address, "/readyz").await;
+        assert!(head.starts_with("HTTP/1.1 503"), "{head}");
+        assert_eq!(body, "no primary\nno bucket\n");
+        assert!(get(server.address, "/livez").await.0.starts_with("HTTP/1.1 200"));
+    }
+
+    /// Without a limit, silent clients would take every slot for good.
+    #[tokio::test(start_paused = true)]
+    async fn silent_clients_lose_their_slots() {
+        let server = server().await;
+        let mut silent = Vec::new();
+        for _ in 0..CONNECTIONS_MAX {
+            silent.push(TcpStream::connect(server.address).await.unwrap());
+        }
+        let (head, _) = get(server.address, "/livez").await;
+        assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+    }
+
+    #[tokio::test]
+    async fn shutdown_ends_the_server() {
+        let any_port = "127.0.0.1:0".parse().unwrap();
+        let admin =
+            Admin::bind(any_port, metrics::registry(), Vec::new, || Value::Null).await.unwrap();
+        let shutdown = CancellationToken::new();
+        shutdown.cancel();
+        admin.serve(shutdown).await.unwrap();
+    }
+}

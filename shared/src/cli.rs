@@ -1,0 +1,103 @@
+//! The options every agent has, and how its outcome becomes an exit code.
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use thiserror::Error;
+use tracing::error;
+
+use crate::telemetry::{Format, chain};
+
+/// Exit code of an operation that failed.
+pub const FAILED: u8 = 1;
+/// Exit code of a command line that makes no sense; clap uses the same.
+pub const WRONG_USE: u8 = 2;
+
+/// The options every agent has. Flatten it into the agent's own arguments.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// The configuration file [default: /etc/pgmesh/AGENT.toml]
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// How log lines are written [default: text on a terminal, json otherwise]
+    #[arg(long, global = true, value_name = "FORMAT")]
+    pub log_format: Option<Format>,
+}
+
+impl Args {
+    /// The configuration file of `agent`: as given, or `/etc/pgmesh/AGENT.toml`.
+    pub fn config_file(&self, agent: &str) -> PathBuf {
+        let default = || PathBuf::from(format!("/etc/pgmesh/{agent}.toml"));
+        self.config.clone().unwrap_or_else(default)
+    }
+}
+
+/// Options that contradict each other or make no sense: what clap cannot see by itself.
+#[derive(Debug, Error)]
+#[error("{0}")]
+pub struct WrongUse(pub String);
+
+/// Logs how a command failed, if it did, and returns the agent's exit code: 0 done, 1 failed,
+/// 2 wrong use.
+pub fn exit(outcome: anyhow::Result<()>) -> ExitCode {
+    let Err(error) = outcome else { return ExitCode::SUCCESS };
+    error!(error = %chain(error.as_ref()), "command failed");
+    ExitCode::from(exit_code(&error))
+}
+
+/// The exit code for `error`: 2 if it is, or was caused by, [`WrongUse`], otherwise 1.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    if error.chain().any(<dyn Error>::is::<WrongUse>) { WRONG_USE } else { FAILED }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::{Context, anyhow};
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Agent {
+        #[command(flatten)]
+        shared: Args,
+        #[command(subcommand)]
+        command: Option<Command>,
+    }
+
+    #[derive(Debug, clap::Subcommand)]
+    enum Command {
+        Run,
+    }
+
+    #[test]
+    fn the_options_stand_before_or_after_the_command() {
+        for line in [
+            ["agent", "--config", "a.toml", "--log-format", "json", "run"],
+            ["agent", "run", "--config", "a.toml", "--log-format", "json"],
+        ] {
+            let agent = Agent::try_parse_from(line).unwrap();
+            assert!(matches!(agent.command, Some(Command::Run)));
+            assert_eq!(agent.shared.config_file("agent"), PathBuf::from("a.toml"));
+            assert_eq!(agent.shared.log_format, Some(Format::Json));
+        }
+    }
+
+    #[test]
+    fn the_configuration_file_is_named_after_the_agent() {
+        let agent = Agent::try_parse_from(["agent"]).unwrap();
+        let file = agent.shared.config_file("backup-agent");
+        assert_eq!(file, PathBuf::from("/etc/pgmesh/backup-agent.toml"));
+        assert_eq!(agent.shared.log_format, None);
+    }
+
+    #[test]
+    fn wrong_use_is_told_apart_from_failure() {
+        let wrong = anyhow::Error::new(WrongUse("--to is missing".to_owned())).context("restore");
+        assert_eq!(exit_code(&wrong), WRONG_USE);
+        assert_eq!(exit_code(&anyhow!("disk full").context("restore")), FAILED);
+        let absent = std::fs::read("/nonexistent").context("read it").unwrap_err();
+        assert_eq!(exit_code(&absent), FAILED);
+    }
+}

@@ -1,0 +1,37 @@
+//! What every agent of postgres-mesh needs.
+//!
+//! The modules in the order an agent meets them, from its command line to its work:
+//!
+//! | Module | What for |
+//! |---|---|
+//! | [`cli`] | the options every agent has, and its exit code |
+//! | [`telemetry`] | logs; [`telemetry::chain`], the one way to print an error |
+//! | [`shutdown`] | SIGTERM and SIGINT as a future |
+//! | [`config`] | read, parse, check; every problem at once |
+//! | [`secret`] | [`secret::Secret`]: from a file, never printed |
+//! | [`metrics`] | the registry and its prefix; `build_info` |
+//! | [`admin`] | `/livez`, `/readyz`, `/metrics`, `/status` |
+//! | [`tasks`] | supervised tasks |
+//! | [`schedule`] | crontab lines, in UTC or a time zone |
+//! | [`backoff`] | bounded, jittered retry |
+//! | [`tls`] | the one rustls client configuration |
+//! | [`pg`] | connections to PostgreSQL; WAL file names, timelines and page headers |
+//! | [`topology`] | which nodes exist, and what they say they are |
+//! | [`store`] | object storage |
+//!
+//! Nothing here knows which agent uses it.
+
+pub mod admin;
+pub mod backoff;
+pub mod cli;
+pub mod config;
+pub mod metrics;
+pub mod pg;
+pub mod schedule;
+pub mod secret;
+pub mod shutdown;
+pub mod store;
+pub mod tasks;
+pub mod telemetry;
+pub mod tls;
+pub mod topology;

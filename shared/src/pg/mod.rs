@@ -1,0 +1,10 @@
+//! PostgreSQL: how to reach a server, and the names and headers of its WAL files.
+
+pub mod connect;
+pub mod error;
+pub mod settings;
+pub mod wal;
+
+pub use connect::{Connection, connect};
+pub use error::{ConnectError, QueryError};
+pub use settings::{Node, PostgresConfig, Settings, SettingsError, Tls};

@@ -1,0 +1,559 @@
+//! An S3 bucket as a store: the only file that knows the AWS SDK.
+
+use std::error::Error;
+use std::fs;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use aws_config::default_provider::credentials::DefaultCredentialsChain;
+use aws_credential_types::Credentials;
+use aws_sdk_s3::Client;
+use aws_sdk_s3::config::retry::RetryConfig;
+use aws_sdk_s3::config::timeout::TimeoutConfig;
+use aws_sdk_s3::config::{BehaviorVersion, Region, StalledStreamProtectionConfig};
+use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_s3::operation::get_object::GetObjectOutput;
+use aws_sdk_s3::primitives::{ByteStream, DateTime as S3DateTime};
+use aws_sdk_s3::types::{
+    ChecksumAlgorithm, CompletedMultipartUpload, CompletedPart, ServerSideEncryption, StorageClass,
+};
+use aws_smithy_http_client::Builder;
+use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
+use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore};
+use bytes::{Bytes, BytesMut};
+use chrono::{DateTime, Utc};
+use serde::Deserialize;
+
+use super::{ObjectInfo, Put, StoreError, StoreErrorKind, Unfinished, UploadedPart};
+use crate::config::Problems;
+use crate::secret::Secret;
+
+/// Time for the TCP and TLS handshakes of one connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time without any progress after which a body counts as stalled.
+const STALL_GRACE: Duration = Duration::from_secs(20);
+/// Longest pause between two attempts of one request.
+const BACKOFF_MAX: Duration = Duration::from_secs(20);
+/// The most keys one `ListObjectsV2` answer holds (S3 limit).
+const LIST_PAGE: i32 = 1000;
+
+/// A bucket.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct S3Config {
+    /// The bucket's name; it must exist.
+    pub bucket: String,
+    /// The region; servers that have none take any word.
+    #[serde(default = "default_region")]
+    pub region: String,
+    /// `http(s)://host[:port]` of an S3 server other than AWS.
+    pub endpoint: Option<String>,
+    /// Ask for `endpoint/bucket/key` instead of `bucket.endpoint/key`; most servers other than
+    /// AWS need it.
+    #[serde(default)]
+    pub path_style: bool,
+    /// A PEM file with the certificate authority of the endpoint; system roots otherwise.
+    pub ca_file: Option<PathBuf>,
+    /// The file with the access key id. Without it: `AWS_…` environment variables, profile, web
+    /// identity or the instance's role, in the order the AWS SDK has.
+    pub access_key_id_file: Option<PathBuf>,
+    /// The file with the secret access key.
+    pub secret_access_key_file: Option<PathBuf>,
+    /// Server-side encryption asked for on every object: `AES256`, `aws:kms` or `aws:kms:dsse`.
+    pub server_side_encryption: Option<String>,
+    /// The KMS key for `aws:kms`; the account's default key otherwise.
+    pub kms_key_id: Option<String>,
+    /// How often one request is tried, the first attempt included.
+    #[serde(default = "default_attempts")]
+    pub attempts: u32,
+    /// Time for one attempt of one request, body included.
+    #[serde(default = "default_attempt_timeout", with = "humantime_serde")]
+    pub attempt_timeout: Duration,
+}
+
+fn default_region() -> String {
+    "us-east-1".to_owned()
+}
+
+fn default_attempts() -> u32 {
+    8
+}
+
+fn default_attempt_timeout() -> Duration {
+    Duration::from_mins(2)
+}
+
+impl S3Config {
+    pub(super) fn check(&self, problems: &mut Problems) {
+        if self.bucket.is_empty() {
+            problems.add("repository.s3.bucket", "must not be empty");
+        }
+        if let Some(endpoint) = &self.endpoint
+            && !endpoint.starts_with("http://")
+            && !endpoint.starts_with("https://")
+        {
+            problems.add("repository.s3.endpoint", "must begin with http:// or https://");
+        }
+        if self.access_key_id_file.is_some() != self.secret_access_key_file.is_some() {
+            problems.add(
+                "repository.s3.access_key_id_file",
+                "needs secret_access_key_file beside it, and the other way round",
+            );
+        }
+        if self.kms_key_id.is_some() && self.server_side_encryption.is_none() {
+            problems.add("repository.s3.kms_key_id", "needs server_side_encryption = \"aws:kms\"");
+        }
+        if let Some(sse) = &self.server_side_encryption
+            && !["AES256", "aws:kms", "aws:kms:dsse"].contains(&sse.as_str())
+        {
+            problems.add(
+                "repository.s3.server_side_encryption",
+                "must be AES256, aws:kms or aws:kms:dsse",
+            );
+        }
+        if self.attempts == 0 {
+            problems.add("repository.s3.attempts", "must be at least 1");
+        }
+        if self.attempt_timeout.is_zero() {
+            problems.add("repository.s3.attempt_timeout", "must be longer than 0s");
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct S3 {
+    client: Client,
+    bucket: String,
+    /// Empty, or ends with a slash.
+    prefix: String,
+    encryption: Option<ServerSideEncryption>,
+    kms_key_id: Option<String>,
+}
+
+impl S3 {
+    pub(super) async fn open(config: &S3Config, prefix: &str) -> anyhow::Result<Self> {
+        let timeouts = TimeoutConfig::builder()
+            .connect_timeout(CONNECT_TIMEOUT)
+            .operation_attempt_timeout(config.attempt_timeout)
+            .build();
+        let mut builder = aws_sdk_s3::Config::builder()
+            .behavior_version(BehaviorVersion::latest())
+            .region(Region::new(config.region.clone()))
+            .force_path_style(config.path_style)
+            .timeout_config(timeouts)
+            .retry_config(
+                RetryConfig::standard()
+                    .with_max_attempts(config.attempts)
+                    .with_max_backoff(BACKOFF_MAX),
+            )
+            .stalled_stream_protection(
+                StalledStreamProtectionConfig::enabled().grace_period(STALL_GRACE).build(),
+            );
+        if let Some(endpoint) = &config.endpoint {
+            builder = builder.endpoint_url(endpoint);
+        }
+        if let Some(path) = &config.ca_file {
+            let pem = fs::read(path)
+                .with_context(|| format!("read repository.s3.ca_file {}", path.display()))?;
+            let trust = TrustStore::empty().with_pem_certificate(pem);
+            let context = TlsContext::builder()
+                .with_trust_store(trust)
+                .build()
+                .with_context(|| format!("use repository.s3.ca_file {}", path.display()))?;
+            let client = Builder::new()
+                .tls_provider(Provider::Rustls(CryptoMode::AwsLc))
+                .tls_context(context)
+                .build_https();
+            builder = builder.http_client(client);
+        }
+        builder = if let (Some(id), Some(secret)) =
+            (&config.access_key_id_file, &config.secret_access_key_file)
+        {
+            let id = Secret::read(id).context("repository.s3.access_key_id_file")?;
+            let secret = Secret::read(secret).context("repository.s3.secret_access_key_file")?;
+            let (id, secret) = (id.expose(), secret.expose());
+            builder.credentials_provider(Credentials::new(id, secret, None, None, "secret files"))
+        } else {
+            let region = Region::new(config.region.clone());
+            let chain = DefaultCredentialsChain::builder().region(region).build().await;
+            builder.credentials_provider(chain)
+        };
+        Ok(Self {
+            client: Client::from_conf(builder.build()),
+            bucket: config.bucket.clone(),
+            prefix: if prefix.is_empty() { String::new() } else { format!("{prefix}/") },
+            encryption: config.server_side_encryption.as_deref().map(ServerSideEncryption::from),
+            kms_key_id: config.kms_key_id.clone(),
+        })
+    }
+
+    pub(super) fn location(&self) -> String {
+        format!("s3://{}/{}", self.bucket, self.prefix.trim_end_matches('/'))
+    }
+
+    fn full(&self, key: &str) -> String {
+        format!("{}{key}", self.prefix)
+    }
+
+    fn own(&self, full: &str) -> String {
+        full.strip_prefix(&self.prefix).unwrap_or(full).to_owned()
+    }
+
+    pub(super) async fn put(
+        &self,
+        key: &str,
+        body: Bytes,
+        class: Option<&str>,
+    ) -> Result<Put, StoreError> {
+        let expected = body.len() as u64;
+        let put = self
+            .client
+            .put_object()
+            .bucket(&self.bucket)
+            .key(self.full(key))
+            .if_none_match("*")
+            .checksum_algorithm(ChecksumAlgorithm::Crc32)
+            .set_storage_class(class.map(StorageClass::from))
+            .set_server_side_encryption(self.encryption.clone())
+            .set_ssekms_key_id(self.kms_key_id.clone())
+            .body(ByteStream::from(body))
+            .send()
+            .await;
+        match put {
+            Ok(_) => {}
+            Err(error) if status(&error) == Some(412) => return Ok(Put::Exists),
+            Err(error) => return Err(failed("put", key, error)),
+        }
+        // A server that answers 200 and keeps something else is found out now and not at restore.
+        match self.head(key).await?.map(|info| info.bytes) {
+            Some(bytes) if bytes == expected => Ok(Put::Created),
+            found => Err(StoreError {
+                operation: "put",
+                key: key.to_owned(),
+                kind: StoreErrorKind::Corrupt,
+                source: format!("sent {expected} bytes, the store has {found:?}").into(),
+            }),
+        }
+    }
+
+    pub(super) async fn get(
+        &self,
+        key: &str,
+        range: Option<Range<u64>>,
+    ) -> Result<Bytes, StoreError> {
+        let range = range.map(|range| format!("bytes={}-{}", range.start, range.end - 1));
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            let got = self
+                .client
+                .get_object()
+                .bucket(&self.bucket)
+                .key(self.full(key))
+                .set_range(range.clone())
+                .send()
+                .await;
+            let error = match got {
+                Ok(output) => match read_body(key, output).await {
+                    Ok(body) => return Ok(body),
+                    Err(error) => error,
+                },
+                Err(error) if status(&error) == Some(416) => {
+                    return Err(StoreError {
+                        operation: "get",
+                        key: key.to_owned(),
+                        kind: StoreErrorKind::Corrupt,
+                        source: "the object ends before the range asked for".into(),
+                    });
+                }
+                Err(error) => return Err(failed("get", key, error)),
+            };
+            // The SDK retries a request, but not a body that broke off on its way.
+            if attempt == GET_BODY_ATTEMPTS {
+                return Err(error);
+            }
+            tracing::debug!(key, attempt, error = %crate::telemetry::chain(&error), "get retried");
+            tokio::time::sleep(Duration::from_millis(200) * 2u32.pow(attempt)).await;
+        }
+    }
+
+    pub(super) async fn head(&self, key: &str) -> Result<Option<ObjectInfo>, StoreError> {
+        let head = self.client.head_object().bucket(&self.bucket).key(self.full(key)).send().await;
+        match head {
+            Ok(output) => Ok(Some(ObjectInfo {
+                key: key.to_owned(),
+                bytes: bytes_of(output.content_length()),
+                modified_at: moment(output.last_modified()).unwrap_or_default(),
+            })),
+            Err(error) if status(&error) == Some(404) => Ok(None),
+            Err(error) => Err(failed("head", key, error)),
+        }
+    }
+
+    pub(super) async fn list(
+        &self,
+        prefix: &str,
+        after: Option<&str>,
+        limit: Option<usize>,
+    ) -> Result<Vec<ObjectInfo>, StoreError> {
+        let limit = limit.unwrap_or(usize::MAX);
+        let page = limit.min(LIST_PAGE as usize);
+        let mut pages = self
+            .client
+            .list_objects_v2()
+            .bucket(&self.bucket)
+            .prefix(self.full(prefix))
+            .set_start_after(after.map(|after| self.full(after)))
+            .max_keys(i32::try_from(page).unwrap_or(LIST_PAGE))
+            .into_paginator()
+            .send();
+        let mut found = Vec::new();
+        while let Some(page) = pages.next().await {
+            for object in page.map_err(|error| failed("list", prefix, error))?.contents() {
+                found.push(ObjectInfo {
+                    key: self.own(object.key().unwrap_or_default()),
+                    bytes: bytes_of(object.size()),
+                    modified_at: moment(object.last_modified()).unwrap_or_default(),
+                });
+            }
+            if found.len() >= limit {
+                break;
+            }
+        }
+        found.truncate(limit);
+        Ok(found)
+    }
+
+    pub(super) async fn list_folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        let full = self.full(prefix);
+        let mut pages = self
+            .client
+            .list_objects_v2()
+            .bucket(&self.bucket)
+            .prefix(&full)
+            .delimiter("/")
+            .into_paginator()
+            .send();
+        let mut names = Vec::new();
+        while let Some(page) = pages.next().await {
+            for folder in page.map_err(|error| failed("list", prefix, error))?.common_prefixes() {
+                let name = folder.prefix().unwrap_or_default();
+                let name = name.strip_prefix(&full).unwrap_or(name);
+                names.push(name.trim_end_matches('/').to_owned());
+            }
+        }
+        Ok(names)
+    }
+
+    pub(super) async fn delete(&self, key: &str) -> Result<(), StoreError> {
+        let done =
+            self.client.delete_object().bucket(&self.bucket).key(self.full(key)).send().await;
+        match done {
+            Err(error) if status(&error) != Some(404) => Err(failed("delete", key, error)),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) async fn begin(&self, key: &str, class: Option<&str>) -> Result<String, StoreError> {
+        let output = self
+            .client
+            .create_multipart_upload()
+            .bucket(&self.bucket)
+            .key(self.full(key))
+            .checksum_algorithm(ChecksumAlgorithm::Crc32)
+            .set_storage_class(class.map(StorageClass::from))
+            .set_server_side_encryption(self.encryption.clone())
+            .set_ssekms_key_id(self.kms_key_id.clone())
+            .send()
+            .await
+            .map_err(|error| failed("begin upload of", key, error))?;
+        output.upload_id().map(str::to_owned).ok_or_else(|| StoreError {
+            operation: "begin upload of",
+            key: key.to_owned(),
+            kind: StoreErrorKind::Refused,
+            source: "the store named no upload id".into(),
+        })
+    }
+
+    pub(super) async fn part(
+        &self,
+        key: &str,
+        upload_id: &str,
+        number: u32,
+        body: Bytes,
+    ) -> Result<UploadedPart, StoreError> {
+        let bytes = body.len() as u64;
+        let output = self
+            .client
+            .upload_part()
+            .bucket(&self.bucket)
+            .key(self.full(key))
+            .upload_id(upload_id)
+            .part_number(i32::try_from(number).unwrap_or(i32::MAX))
+            .checksum_algorithm(ChecksumAlgorithm::Crc32)
+            .body(ByteStream::from(body))
+            .send()
+            .await
+            .map_err(|error| failed("upload part of", key, error))?;
+        Ok(UploadedPart {
+            number,
+            bytes,
+            etag: output.e_tag().map(str::to_owned),
+            checksum: output.checksum_crc32().map(str::to_owned),
+        })
+    }
+
+    pub(super) async fn complete(
+        &self,
+        key: &str,
+        upload_id: &str,
+        parts: &[UploadedPart],
+    ) -> Result<(), StoreError> {
+        let parts = parts
+            .iter()
+            .map(|part| {
+                CompletedPart::builder()
+                    .part_number(i32::try_from(part.number).unwrap_or(i32::MAX))
+                    .set_e_tag(part.etag.clone())
+                    .set_checksum_crc32(part.checksum.clone())
+                    .build()
+            })
+            .collect();
+        let completed = CompletedMultipartUpload::builder().set_parts(Some(parts)).build();
+        self.client
+            .complete_multipart_upload()
+            .bucket(&self.bucket)
+            .key(self.full(key))
+            .upload_id(upload_id)
+            .if_none_match("*")
+            .multipart_upload(completed)
+            .send()
+            .await
+            .map_err(|error| failed("complete", key, error))?;
+        Ok(())
+    }
+
+    pub(super) async fn unfinished(&self, prefix: &str) -> Result<Vec<Unfinished>, StoreError> {
+        let mut found = Vec::new();
+        let (mut key_marker, mut upload_marker) = (None, None);
+        loop {
+            let output = self
+                .client
+                .list_multipart_uploads()
+                .bucket(&self.bucket)
+                .prefix(self.full(prefix))
+                .set_key_marker(key_marker)
+                .set_upload_id_marker(upload_marker)
+                .send()
+                .await
+                .map_err(|error| failed("list uploads below", prefix, error))?;
+            for upload in output.uploads() {
+                found.push(Unfinished {
+                    key: self.own(upload.key().unwrap_or_default()),
+                    upload_id: upload.upload_id().unwrap_or_default().to_owned(),
+                    started_at: moment(upload.initiated()),
+                });
+            }
+            if output.is_truncated() != Some(true) {
+                return Ok(found);
+            }
+            key_marker = output.next_key_marker().map(str::to_owned);
+            upload_marker = output.next_upload_id_marker().map(str::to_owned);
+        }
+    }
+
+    pub(super) async fn abort(&self, key: &str, upload_id: &str) -> Result<(), StoreError> {
+        let done = self
+            .client
+            .abort_multipart_upload()
+            .bucket(&self.bucket)
+            .key(self.full(key))
+            .upload_id(upload_id)
+            .send()
+            .await;
+        match done {
+            Err(error) if status(&error) != Some(404) => Err(failed("abort", key, error)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// How often a body that breaks off is asked for again.
+const GET_BODY_ATTEMPTS: u32 = 5;
+
+/// Reads a body to its announced end.
+async fn read_body(key: &str, output: GetObjectOutput) -> Result<Bytes, StoreError> {
+    let expected = bytes_of(output.content_length());
+    let mut body = output.body;
+    let mut whole = BytesMut::with_capacity(usize::try_from(expected).unwrap_or(0));
+    let broken = |source: Box<dyn Error + Send + Sync>| StoreError {
+        operation: "get",
+        key: key.to_owned(),
+        kind: StoreErrorKind::Unavailable,
+        source,
+    };
+    loop {
+        // The SDK's own protection counts throughput; this one bounds a body that goes silent.
+        match tokio::time::timeout(STALL_GRACE * 2, body.next()).await {
+            Ok(Some(Ok(piece))) => whole.extend_from_slice(&piece),
+            Ok(Some(Err(error))) => return Err(broken(error.into())),
+            Ok(None) => break,
+            Err(_) => return Err(broken("the body stalled".into())),
+        }
+    }
+    if whole.len() as u64 != expected {
+        let found = whole.len();
+        return Err(broken(format!("expected {expected} bytes, {found} arrived").into()));
+    }
+    Ok(whole.freeze())
+}
+
+fn bytes_of(length: Option<i64>) -> u64 {
+    length.and_then(|length| u64::try_from(length).ok()).unwrap_or(0)
+}
+
+fn moment(at: Option<&S3DateTime>) -> Option<DateTime<Utc>> {
+    at.and_then(|at| DateTime::from_timestamp(at.secs(), at.subsec_nanos()))
+}
+
+fn status<E>(error: &SdkError<E>) -> Option<u16> {
+    error.raw_response().map(|response| response.status().as_u16())
+}
+
+/// Sorts an SDK error into the kinds a caller decides by.
+fn failed<E>(operation: &'static str, key: &str, error: SdkError<E>) -> StoreError
+where
+    E: Error + ProvideErrorMetadata + Send + Sync + 'static,
+{
+    let code = error.as_service_error().and_then(|error| error.code()).unwrap_or_default();
+    let kind = match (status(&error), code) {
+        (_, "NoSuchKey" | "NoSuchBucket" | "NoSuchUpload") | (Some(404), _) => {
+            StoreErrorKind::NotFound
+        }
+        (_, "BadDigest" | "XAmzContentChecksumMismatch" | "IncompleteBody") => {
+            StoreErrorKind::Corrupt
+        }
+        (_, "QuotaExceeded" | "InsufficientStorage") | (Some(507), _) => StoreErrorKind::Full,
+        (Some(501), _) | (_, "NotImplemented") => StoreErrorKind::Unsupported,
+        (Some(401 | 403), _) => StoreErrorKind::Denied,
+        (Some(408 | 429 | 500..=599), _) => StoreErrorKind::Unavailable,
+        (Some(_), _) => StoreErrorKind::Refused,
+        (None, _) => match &error {
+            SdkError::ConstructionFailure(_) => StoreErrorKind::Refused,
+            _ => StoreErrorKind::Unavailable,
+        },
+    };
+    // The service's own words say more than the SDK's wrapper round them.
+    let words = match error.as_service_error().map(|error| (error.code(), error.message())) {
+        Some((Some(code), Some(message))) => Some(format!("{code}: {message}")),
+        Some((Some(words), None) | (None, Some(words))) => Some(words.to_owned()),
+        Some((None, None)) | None => None,
+    };
+    let source: Box<dyn Error + Send + Sync> = match words {
+        Some(words) => words.into(),
+        None => Box::new(error),
+    };
+    StoreError { operation, key: key.to_owned(), kind, source }
+}

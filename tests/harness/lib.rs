@@ -1,0 +1,55 @@
+//! Starts the real servers the tests need, each in its own directory, and makes them fail on demand.
+//!
+//! | Module | What for |
+//! |---|---|
+//! | [`postgres`] | [`PgServer`]: a primary, its standbys, a restored directory; crash, freeze, promote |
+//! | [`s3`] | [`S3Server`]: an S3 server in this process, its files, and [`Faults`] on demand |
+//! | [`network`] | [`Proxy`]: a connection that is slow, stalls, or breaks |
+//! | [`agent`] | [`Agent`]: runs the built agent, and kills it |
+//! | [`program`] | PostgreSQL's programs, run as the servers' operating system user |
+//! | [`skip`](mod@skip) | a test that needs something absent says so |
+//!
+//! Everything here panics when it does not get its way: in a test that is the right answer. A
+//! server lives as long as its value; dropping it ends its processes and removes its files, and
+//! prints its log if the test is failing.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::missing_panics_doc,
+    reason = "a harness that cannot do its work fails the test it works for"
+)]
+
+pub mod agent;
+pub mod network;
+pub mod postgres;
+pub mod program;
+pub mod s3;
+pub mod skip;
+
+mod background;
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+pub use agent::{Agent, RunningAgent};
+pub use network::{Proxy, Upstream};
+pub use postgres::{Mode, PgServer};
+pub use program::{Finished, directory, run};
+pub use s3::endpoint::S3Endpoint;
+pub use s3::faults::{At, Effect, Fault, Faults, Operation, Refusal};
+pub use s3::{S3Server, garage_endpoint, moto_endpoint};
+pub use skip::{Skip, skip};
+
+/// Between two looks at a condition.
+const POLL: Duration = Duration::from_millis(20);
+
+/// Waits until `condition` holds, and panics with `what` when it does not within `limit`.
+pub async fn eventually(what: &str, limit: Duration, mut condition: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + limit;
+    while !condition().await {
+        assert!(Instant::now() < deadline, "not within {limit:?}: {what}");
+        sleep(POLL).await;
+    }
+}
