@@ -297,8 +297,12 @@ stop_load() {
 
 # --- the proof ------------------------------------------------------------------------------------
 
+# Progress bars where this script writes to a terminal.
+terminal=()
+[[ ! -t 1 ]] || terminal=(--tty)
+
 agent() {
-    docker exec pgmesh-backup-agent backup-agent --config "$config" "$@"
+    docker exec "${terminal[@]}" pgmesh-backup-agent backup-agent --config "$config" --log-format text "$@"
 }
 
 # Closes the current segment and waits until the archive has it: everything written before is safe.
@@ -348,8 +352,8 @@ restore_copy() {
     docker volume create --label pgmesh.stack=up pgmesh-restored >/dev/null
     database_options restored
     docker run --rm --init --name pgmesh-restore --network "$network" --label pgmesh.stack=up \
-        "${options[@]}" --entrypoint backup-agent "$backup_agent_image" --config "$config" \
-        restore --to "$database_data/main" --target-time "$moment" --target-action promote --archive-mode off ||
+        "${terminal[@]}" "${options[@]}" --entrypoint backup-agent "$backup_agent_image" \
+        --config "$config" --log-format text restore --to "$database_data/main" --target-time "$moment" --target-action promote --archive-mode off ||
         die "the restore failed" "see the message above"
     options+=(--restart no)
     ensure_container restored "$backup_agent_image"
@@ -381,6 +385,8 @@ compare() {
 }
 
 prove() {
+    say "tries the chain"
+    agent check || die "the check of the agent failed" "see the lines above"
     say "takes a backup"
     agent backup || die "the backup failed" "docker logs pgmesh-backup-agent"
     say "notes the state at a moment T"

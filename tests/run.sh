@@ -243,7 +243,7 @@ prepare_results() {
 
 # The repository stands at its own path, because paths of the build are compiled into the tests.
 # --network host: moto and Garage listen on this machine's loopback. --init: a test that kills a server
-# leaves children behind that somebody must wait for.
+# leaves children behind that somebody must wait for. /small-disk is there to become full.
 run_tests() {
     local terminal=()
     [[ ! -t 1 ]] || terminal=(--tty)
@@ -251,8 +251,9 @@ run_tests() {
         "${terminal[@]}" \
         --volume "$root:$root:ro" --volume "$target:$target:ro" --volume "$results:$target/nextest" \
         --volume "$(command -v cargo-nextest):/usr/local/bin/cargo-nextest:ro" \
-        --volume /tmp --workdir "$root" \
+        --volume /tmp --tmpfs /small-disk:size=32m,mode=1777 --workdir "$root" \
         --env PGMESH_TEST_MOTO="$moto_url" --env PGMESH_TEST_GARAGE="$garage_url" \
+        --env PGMESH_TEST_SMALL_DISK=/small-disk \
         --env PGMESH_TESTS_SKIP_FILE="$target/nextest/skipped" \
         --env CARGO_TERM_COLOR="$([[ -t 1 ]] && echo always || echo never)" \
         "$tests_image" cargo-nextest nextest run --profile ci \

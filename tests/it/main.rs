@@ -2,4 +2,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod scene;
+
+mod backup_restore;
+mod check;
+mod configuration;
+mod damage;
+mod faults;
 mod harness;
+mod store;
+mod wal_files;

@@ -15,7 +15,7 @@ use crate::repository::{Place, RepositoryError};
 pub struct Catalog {
     /// The backups that can be restored, oldest first.
     pub backups: Vec<Commit>,
-    /// Backups whose commit object cannot be read, and why.
+    /// Backups whose commit object or tombstone cannot be read, and why.
     pub unreadable: Vec<(BackupId, RepositoryError)>,
     /// Backups that were deleted and whose objects are still there, and since when.
     pub tombstones: BTreeMap<BackupId, DateTime<Utc>>,
@@ -44,8 +44,15 @@ impl Catalog {
     pub async fn read(place: &Place) -> Result<Self, RepositoryError> {
         let mut catalog = Self::default();
         for info in place.list("tombstone/", None, None).await? {
-            if let Some(id) = info.key.strip_prefix("tombstone/").and_then(|id| id.parse().ok()) {
-                catalog.tombstones.insert(id, info.modified_at);
+            let Some(id) = info.key.strip_prefix("tombstone/").and_then(|id| id.parse().ok())
+            else {
+                continue;
+            };
+            // A tombstone deletes a backup, so it has to prove itself as a commit object does.
+            match place.get(Kind::Tombstone, &info.key).await {
+                Ok(_) => drop(catalog.tombstones.insert(id, info.modified_at)),
+                Err(error) if error.is_transient() => return Err(error),
+                Err(error) => catalog.unreadable.push((id, error)),
             }
         }
         let mut committed = BTreeSet::new();

@@ -332,6 +332,11 @@ impl Layout {
                 roots.push(options.to.clone());
                 continue;
             };
+            if Path::new(location).is_relative() {
+                // An in-place tablespace is a directory below pg_tblspc, without a link.
+                roots.push(options.to.join(location));
+                continue;
+            }
             let mapped = options.tablespaces.iter().find(|(from, _)| from == Path::new(location));
             let root = mapped.map_or_else(|| PathBuf::from(location), |(_, to)| to.clone());
             links.push((oid, root.clone()));

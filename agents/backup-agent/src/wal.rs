@@ -67,6 +67,17 @@ pub enum WalError {
         /// The objects of other content.
         found: String,
     },
+    /// The same file is there, damaged: it cannot stand for this one.
+    #[error(
+        "{name} is in the repository and cannot be read back. Delete that object; \
+         the file is pushed again then"
+    )]
+    DamagedCopy {
+        /// The object.
+        name: String,
+        /// What is wrong with it.
+        source: Box<WalError>,
+    },
     /// A history file does not read.
     #[error("read {name} from the repository: {reason}")]
     History {
@@ -211,8 +222,14 @@ pub async fn store(
     conflict(&before)?;
     if let Some(same) = before.first() {
         // Acknowledged only if it can be read back: a truncated object must not stand for it.
-        if read(place, same).await? == content {
-            return Ok(Stored::Before);
+        match read(place, same).await {
+            Ok(stored) if stored == content => return Ok(Stored::Before),
+            Err(WalError::Repository(error)) if error.is_transient() => return Err(error.into()),
+            Err(source) => {
+                let (name, source) = (same.name.clone(), Box::new(source));
+                return Err(WalError::DamagedCopy { name, source });
+            }
+            Ok(_) => {}
         }
     }
     let name = format!("{}{hash}", stem(file));

@@ -10,7 +10,7 @@ use anyhow::Context;
 use aws_config::default_provider::credentials::DefaultCredentialsChain;
 use aws_credential_types::Credentials;
 use aws_sdk_s3::Client;
-use aws_sdk_s3::config::retry::RetryConfig;
+use aws_sdk_s3::config::retry::{RetryConfig, RetryPartition, TokenBucket};
 use aws_sdk_s3::config::timeout::TimeoutConfig;
 use aws_sdk_s3::config::{BehaviorVersion, Region, StalledStreamProtectionConfig};
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
@@ -22,6 +22,7 @@ use aws_sdk_s3::types::{
 use aws_smithy_http_client::Builder;
 use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
 use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore};
+use aws_smithy_runtime::client::retries::classifiers::HttpStatusCodeClassifier;
 use bytes::{Bytes, BytesMut};
 use chrono::{DateTime, Utc};
 use serde::Deserialize;
@@ -36,6 +37,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const STALL_GRACE: Duration = Duration::from_secs(20);
 /// Longest pause between two attempts of one request.
 const BACKOFF_MAX: Duration = Duration::from_secs(20);
+/// Answers after which the same request may succeed; the SDK leaves 408 and 429 out.
+const PASSING_STATUS: &[u16] = &[408, 429, 500, 502, 503, 504];
 /// The most keys one `ListObjectsV2` answer holds (S3 limit).
 const LIST_PAGE: i32 = 1000;
 
@@ -138,6 +141,10 @@ impl S3 {
             .connect_timeout(CONNECT_TIMEOUT)
             .operation_attempt_timeout(config.attempt_timeout)
             .build();
+        // The SDK's own budget of retries is for clients that can shed load. A backup under a long
+        // throttling has nothing else to do than to wait; `attempts` bounds each request.
+        let retries =
+            RetryPartition::custom("pgmesh").token_bucket(TokenBucket::unlimited()).build();
         let mut builder = aws_sdk_s3::Config::builder()
             .behavior_version(BehaviorVersion::latest())
             .region(Region::new(config.region.clone()))
@@ -148,6 +155,8 @@ impl S3 {
                     .with_max_attempts(config.attempts)
                     .with_max_backoff(BACKOFF_MAX),
             )
+            .retry_classifier(HttpStatusCodeClassifier::new_from_codes(PASSING_STATUS))
+            .retry_partition(retries)
             .stalled_stream_protection(
                 StalledStreamProtectionConfig::enabled().grace_period(STALL_GRACE).build(),
             );

@@ -1,0 +1,75 @@
+//! Configurations that are wrong are refused with every problem and its key, and those that are
+//! shipped load.
+
+use std::fs;
+use std::path::Path;
+
+use backup_agent::Config;
+use harness::{Agent, directory};
+use shared::config;
+
+use crate::scene::{config_text, write};
+
+#[test]
+fn the_shipped_configuration_loads() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/backup-agent.toml");
+    let loaded: Config = config::load(&path).unwrap();
+    assert!(!loaded.nodes.is_empty());
+}
+
+#[tokio::test]
+async fn every_problem_is_reported_with_its_key() {
+    let directory = directory();
+    let key = directory.path().join("key");
+    let path = directory.path().join("agent.toml");
+    let section = "[repository.directory]\npath = \"relative\"\n";
+    let text = config_text(
+        &key,
+        section,
+        "[backup]\npart_bytes = 1048576\ncompression_level = 40\nrate_bytes_max = 1\n",
+        &[("a".to_owned(), "h".to_owned(), 1), ("a".to_owned(), "h".to_owned(), 1)],
+    );
+    write(&path, &text.replace("cluster = \"tests\"", "cluster = \"a/b\""));
+    let refused = Agent::new(&path).run(&["check-config"]).await;
+    refused.assert_code(1);
+    for problem in [
+        "cluster: must be letters",
+        "nodes[1].name: `a` is used twice",
+        "repository.directory.path: must be an absolute path",
+        "backup.compression_level: must be 1 to 19",
+        "backup.part_bytes: 1048576 is below the S3 minimum of 5242880",
+        "backup.rate_bytes_max: must be",
+    ] {
+        assert!(refused.stderr.contains(problem), "no {problem:?} in {refused}");
+    }
+}
+
+#[tokio::test]
+async fn files_that_the_configuration_names_are_tried() {
+    let directory = directory();
+    let key = directory.path().join("key");
+    let path = directory.path().join("agent.toml");
+    let section = "[repository.directory]\npath = \"/tmp\"\n";
+    write(&path, &config_text(&key, section, "", &[]));
+    let agent = Agent::new(&path);
+    let missing = agent.run(&["check-config"]).await;
+    missing.assert_code(1);
+    assert!(missing.stderr.contains("read encryption key k1"), "{missing}");
+
+    write(&key, "a password");
+    let malformed = agent.run(&["check-config"]).await;
+    malformed.assert_code(1);
+    assert!(malformed.stderr.contains("new-key"), "{malformed}");
+
+    fs::remove_file(&key).unwrap();
+    Agent::without_config().run(&["new-key", key.to_str().unwrap()]).await.assert_success();
+    agent.run(&["check-config"]).await.assert_success();
+    let again = Agent::without_config().run(&["new-key", key.to_str().unwrap()]).await;
+    again.assert_code(1);
+
+    let nowhere = Agent::new(Path::new("/no/such/file")).run(&["list"]).await;
+    nowhere.assert_code(1);
+    assert!(nowhere.stderr.contains("/no/such/file"), "{nowhere}");
+    let wrong_use = agent.run(&["restore"]).await;
+    wrong_use.assert_code(2);
+}

@@ -1,0 +1,178 @@
+//! The store against every S3 server we can have, and against a directory: what each promises,
+//! and that nothing is lost where a promise is missing.
+
+use bytes::Bytes;
+use harness::{S3Endpoint, S3Server, directory, garage_endpoint, moto_endpoint};
+use shared::store::{ObjectStore, Put, StoreConfig, StoreErrorKind};
+use tempfile::TempDir;
+
+/// What a server does that others do not.
+#[derive(Clone, Copy, Debug)]
+struct Promises {
+    /// A second put of a name is refused.
+    write_once: bool,
+    /// Unfinished uploads can be listed.
+    unfinished: bool,
+}
+
+async fn open_s3(endpoint: &S3Endpoint, prefix: &str) -> (ObjectStore, TempDir) {
+    let directory = directory();
+    let section = endpoint.config(directory.path()).replace("[repository.s3]", "[s3]");
+    let text = format!("prefix = \"{prefix}\"\n{section}");
+    let config: StoreConfig = toml::from_str(&text).unwrap();
+    (ObjectStore::open(&config).await.unwrap(), directory)
+}
+
+fn bytes(len: usize) -> Bytes {
+    (0..len).map(|n| u8::try_from(n % 251).unwrap()).collect()
+}
+
+/// Everything the agent asks of a store.
+async fn keeps_its_promises(store: &ObjectStore, promises: Promises) {
+    assert_eq!(store.head("a/none").await.unwrap(), None);
+    assert_eq!(store.get("a/none").await.unwrap_err().kind, StoreErrorKind::NotFound);
+    assert!(store.list("a/", None, None).await.unwrap().is_empty());
+
+    let content = bytes(100_000);
+    assert_eq!(store.put("a/one", content.clone(), None).await.unwrap(), Put::Created);
+    assert_eq!(store.get("a/one").await.unwrap(), content);
+    assert_eq!(store.get_range("a/one", 10..20).await.unwrap(), content.slice(10..20));
+    let beyond = store.get_range("a/one", 99_990..100_010).await.unwrap_err();
+    assert_eq!(beyond.kind, StoreErrorKind::Corrupt, "{beyond}");
+    let info = store.head("a/one").await.unwrap().unwrap();
+    assert_eq!((info.key.as_str(), info.bytes), ("a/one", 100_000));
+
+    // The same content again is the retry of a request whose answer was lost.
+    assert_eq!(store.put("a/one", content.clone(), None).await.unwrap(), Put::Created);
+    let other = store.put("a/one", bytes(5), None).await.unwrap();
+    if promises.write_once {
+        assert_eq!(other, Put::Exists);
+        assert_eq!(store.get("a/one").await.unwrap(), content);
+    }
+    assert_eq!(store.put("a/empty", Bytes::new(), None).await.unwrap(), Put::Created);
+    assert_eq!(store.get("a/empty").await.unwrap(), Bytes::new());
+
+    for name in ["a/x/1", "a/x/2", "a/y/3", "b/4"] {
+        store.put(name, bytes(10), None).await.unwrap();
+    }
+    let names = |listed: Vec<shared::store::ObjectInfo>| -> Vec<String> {
+        listed.into_iter().map(|info| info.key).collect()
+    };
+    let all = names(store.list("a/", None, None).await.unwrap());
+    assert_eq!(all, ["a/empty", "a/one", "a/x/1", "a/x/2", "a/y/3"]);
+    assert_eq!(names(store.list("a/x", Some("a/x/1"), None).await.unwrap()), ["a/x/2"]);
+    assert_eq!(names(store.list("a/", None, Some(2)).await.unwrap()), ["a/empty", "a/one"]);
+    assert_eq!(store.list_folders("a/").await.unwrap(), ["x", "y"]);
+
+    let part_bytes = 5 << 20;
+    let upload = store.upload("a/large", part_bytes, None).await.unwrap();
+    let whole = bytes(12 << 20);
+    let second = upload.part(2, whole.slice(5 << 20..10 << 20)).await.unwrap();
+    let first = upload.part(1, whole.slice(..5 << 20)).await.unwrap();
+    assert_eq!(store.head("a/large").await.unwrap(), None, "an unfinished upload is visible");
+    if promises.unfinished {
+        let unfinished = store.unfinished("a/").await.unwrap();
+        assert_eq!(unfinished.len(), 1, "{unfinished:?}");
+        assert_eq!(unfinished[0].key, "a/large");
+    }
+    let third = upload.part(3, whole.slice(10 << 20..)).await.unwrap();
+    upload.complete(vec![second, first, third]).await.unwrap();
+    assert!(store.get("a/large").await.unwrap() == whole);
+    let middle = store.get_range("a/large", (5 << 20) - 3..(5 << 20) + 3).await.unwrap();
+    assert_eq!(middle, whole.slice((5 << 20) - 3..(5 << 20) + 3));
+
+    let given_up = store.upload("a/given-up", part_bytes, None).await.unwrap();
+    given_up.part(1, whole.slice(..5 << 20)).await.unwrap();
+    given_up.abort().await.unwrap();
+    assert_eq!(store.head("a/given-up").await.unwrap(), None);
+    if promises.unfinished {
+        assert_eq!(store.unfinished("a/").await.unwrap(), []);
+    }
+
+    store.delete("a/one").await.unwrap();
+    store.delete("a/one").await.unwrap();
+    assert_eq!(store.head("a/one").await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn a_directory_keeps_its_promises() {
+    let directory = directory();
+    let text = format!("[directory]\npath = \"{}\"\n", directory.path().display());
+    let config: StoreConfig = toml::from_str(&text).unwrap();
+    let store = ObjectStore::open(&config).await.unwrap();
+    keeps_its_promises(&store, Promises { write_once: true, unfinished: true }).await;
+}
+
+#[tokio::test]
+async fn a_directory_that_is_not_there_is_not_an_empty_one() {
+    let directory = directory();
+    let path = directory.path().join("not-mounted");
+    let text = format!("[directory]\npath = \"{}\"\n", path.display());
+    let config: StoreConfig = toml::from_str(&text).unwrap();
+    let store = ObjectStore::open(&config).await.unwrap();
+    let error = store.list("", None, None).await.unwrap_err();
+    assert!(shared::telemetry::chain(&error).to_string().contains("does not exist"), "{error:?}");
+    store.put("a", bytes(1), None).await.unwrap_err();
+    assert!(!path.exists(), "the missing directory was made");
+}
+
+#[tokio::test]
+async fn the_s3_server_of_the_tests_keeps_its_promises() {
+    let server = S3Server::start().await;
+    let (store, _directory) = open_s3(server.endpoint(), "some/prefix").await;
+    keeps_its_promises(&store, Promises { write_once: true, unfinished: true }).await;
+    assert!(server.bucket().keys("some/prefix/").len() > 4);
+}
+
+#[tokio::test]
+async fn a_server_that_ignores_conditions_is_survived() {
+    let server = S3Server::start().await;
+    server.faults().ignore_conditions(true);
+    let (store, _directory) = open_s3(server.endpoint(), "").await;
+    keeps_its_promises(&store, Promises { write_once: false, unfinished: true }).await;
+}
+
+#[tokio::test]
+async fn moto_keeps_its_promises() {
+    if let Some(endpoint) = moto_endpoint() {
+        let (store, _directory) = open_s3(&endpoint, "store-test").await;
+        keeps_its_promises(&store, Promises { write_once: true, unfinished: true }).await;
+    }
+}
+
+#[tokio::test]
+async fn garage_keeps_its_promises_but_one() {
+    if let Some(endpoint) = garage_endpoint() {
+        let (store, _directory) = open_s3(&endpoint, "store-test").await;
+        keeps_its_promises(&store, Promises { write_once: false, unfinished: true }).await;
+    }
+}
+
+#[tokio::test]
+async fn a_storage_class_reaches_the_store() {
+    let server = S3Server::start().await;
+    let (store, _directory) = open_s3(server.endpoint(), "").await;
+    store.put("put", bytes(1), Some("STANDARD_IA")).await.unwrap();
+    let upload = store.upload("upload", 5 << 20, Some("GLACIER_IR")).await.unwrap();
+    let part = upload.part(1, bytes(9)).await.unwrap();
+    upload.complete(vec![part]).await.unwrap();
+    let class = |key| server.bucket().storage_class(key);
+    assert_eq!(class("put").as_deref(), Some("STANDARD_IA"));
+    assert_eq!(class("upload").as_deref(), Some("GLACIER_IR"));
+}
+
+#[tokio::test]
+async fn wrong_credentials_and_a_missing_bucket_are_told_apart() {
+    let server = S3Server::start().await;
+    let mut wrong = server.endpoint().clone();
+    wrong.secret_access_key = "not the secret".to_owned();
+    let (store, _directory) = open_s3(&wrong, "").await;
+    assert_eq!(store.get("x").await.unwrap_err().kind, StoreErrorKind::Denied);
+
+    let mut missing = server.endpoint().clone();
+    missing.bucket = "no-such-bucket".to_owned();
+    let (store, _directory) = open_s3(&missing, "").await;
+    let error = store.put("x", bytes(1), None).await.unwrap_err();
+    assert_eq!(error.kind, StoreErrorKind::NotFound);
+    assert!(shared::telemetry::chain(&error).to_string().contains("NoSuchBucket"), "{error:?}");
+}
