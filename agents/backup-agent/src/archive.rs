@@ -12,7 +12,7 @@ use tracing::{debug, error, info, warn};
 use crate::catalog::Catalog;
 use crate::config::Config;
 use crate::repository::{OpenError, Place, Repository, RepositoryError};
-use crate::wal::{self, Absence, Stored, WalError};
+use crate::wal::{self, Absence, Packed, Stored, WalError};
 
 /// Where a server keeps its system identifier, below the data directory: the first eight bytes.
 /// Source: `ControlFileData` in `src/include/catalog/pg_control.h`.
@@ -90,14 +90,14 @@ impl From<RepositoryError> for ArchiveError {
 pub async fn push(config: &Config, path: &Path) -> Result<Stored, ArchiveError> {
     let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let read = |source| ArchiveError::Read { path: path.to_owned(), source };
-    let content = fs::read(path).map_err(read)?;
-    let found = wal::check_file(&file, &content)?;
+    let packed =
+        Packed::read(&file, fs::File::open(path).map_err(read)?, config.wal.compression_level)?;
     let expected = system_identifier()?;
-    if let Some(found) = found.filter(|found| *found != expected) {
+    if let Some(found) = packed.system_identifier.filter(|found| *found != expected) {
         return Err(WalError::OtherServer { name: file, expected, found }.into());
     }
     let place = Repository::open(config).await?.place(config.wal.group, expected);
-    let stored = wal::store(&place, &file, &content, config.wal.compression_level).await?;
+    let stored = wal::store(&place, packed).await?;
     match stored {
         Stored::Now => info!(segment = file, "WAL file stored"),
         Stored::Before => info!(segment = file, "WAL file was stored before, with this content"),
@@ -150,30 +150,25 @@ async fn fetch_from(place: &Place, file: &str, path: &Path) -> Result<Fetched, A
             return Err(ArchiveError::Ambiguous { file, count });
         }
     };
-    let content = match wal::read(place, found).await {
-        Ok(content) => content,
-        // Listed and gone: somebody deletes. Nothing is proven by that.
-        Err(WalError::Repository(RepositoryError::Store(error)))
-            if error.kind == StoreErrorKind::NotFound =>
-        {
-            let reason = "it was listed a moment ago".to_owned();
-            return Err(ArchiveError::Missing { file: file.to_owned(), reason });
-        }
-        Err(error) => return Err(error.into()),
-    };
-    if let Some(found) = wal::check_file(file, &content)?
-        && found != place.system_identifier
-    {
-        let (name, expected) = (file.to_owned(), place.system_identifier);
-        return Err(WalError::OtherServer { name, expected, found }.into());
-    }
     let provisional = path.with_extension("pgmesh");
-    let written = || -> io::Result<()> {
-        let mut target = fs::File::create(&provisional)?;
-        target.write_all(&content)?;
-        fs::rename(&provisional, path)
-    };
-    written().map_err(|source| ArchiveError::Write { path: path.to_owned(), source })?;
+    let failed = |source| WalError::Write { name: provisional.display().to_string(), source };
+    let mut target = fs::File::create(&provisional).map_err(failed)?;
+    let written = wal::read(place, found, |chunk| target.write_all(chunk).map_err(failed)).await;
+    if let Err(error) = written {
+        fs::remove_file(&provisional).map_err(failed)?;
+        return Err(match error {
+            // Listed and gone: somebody deletes. Nothing is proven by that.
+            WalError::Repository(RepositoryError::Store(error))
+                if error.kind == StoreErrorKind::NotFound =>
+            {
+                let reason = "it was listed a moment ago".to_owned();
+                ArchiveError::Missing { file: file.to_owned(), reason }
+            }
+            error => error.into(),
+        });
+    }
+    fs::rename(&provisional, path)
+        .map_err(|source| ArchiveError::Write { path: path.to_owned(), source })?;
     debug!(segment = file, "WAL file fetched");
     Ok(Fetched::Done)
 }

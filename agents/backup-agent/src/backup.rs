@@ -209,7 +209,7 @@ pub async fn take_backup(
         memory_bytes_max = config.upload().memory_bytes(), "base backup started"
     );
     progress.begin("copying", total_bytes);
-    let copied = copy(&place, &backup_id, stream, config, progress).await?;
+    let copied = Box::pin(copy(&place, &backup_id, stream, config, progress)).await?;
     let finished_at = Utc::now();
     info!(%backup_id, end_lsn = %copied.end_lsn, parts = copied.parts.len(), "stream stored");
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! header   100 bytes, readable without a key
-//! chunks   each AES-256-GCM( codec byte ‖ data ), 16-byte tag at its end
+//! chunks   each AES-256-GCM( data ‖ codec byte ), 16-byte tag at its end
 //! index    the sealed lengths of the chunks and the length of the whole, sealed like a chunk
 //! trailer  16 bytes: length of the sealed index, number of chunks, magic
 //! ```
@@ -294,24 +294,31 @@ impl Sealer {
         self.chunk_bytes as usize
     }
 
-    /// Compresses and seals chunk `number`, from 0. What zstd cannot shrink is kept as it is.
+    /// Compresses and seals chunk `number`, from 0, into `sealed`, which is cleared first.
     ///
     /// # Errors
     ///
     /// zstd failed, or the object has too many chunks.
-    pub fn seal(&self, number: u32, plain: &[u8]) -> Result<Vec<u8>, ContainerError> {
-        if number >= CHUNKS_MAX {
-            return Err(ContainerError::TooLarge { name: self.name.clone() });
-        }
-        let mut sealed = compress(plain, self.level).map_err(|reason| ContainerError::Codec {
+    pub fn seal(
+        &self,
+        number: u32,
+        plain: &[u8],
+        sealed: &mut Vec<u8>,
+    ) -> Result<(), ContainerError> {
+        compress(plain, self.level, sealed).map_err(|reason| ContainerError::Codec {
             operation: "compress",
             name: self.name.clone(),
             reason,
         })?;
-        if !self.cipher.seal(number, false, &mut sealed) {
-            return Err(self.damaged_input());
+        self.encrypt(number, sealed)
+    }
+
+    /// Seals a chunk that [`compress`] made.
+    fn encrypt(&self, number: u32, chunk: &mut Vec<u8>) -> Result<(), ContainerError> {
+        if number < CHUNKS_MAX && self.cipher.seal(number, false, chunk) {
+            return Ok(());
         }
-        Ok(sealed)
+        Err(ContainerError::TooLarge { name: self.name.clone() })
     }
 
     /// Seals the index and returns the end of the object.
@@ -327,17 +334,13 @@ impl Sealer {
             tail.extend_from_slice(&len.to_le_bytes());
         }
         if !self.cipher.seal(chunks, true, &mut tail) {
-            return Err(self.damaged_input());
+            return Err(ContainerError::TooLarge { name: self.name.clone() });
         }
         let index_bytes = count(tail.len());
         tail.extend_from_slice(&index_bytes.to_le_bytes());
         tail.extend_from_slice(&chunks.to_le_bytes());
         tail.extend_from_slice(&TRAILER_MAGIC);
         Ok(tail)
-    }
-
-    fn damaged_input(&self) -> ContainerError {
-        ContainerError::TooLarge { name: self.name.clone() }
     }
 }
 
@@ -480,22 +483,20 @@ impl Opener {
         self.offsets[first as usize]..self.offsets[end as usize]
     }
 
-    /// Opens and decompresses chunk `number` into `plain`, which is cleared first.
-    ///
-    /// # Errors
-    ///
-    /// [`ContainerError::Damaged`]; `plain` is then empty.
-    pub fn open(
+    /// Opens and decompresses a chunk into `plain`; both buffers are cleared first.
+    fn open(
         &self,
         number: u32,
         sealed: &[u8],
+        opened: &mut Vec<u8>,
         plain: &mut Vec<u8>,
     ) -> Result<(), ContainerError> {
         plain.clear();
-        let mut opened = sealed.to_vec();
+        opened.clear();
+        opened.extend_from_slice(sealed);
         let expected = self.plain_len(number);
-        let good = self.cipher.open(number, false, &mut opened)
-            && decompress(&opened, expected, plain)
+        let good = self.cipher.open(number, false, opened)
+            && decompress(opened, expected, plain)
             && plain.len() == expected;
         if good {
             return Ok(());
@@ -519,11 +520,11 @@ impl Opener {
         mut take: impl FnMut(&[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
         let base = self.range(first, end).start;
-        let mut plain = Vec::new();
+        let (mut opened, mut plain) = (Vec::new(), Vec::new());
         for number in first..end {
             let Range { start, end } = self.range(number, number + 1);
             let chunk = sealed.get(index(start - base)..index(end - base)).unwrap_or_default();
-            self.open(number, chunk, &mut plain)?;
+            self.open(number, chunk, &mut opened, &mut plain)?;
             take(&plain)?;
         }
         Ok(())
@@ -534,6 +535,53 @@ impl Opener {
         let start = u64::from(number) * u64::from(self.chunk_bytes);
         let rest = self.plain_bytes.saturating_sub(start);
         index(rest.min(u64::from(self.chunk_bytes)))
+    }
+}
+
+/// Content that is compressed and not sealed yet: the name of the object may depend on it.
+#[derive(Debug, Default)]
+pub struct Compressed {
+    chunks: Vec<Vec<u8>>,
+    plain_bytes: u64,
+}
+
+impl Compressed {
+    /// Adds the next chunk. All but the last are equally large.
+    ///
+    /// # Errors
+    ///
+    /// What zstd said.
+    pub fn push(&mut self, plain: &[u8], level: i32) -> Result<(), String> {
+        let mut chunk = Vec::new();
+        compress(plain, level, &mut chunk)?;
+        // What the compressor reserved is many times what a WAL segment shrinks to.
+        chunk.shrink_to(chunk.len() + TAG_BYTES);
+        self.chunks.push(chunk);
+        self.plain_bytes += plain.len() as u64;
+        Ok(())
+    }
+
+    /// Seals the whole object; returns it and its salt.
+    ///
+    /// # Errors
+    ///
+    /// As [`Sealer::new`]; or too many chunks.
+    pub fn seal(
+        self,
+        keys: &KeyRing,
+        identity: &Identity,
+        chunk_bytes: u32,
+    ) -> Result<(Bytes, [u8; 32]), ContainerError> {
+        let sealer = Sealer::new(keys, identity, chunk_bytes, 1)?;
+        let mut object = sealer.header().to_vec();
+        let mut lens = Vec::new();
+        for (number, mut chunk) in (0..).zip(self.chunks) {
+            sealer.encrypt(number, &mut chunk)?;
+            lens.push(count(chunk.len()));
+            object.extend_from_slice(&chunk);
+        }
+        object.extend_from_slice(&sealer.finish(&lens, self.plain_bytes)?);
+        Ok((object.into(), sealer.salt()))
     }
 }
 
@@ -549,16 +597,36 @@ pub fn seal_whole(
     level: i32,
     plain: &[u8],
 ) -> Result<(Bytes, [u8; 32]), ContainerError> {
-    let sealer = Sealer::new(keys, identity, chunk_bytes, level)?;
-    let mut object = sealer.header().to_vec();
-    let mut lens = Vec::new();
-    for (number, chunk) in (0..).zip(plain.chunks(sealer.chunk_bytes())) {
-        let part = sealer.seal(number, chunk)?;
-        lens.push(count(part.len()));
-        object.extend_from_slice(&part);
+    let mut compressed = Compressed::default();
+    for chunk in plain.chunks(chunk_bytes as usize) {
+        compressed.push(chunk, level).map_err(|reason| ContainerError::Codec {
+            operation: "compress",
+            name: identity.name.clone(),
+            reason,
+        })?;
     }
-    object.extend_from_slice(&sealer.finish(&lens, plain.len() as u64)?);
-    Ok((object.into(), sealer.salt()))
+    compressed.seal(keys, identity, chunk_bytes)
+}
+
+/// Opens an object that is in memory as a whole, and hands its chunks to `take`, in order.
+/// Returns its salt.
+///
+/// # Errors
+///
+/// Each way an object can be wrong; what `take` was given by then is authentic and incomplete.
+/// Or what `take` says.
+pub fn open_each<E: From<ContainerError>>(
+    keys: &KeyRing,
+    identity: &Identity,
+    object: &[u8],
+    take: impl FnMut(&[u8]) -> Result<(), E>,
+) -> Result<[u8; 32], E> {
+    let unopened = Unopened::new(keys, identity, object)?;
+    let opener = unopened.open_index(&object[HEADER_BYTES..], object.len() as u64)?;
+    let Range { start, end } = opener.range(0, opener.chunks());
+    let chunks = object.get(index(start)..index(end)).unwrap_or_default();
+    opener.open_stretch(0, opener.chunks(), chunks, take)?;
+    Ok(opener.salt())
 }
 
 /// Opens an object that is in memory as a whole.
@@ -571,16 +639,12 @@ pub fn open_whole(
     identity: &Identity,
     object: &[u8],
 ) -> Result<(Vec<u8>, [u8; 32]), ContainerError> {
-    let unopened = Unopened::new(keys, identity, object)?;
-    let opener = unopened.open_index(&object[HEADER_BYTES..], object.len() as u64)?;
-    let mut whole = Vec::with_capacity(index(opener.plain_bytes()));
-    let Range { start, end } = opener.range(0, opener.chunks());
-    let chunks = object.get(index(start)..index(end)).unwrap_or_default();
-    opener.open_stretch(0, opener.chunks(), chunks, |plain| {
+    let mut whole = Vec::new();
+    let salt = open_each(keys, identity, object, |plain| {
         whole.extend_from_slice(plain);
         Ok::<_, ContainerError>(())
     })?;
-    Ok((whole, opener.salt()))
+    Ok((whole, salt))
 }
 
 /// What is derived from a configured key for one object.
@@ -670,33 +734,33 @@ thread_local! {
         const { RefCell::new(None) };
 }
 
-/// Returns the codec byte and the data, with room for the tag.
-fn compress(plain: &[u8], level: i32) -> Result<Vec<u8>, String> {
-    let bound = zstd::zstd_safe::compress_bound(plain.len());
-    let mut sealed = vec![0; 1 + bound];
+/// Compresses into `chunk`, which is cleared first: the data, then the codec byte. What zstd
+/// cannot shrink is kept as it is.
+fn compress(plain: &[u8], level: i32, chunk: &mut Vec<u8>) -> Result<(), String> {
+    chunk.clear();
+    // The codec byte and the tag come after the data, without another allocation.
+    chunk.reserve(zstd::zstd_safe::compress_bound(plain.len()) + 1 + TAG_BYTES);
     let compressed = COMPRESSOR.with_borrow_mut(|slot| {
         if slot.as_ref().is_none_or(|(used, _)| *used != level) {
             *slot = Some((level, zstd::bulk::Compressor::new(level)?));
         }
         match slot {
-            Some((_, compressor)) => compressor.compress_to_buffer(plain, &mut sealed[1..]),
+            Some((_, compressor)) => compressor.compress_to_buffer(plain, chunk),
             None => Ok(plain.len()),
         }
     });
-    let len = compressed.map_err(|error| error.to_string())?;
-    if len < plain.len() {
-        sealed[0] = CODEC_ZSTD;
-        sealed.truncate(1 + len);
+    if compressed.map_err(|error| error.to_string())? < plain.len() {
+        chunk.push(CODEC_ZSTD);
     } else {
-        sealed[0] = CODEC_RAW;
-        sealed.truncate(1 + plain.len());
-        sealed[1..].copy_from_slice(plain);
+        chunk.clear();
+        chunk.extend_from_slice(plain);
+        chunk.push(CODEC_RAW);
     }
-    Ok(sealed)
+    Ok(())
 }
 
 fn decompress(opened: &[u8], expected: usize, plain: &mut Vec<u8>) -> bool {
-    match opened.split_first() {
+    match opened.split_last() {
         Some((&CODEC_RAW, data)) => {
             plain.extend_from_slice(data);
             true
@@ -734,4 +798,158 @@ fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {
     let mut array = [0; N];
     array.copy_from_slice(&bytes[..N]);
     array
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn keys(byte: u8) -> KeyRing {
+        KeyRing::new(vec![("k1".to_owned(), Zeroizing::new([byte; 32]))], "k1").unwrap()
+    }
+
+    fn identity(name: &str) -> Identity {
+        Identity { system_identifier: 7, kind: Kind::Part, name: name.to_owned() }
+    }
+
+    /// Three chunks of 100 bytes and a shorter one.
+    fn object() -> (Vec<u8>, Vec<u8>) {
+        let plain: Vec<u8> = (0..350_u32).map(|n| (n * n % 251) as u8).collect();
+        let (object, _) = seal_whole(&keys(1), &identity("a"), 100, 3, &plain).unwrap();
+        (plain, object.to_vec())
+    }
+
+    fn refused(object: &[u8]) -> ContainerError {
+        open_whole(&keys(1), &identity("a"), object).unwrap_err()
+    }
+
+    proptest! {
+        #[test]
+        fn any_content_comes_back(plain in prop::collection::vec(any::<u8>(), 0..2000), chunk in 1_u32..300) {
+            let (object, salt) = seal_whole(&keys(1), &identity("a"), chunk, 1, &plain).unwrap();
+            let (opened, opened_salt) = open_whole(&keys(1), &identity("a"), &object).unwrap();
+            prop_assert_eq!(opened, plain);
+            prop_assert_eq!(opened_salt, salt);
+        }
+
+        #[test]
+        fn no_flipped_bit_is_accepted(byte in 0_usize..1000, bit in 0_u8..8) {
+            let (_, mut object) = object();
+            let byte = byte % object.len();
+            object[byte] ^= 1 << bit;
+            refused(&object);
+        }
+
+        #[test]
+        fn no_other_length_is_accepted(len in 0_usize..1000) {
+            let (_, mut object) = object();
+            let len = len % object.len();
+            object.truncate(len);
+            refused(&object);
+        }
+    }
+
+    #[test]
+    fn nothing_is_one_index_and_no_chunk() {
+        let (object, _) = seal_whole(&keys(1), &identity("a"), 100, 3, b"").unwrap();
+        assert_eq!(open_whole(&keys(1), &identity("a"), &object).unwrap().0, b"");
+    }
+
+    #[test]
+    fn what_does_not_shrink_is_kept_as_it_is() {
+        let mut plain = vec![0; 1 << 16];
+        getrandom::fill(&mut plain).unwrap();
+        let (object, _) = seal_whole(&keys(1), &identity("a"), 1 << 16, 3, &plain).unwrap();
+        let overhead = object.len() - plain.len();
+        assert!(overhead < 200, "{overhead} bytes more");
+        assert_eq!(open_whole(&keys(1), &identity("a"), &object).unwrap().0, plain);
+    }
+
+    #[test]
+    fn the_same_content_never_gives_the_same_object() {
+        let seal = || seal_whole(&keys(1), &identity("a"), 100, 3, b"content").unwrap().0;
+        assert_ne!(seal(), seal());
+    }
+
+    #[test]
+    fn each_reason_has_its_own_words() {
+        let (_, good) = object();
+        let open = |keys: &KeyRing, identity: &Identity, object: &[u8]| {
+            open_whole(keys, identity, object).unwrap_err().to_string()
+        };
+        let other_key =
+            KeyRing::new(vec![("k2".to_owned(), Zeroizing::new([1; 32]))], "k2").unwrap();
+        let mut later = good.clone();
+        later[8] = 2;
+        let checksum = crc32c::crc32c(&later[..96]);
+        later[96..100].copy_from_slice(&checksum.to_le_bytes());
+        let mut damaged = good.clone();
+        damaged[HEADER_BYTES + 5] ^= 1;
+        let cases = [
+            (
+                "the wrong key",
+                open(&keys(2), &identity("a"), &good),
+                "a was not encrypted with the configured key k1: wrong key under this id",
+            ),
+            (
+                "a missing key",
+                open(&other_key, &identity("a"), &good),
+                "a is encrypted with key k1, which is not configured (there are: k2)",
+            ),
+            (
+                "another name",
+                open(&keys(1), &identity("b"), &good),
+                "b holds an object that was written under another name, kind or cluster",
+            ),
+            (
+                "another cluster",
+                open(&keys(1), &Identity { system_identifier: 8, ..identity("a") }, &good),
+                "a holds an object that was written under another name, kind or cluster",
+            ),
+            (
+                "another kind",
+                open(&keys(1), &Identity { kind: Kind::Wal, ..identity("a") }, &good),
+                "a holds an object that was written under another name, kind or cluster",
+            ),
+            (
+                "a damaged chunk",
+                open(&keys(1), &identity("a"), &damaged),
+                "a is damaged in chunk 0 of 4",
+            ),
+            (
+                "a later version",
+                open(&keys(1), &identity("a"), &later),
+                "a has format version 2, this release reads 1; use a newer backup-agent",
+            ),
+            (
+                "cut off",
+                open(&keys(1), &identity("a"), &good[..good.len() - 1]),
+                "a is truncated or its end is damaged: it does not end with the magic bytes",
+            ),
+            (
+                "empty",
+                open(&keys(1), &identity("a"), b""),
+                "a is not an object of this repository or its header is damaged: \
+                 expected 100 bytes or more, found 0",
+            ),
+        ];
+        for (case, found, expected) in cases {
+            assert_eq!(found, expected, "{case}");
+        }
+    }
+
+    /// What is claimed about sizes is never believed before it was authenticated.
+    #[test]
+    fn absurd_lengths_in_the_trailer_are_refused() {
+        let (_, good) = object();
+        let at = good.len() - TRAILER_BYTES;
+        for (index_bytes, chunks) in [(u32::MAX, 4), (0, 4), (40, u32::MAX), (40, 0), (8, 0)] {
+            let mut object = good.clone();
+            object[at..at + 4].copy_from_slice(&index_bytes.to_le_bytes());
+            object[at + 4..at + 8].copy_from_slice(&chunks.to_le_bytes());
+            refused(&object);
+        }
+    }
 }

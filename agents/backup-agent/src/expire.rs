@@ -8,7 +8,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use shared::store::StoreErrorKind;
 use tracing::{info, warn};
 
-use crate::catalog::{Catalog, Tombstone};
+use crate::catalog::{Catalog, Tombstone, read_commit};
 use crate::container::Kind;
 use crate::manifest::{BackupId, Commit};
 use crate::repository::{Place, RepositoryError};
@@ -69,16 +69,16 @@ pub async fn plan(
     let is_kept = |backup: &&Commit| {
         decisions.iter().any(|it| it.backup_id == backup.backup_id && !it.keep.is_empty())
     };
-    let kept: Vec<Commit> = catalog.backups.iter().filter(is_kept).cloned().collect();
-    let mut wal = Vec::new();
-    if let Some(newest) = kept.last() {
-        let map = WalMap::read(place, newest.wal_segment_bytes).await?;
-        // What a marked backup needs stays as long as it can be brought back.
-        let restorable = marked.is_empty();
-        if restorable {
-            wal = spare_wal(&kept, &map, retention, now).into_iter().cloned().collect();
-        }
+    let mut kept: Vec<Commit> = catalog.backups.iter().filter(is_kept).cloned().collect();
+    let Some(segment_bytes) = kept.last().map(|newest| newest.wal_segment_bytes) else {
+        return Ok(Plan { decisions, delete, marked, wal: Vec::new() });
+    };
+    // What a marked backup needs stays as long as it can be brought back.
+    for (backup_id, _) in &marked {
+        kept.push(read_commit(place, backup_id).await?);
     }
+    let map = WalMap::read(place, segment_bytes).await?;
+    let wal = spare_wal(&kept, &map, retention, now).into_iter().cloned().collect();
     Ok(Plan { decisions, delete, marked, wal })
 }
 

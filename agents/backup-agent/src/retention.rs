@@ -165,3 +165,157 @@ fn newest_of_each<P: PartialEq>(
     }
     kept
 }
+
+#[cfg(test)]
+mod tests {
+    use shared::pg::wal::Segment;
+    use tokio_postgres::types::PgLsn;
+
+    use super::*;
+    use crate::manifest::{ObjectRecord, Suspicion};
+
+    const SEGMENT: u64 = 16 << 20;
+
+    fn now() -> DateTime<Utc> {
+        "2026-07-15T12:00:00Z".parse().unwrap()
+    }
+
+    fn day(ago: u32) -> DateTime<Utc> {
+        now() - TimeDelta::days(ago.into())
+    }
+
+    /// A backup that was complete so many days ago, and needs the segments 10 × (1000 - days) and
+    /// the one after.
+    fn backup(days_ago: u32, suspect: bool) -> Commit {
+        let record = ObjectRecord { object_bytes: 1, plain_bytes: 1, salt: [0; 32] };
+        let first = segment(days_ago);
+        Commit {
+            format: 1,
+            backup_id: BackupId::new(day(days_ago), 1, PgLsn::from(first * SEGMENT)),
+            group: 0,
+            system_identifier: 1,
+            node: String::new(),
+            from_standby: false,
+            server_version_num: 170_000,
+            wal_segment_bytes: SEGMENT,
+            started_at: day(days_ago),
+            finished_at: day(days_ago),
+            timeline: 1,
+            start_lsn: PgLsn::from(first * SEGMENT),
+            end_lsn: PgLsn::from((first + 2) * SEGMENT),
+            suspect: suspect.then(|| Suspicion { reason: String::new(), warnings: Vec::new() }),
+            archives: Vec::new(),
+            chunk_bytes: 1,
+            parts: Vec::new(),
+            manifest: record.clone(),
+            files: record,
+            file_count: 0,
+            previous: None,
+        }
+    }
+
+    fn segment(days_ago: u32) -> u64 {
+        10 * (1000 - u64::from(days_ago))
+    }
+
+    fn retention(daily: usize, weekly: usize, monthly: usize, wal_days: u64) -> Retention {
+        Retention {
+            daily,
+            weekly,
+            monthly,
+            wal: Duration::from_hours(24 * wal_days),
+            delete_after: Duration::ZERO,
+        }
+    }
+
+    fn kept(ages: &[u32], suspect: &[u32], retention: &Retention) -> Vec<u32> {
+        let backups: Vec<_> = ages.iter().map(|age| backup(*age, suspect.contains(age))).collect();
+        let decisions = decide(&backups, retention, now());
+        let keeps = |age: &&u32| {
+            let id = backup(**age, false).backup_id;
+            decisions.iter().any(|it| it.backup_id == id && !it.keep.is_empty())
+        };
+        ages.iter().filter(keeps).copied().collect()
+    }
+
+    #[test]
+    fn backups_stay_by_day_week_and_month_and_for_the_window() {
+        type Ages = &'static [u32];
+        let cases: [(&str, Ages, Ages, Retention, Ages); 8] = [
+            ("none", &[], &[], retention(7, 4, 12, 30), &[]),
+            ("the only one stays, however old", &[900], &[], retention(1, 0, 0, 1), &[900]),
+            ("days", &[5, 4, 3, 2, 1, 0], &[], retention(3, 0, 0, 0), &[2, 1, 0]),
+            // 2026-07-15 is a Wednesday: 2 is Monday, 3 is Sunday of the week before.
+            ("weeks", &[10, 9, 3, 2, 1], &[], retention(1, 3, 0, 0), &[10, 3, 1]),
+            ("months", &[60, 50, 20, 10, 1], &[], retention(1, 0, 3, 0), &[50, 20, 1]),
+            ("the window's start", &[9, 8, 3, 1], &[], retention(1, 0, 0, 7), &[8, 1]),
+            (
+                "a suspect one fills nobody's place",
+                &[9, 3, 1],
+                &[1],
+                retention(1, 0, 0, 7),
+                &[9, 3, 1],
+            ),
+            ("an old suspect one goes", &[20, 9, 1], &[9], retention(1, 0, 0, 7), &[20, 1]),
+        ];
+        for (case, ages, suspect, retention, expected) in cases {
+            assert_eq!(kept(ages, suspect, &retention), expected, "{case}");
+        }
+    }
+
+    #[test]
+    fn nothing_but_suspect_backups_all_stay() {
+        assert_eq!(kept(&[90, 80], &[90, 80], &retention(1, 0, 0, 7)), [90, 80]);
+    }
+
+    fn map(timelines: &[(u32, std::ops::Range<u64>)], stored_at: DateTime<Utc>) -> WalMap {
+        let mut map = WalMap { segment_bytes: SEGMENT, ..WalMap::default() };
+        for (timeline, numbers) in timelines {
+            for number in numbers.clone() {
+                let file = Segment { timeline: *timeline, number }.name(SEGMENT);
+                let object = WalObject {
+                    name: file.clone(),
+                    file,
+                    hash: String::new(),
+                    object_bytes: 1,
+                    stored_at,
+                };
+                map.segments.entry(*timeline).or_default().insert(number, vec![object]);
+            }
+        }
+        map
+    }
+
+    fn spare(kept: &[Commit], map: &WalMap) -> Vec<u64> {
+        let spare = spare_wal(kept, map, &retention(1, 0, 0, 30), now());
+        spare.iter().map(|wal| u64::from_str_radix(&wal.file[16..], 16).unwrap()).collect()
+    }
+
+    #[test]
+    fn wal_goes_only_if_no_kept_backup_needs_it() {
+        let old = day(100);
+        let (monthly, anchor) = (backup(80, false), backup(40, false));
+        let first = segment(80) - 3;
+        let all = map(&[(1, first..segment(40) + 5)], old);
+        let names: Vec<u64> = spare(&[monthly.clone(), anchor.clone(), backup(1, false)], &all);
+        let in_log = |number: u64| number % 256;
+        let expected: Vec<u64> = (first..segment(40))
+            .filter(|number| !monthly.segments().contains(number))
+            .map(in_log)
+            .collect();
+        assert_eq!(names, expected, "all but the monthly's own, up to the window's first backup");
+    }
+
+    #[test]
+    fn wal_stays_without_a_backup_and_while_it_is_young() {
+        let all = map(&[(1, 0..9)], day(100));
+        assert_eq!(spare(&[], &all), Vec::<u64>::new());
+        assert_eq!(spare(&[backup(40, true)], &all), Vec::<u64>::new(), "only a suspect backup");
+        let young = map(&[(1, 0..9)], day(3));
+        assert_eq!(spare(&[backup(40, false)], &young), Vec::<u64>::new());
+        // No backup is as old as the window: the oldest there is counts.
+        let fresh = backup(1, false);
+        let before = map(&[(1, segment(1) - 2..segment(1) + 3)], day(100));
+        assert_eq!(spare(&[fresh], &before).len(), 2);
+    }
+}

@@ -48,6 +48,13 @@ pub struct Written {
     pub object_bytes: u64,
 }
 
+/// A chunk before and after it was sealed.
+#[derive(Debug, Default)]
+struct Buffers {
+    plain: BytesMut,
+    sealed: Vec<u8>,
+}
+
 /// An object being written. Dropping it leaves at most an unfinished upload, never an object.
 #[derive(Debug)]
 pub struct ObjectWriter {
@@ -59,7 +66,10 @@ pub struct ObjectWriter {
     /// The chunk being filled.
     plain: BytesMut,
     plain_bytes: u64,
-    sealing: VecDeque<JoinHandle<Result<Vec<u8>, ContainerError>>>,
+    sealing: VecDeque<JoinHandle<Result<Buffers, ContainerError>>>,
+    /// Buffers that were used and can be used again: fresh ones cost a page fault every 4 KiB.
+    spare: Vec<Buffers>,
+    spare_parts: Vec<BytesMut>,
     chunks_begun: u32,
     sealed_lens: Vec<u32>,
     /// The part being filled.
@@ -67,7 +77,7 @@ pub struct ObjectWriter {
     part_number: u32,
     object_bytes: u64,
     upload: Option<Upload>,
-    uploading: JoinSet<Result<UploadedPart, StoreError>>,
+    uploading: JoinSet<Result<(UploadedPart, Bytes), StoreError>>,
     uploaded: Vec<UploadedPart>,
 }
 
@@ -96,6 +106,8 @@ impl ObjectWriter {
             plain: BytesMut::with_capacity(settings.chunk_bytes as usize),
             plain_bytes: 0,
             sealing: VecDeque::new(),
+            spare: Vec::new(),
+            spare_parts: Vec::new(),
             chunks_begun: 0,
             sealed_lens: Vec::new(),
             part,
@@ -159,8 +171,8 @@ impl ObjectWriter {
             }
             Some(upload) => {
                 self.send(&upload, last).await?;
-                while let Some(sent) = self.uploading.join_next().await {
-                    self.uploaded.push(joined(sent)?);
+                while !self.uploading.is_empty() {
+                    self.sent().await?;
                 }
                 upload.complete(std::mem::take(&mut self.uploaded)).await?;
             }
@@ -175,30 +187,39 @@ impl ObjectWriter {
                 self.append(sealing).await?;
             }
         }
-        let empty = BytesMut::with_capacity(self.sealer.chunk_bytes());
-        let plain = std::mem::replace(&mut self.plain, empty);
+        let mut next = self.spare.pop().unwrap_or_default();
+        next.plain.reserve(self.sealer.chunk_bytes());
+        let mut buffers =
+            Buffers { plain: std::mem::replace(&mut self.plain, next.plain), sealed: next.sealed };
         let (sealer, number) = (self.sealer.clone(), self.chunks_begun);
         self.chunks_begun += 1;
-        self.sealing.push_back(tokio::task::spawn_blocking(move || sealer.seal(number, &plain)));
+        self.sealing.push_back(tokio::task::spawn_blocking(move || {
+            sealer.seal(number, &buffers.plain, &mut buffers.sealed)?;
+            buffers.plain.clear();
+            Ok(buffers)
+        }));
         Ok(())
     }
 
     /// Adds the next sealed chunk to the part, and sends the part when it is full.
     async fn append(
         &mut self,
-        sealing: JoinHandle<Result<Vec<u8>, ContainerError>>,
+        sealing: JoinHandle<Result<Buffers, ContainerError>>,
     ) -> Result<(), RepositoryError> {
-        let sealed = joined(sealing.await)?;
-        self.sealed_lens.push(u32::try_from(sealed.len()).unwrap_or(u32::MAX));
-        self.part.extend_from_slice(&sealed);
+        let buffers = joined(sealing.await)?;
+        self.sealed_lens.push(u32::try_from(buffers.sealed.len()).unwrap_or(u32::MAX));
+        self.part.extend_from_slice(&buffers.sealed);
+        self.spare.push(buffers);
         if self.part.len() < self.settings.part_bytes {
             return Ok(());
         }
         // Every part but the last is equally large, as some stores insist.
-        let rest = self.part.split_off(self.settings.part_bytes);
-        let mut next = BytesMut::with_capacity(self.part_capacity());
-        next.extend_from_slice(&rest);
-        let full = std::mem::replace(&mut self.part, next).freeze();
+        let mut next = self.spare_parts.pop().unwrap_or_default();
+        next.reserve(self.part_capacity());
+        next.extend_from_slice(&self.part[self.settings.part_bytes..]);
+        let mut full = std::mem::replace(&mut self.part, next);
+        full.truncate(self.settings.part_bytes);
+        let full = full.freeze();
         self.object_bytes += full.len() as u64;
         let upload = if let Some(upload) = self.upload.take() {
             upload
@@ -219,13 +240,28 @@ impl ObjectWriter {
 
     async fn send(&mut self, upload: &Upload, body: Bytes) -> Result<(), RepositoryError> {
         while self.uploading.len() >= self.settings.uploads {
-            if let Some(sent) = self.uploading.join_next().await {
-                self.uploaded.push(joined(sent)?);
-            }
+            self.sent().await?;
         }
         let (upload, number) = (upload.clone(), self.part_number);
         self.part_number += 1;
-        self.uploading.spawn(async move { upload.part(number, body).await });
+        self.uploading.spawn(async move {
+            let part = upload.part(number, body.clone()).await?;
+            Ok((part, body))
+        });
+        Ok(())
+    }
+
+    /// Waits for an upload and takes its buffer back.
+    async fn sent(&mut self) -> Result<(), RepositoryError> {
+        if let Some(sent) = self.uploading.join_next().await {
+            let (part, body) = joined(sent)?;
+            self.uploaded.push(part);
+            // The store may still hold the body; then it is freed when the store lets go of it.
+            if let Ok(mut buffer) = body.try_into_mut() {
+                buffer.clear();
+                self.spare_parts.push(buffer);
+            }
+        }
         Ok(())
     }
 }

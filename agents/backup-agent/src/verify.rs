@@ -244,20 +244,9 @@ async fn check_wal(
                 continue;
             }
         };
-        let content = match wal::read(place, found).await {
-            Ok(content) => content,
-            Err(wal::WalError::Repository(error)) => {
-                verified.problems.push(problem(error)?);
-                continue;
-            }
-            Err(error) => {
-                verified.problems.push(chain(&error).to_string());
-                continue;
-            }
-        };
-        match wal::check_file(&file, &content) {
-            Ok(Some(of)) if of == backup.system_identifier => verified.segments += 1,
-            Ok(_) => verified.problems.push(format!("WAL segment {file} is of another cluster")),
+        match wal::read(place, found, |_| Ok(())).await {
+            Ok(()) => verified.segments += 1,
+            Err(wal::WalError::Repository(error)) => verified.problems.push(problem(error)?),
             Err(error) => verified.problems.push(chain(&error).to_string()),
         }
     }

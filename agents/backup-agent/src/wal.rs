@@ -1,17 +1,18 @@
 //! WAL in the repository: what is there, what may be stored, and what a restore can reach.
 
 use std::collections::BTreeMap;
+use std::io::{self, Read as _};
 
 use chrono::{DateTime, Utc};
 use sha2::{Digest, Sha256};
 use shared::pg::wal::{
-    HistoryEntry, Segment, WalFile, WalFileError, WalHeader, WalHeaderError, parse_history,
-    segment_number,
+    HistoryEntry, SEGMENT_BYTES_MIN, Segment, WalFile, WalFileError, WalHeader, WalHeaderError,
+    parse_history, segment_number,
 };
 use thiserror::Error;
 use tokio_postgres::types::PgLsn;
 
-use crate::container::Kind;
+use crate::container::{Compressed, ContainerError, Kind, open_each};
 use crate::manifest::Commit;
 use crate::repository::{Place, RepositoryError};
 
@@ -19,9 +20,28 @@ use crate::repository::{Place, RepositoryError};
 /// unique by content, so that a store that ignores `If-None-Match` cannot lose one of two.
 const HASH_DIGITS: usize = 16;
 
+/// The longest history file that is taken: a line for each promotion there ever was.
+const HISTORY_BYTES_MAX: usize = 1 << 20;
+
 /// Why a WAL file was not stored or not given.
 #[derive(Debug, Error)]
 pub enum WalError {
+    /// The file cannot be read.
+    #[error("read {name}")]
+    Read {
+        /// The file.
+        name: String,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// The file cannot be written.
+    #[error("write {name}")]
+    Write {
+        /// The file.
+        name: String,
+        /// What the operating system said.
+        source: io::Error,
+    },
     /// The name is not PostgreSQL's.
     #[error(transparent)]
     Name(#[from] WalFileError),
@@ -78,6 +98,14 @@ pub enum WalError {
         /// What is wrong with it.
         source: Box<WalError>,
     },
+    /// An object holds something else than the file it is named for.
+    #[error("{object} does not hold what it is named for")]
+    Stored {
+        /// The object.
+        object: String,
+        /// What differs.
+        source: Box<WalError>,
+    },
     /// A history file does not read.
     #[error("read {name} from the repository: {reason}")]
     History {
@@ -89,6 +117,12 @@ pub enum WalError {
     /// The repository failed.
     #[error(transparent)]
     Repository(#[from] RepositoryError),
+}
+
+impl From<ContainerError> for WalError {
+    fn from(error: ContainerError) -> Self {
+        Self::Repository(error.into())
+    }
 }
 
 /// One WAL file in the repository.
@@ -122,11 +156,124 @@ fn stem(file: &str) -> String {
     }
 }
 
-/// The content's hash as it stands in names.
-fn hash(content: &[u8]) -> String {
-    let mut text = hex::encode(Sha256::digest(content));
+/// Plaintext bytes of a chunk of WAL.
+const CHUNK_BYTES: u32 = 1 << 20;
+
+/// A hash as it stands in names.
+fn in_name(hash: Sha256) -> String {
+    let mut text = hex::encode(hash.finalize());
     text.truncate(HASH_DIGITS);
     text
+}
+
+/// A WAL file that was read once: checked, hashed and compressed, and not sealed yet, because its
+/// object's name has the hash in it.
+#[derive(Debug)]
+pub struct Packed {
+    file: String,
+    hash: String,
+    content: Compressed,
+    /// The system identifier in its header; history files have none.
+    pub system_identifier: Option<u64>,
+}
+
+impl Packed {
+    /// Reads a file and checks that its content is what its name says.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read, or the first thing that differs.
+    pub fn read(file: &str, mut from: impl io::Read, level: i32) -> Result<Self, WalError> {
+        let unreadable = |source| WalError::Read { name: file.to_owned(), source };
+        let mut checked = Checked::new(file)?;
+        let mut content = Compressed::default();
+        let mut chunk = Vec::with_capacity(CHUNK_BYTES as usize);
+        loop {
+            chunk.clear();
+            let limit = u64::from(CHUNK_BYTES);
+            io::Read::by_ref(&mut from).take(limit).read_to_end(&mut chunk).map_err(unreadable)?;
+            if chunk.is_empty() {
+                break;
+            }
+            checked.take(&chunk)?;
+            content.push(&chunk, level).map_err(|error| unreadable(io::Error::other(error)))?;
+        }
+        let (hash, system_identifier) = checked.finish()?;
+        Ok(Self { file: file.to_owned(), hash, content, system_identifier })
+    }
+}
+
+/// Checks a WAL file while it passes: its header, its length, its hash.
+struct Checked<'a> {
+    file: &'a str,
+    /// What a segment's name says; `None` for files that are no segments.
+    is_segment: bool,
+    header: Option<WalHeader>,
+    /// The whole of a file that is no segment: it is small.
+    text: Vec<u8>,
+    bytes: u64,
+    hash: Sha256,
+}
+
+impl<'a> Checked<'a> {
+    fn new(file: &'a str) -> Result<Self, WalFileError> {
+        // Any size will do to tell what kind of file it is; 1 MiB allows every number.
+        let is_segment = match WalFile::parse(file, SEGMENT_BYTES_MIN)? {
+            WalFile::Segment(_) | WalFile::Partial(_) => true,
+            WalFile::BackupLabel { .. } | WalFile::History { .. } => false,
+        };
+        let (header, text) = (None, Vec::new());
+        Ok(Self { file, is_segment, header, text, bytes: 0, hash: Sha256::new() })
+    }
+
+    fn take(&mut self, chunk: &[u8]) -> Result<(), WalError> {
+        if self.bytes == 0 && self.is_segment {
+            let refuse = |source| WalError::Header { name: self.file.to_owned(), source };
+            let header = WalHeader::parse(chunk).map_err(refuse)?;
+            let segment_bytes = header.segment_bytes;
+            if let WalFile::Segment(segment) | WalFile::Partial(segment) =
+                WalFile::parse(self.file, segment_bytes)?
+            {
+                header.check(segment, segment_bytes, header.system_identifier).map_err(refuse)?;
+            }
+            self.header = Some(header);
+        }
+        if !self.is_segment {
+            if self.text.len() + chunk.len() > HISTORY_BYTES_MAX {
+                let reason = format!("longer than {HISTORY_BYTES_MAX} bytes");
+                return Err(WalError::History { name: self.file.to_owned(), reason });
+            }
+            self.text.extend_from_slice(chunk);
+        }
+        self.hash.update(chunk);
+        self.bytes += chunk.len() as u64;
+        Ok(())
+    }
+
+    /// Returns the hash, and the system identifier of a segment.
+    fn finish(self) -> Result<(String, Option<u64>), WalError> {
+        let name = self.file.to_owned();
+        if self.is_segment {
+            let Some(header) = self.header else {
+                let source = WalHeaderError::Short { found: 0 };
+                return Err(WalError::Header { name, source });
+            };
+            if self.bytes != header.segment_bytes {
+                let (expected, found) = (header.segment_bytes, self.bytes);
+                return Err(WalError::Length { name, expected, found });
+            }
+        } else if name.ends_with(".history") {
+            read_history(&name, &self.text)?;
+        }
+        Ok((in_name(self.hash), self.header.map(|header| header.system_identifier)))
+    }
+}
+
+/// Reads the text of a timeline history.
+fn read_history(name: &str, text: &[u8]) -> Result<Vec<HistoryEntry>, WalError> {
+    let wrong = |reason: String| WalError::History { name: name.to_owned(), reason };
+    let text = std::str::from_utf8(text).map_err(|error| wrong(error.to_string()))?;
+    parse_history(text).map_err(|error| wrong(error.to_string()))
 }
 
 fn object(info: shared::store::ObjectInfo) -> Option<WalObject> {
@@ -169,20 +316,39 @@ pub async fn stored_from(
     Ok(stored)
 }
 
-/// Fetches one file, checked against its hash.
+/// Fetches one file and hands it to `take`, chunk by chunk.
+///
+/// The content is checked as a whole only at the end: until this returns, what `take` was given
+/// must not be used.
 ///
 /// # Errors
 ///
-/// The store failed, the object is damaged, or the content is not what its name says.
-pub async fn read(place: &Place, wal: &WalObject) -> Result<Vec<u8>, WalError> {
-    let (content, _) = place.get(kind(&wal.file), &wal.name).await?;
-    if hash(&content) != wal.hash {
-        let name = wal.name.clone();
-        return Err(
-            RepositoryError::from(crate::container::ContainerError::Misplaced { name }).into()
-        );
+/// The store failed, the object is damaged, the content is not what its name says or of another
+/// cluster, or what `take` says.
+pub async fn read(
+    place: &Place,
+    wal: &WalObject,
+    mut take: impl FnMut(&[u8]) -> Result<(), WalError>,
+) -> Result<(), WalError> {
+    let object = place.store().get(&place.key(&wal.name)).await.map_err(RepositoryError::from)?;
+    let identity = place.identity(kind(&wal.file), &wal.name);
+    let wrong = |source| WalError::Stored { object: wal.name.clone(), source: Box::new(source) };
+    let mut checked = Checked::new(&wal.file)?;
+    open_each(place.keys(), &identity, &object, |chunk| {
+        checked.take(chunk).map_err(wrong)?;
+        take(chunk)
+    })?;
+    let (hash, system_identifier) = checked.finish().map_err(wrong)?;
+    if hash != wal.hash {
+        return Err(ContainerError::Misplaced { name: wal.name.clone() }.into());
     }
-    Ok(content)
+    match system_identifier {
+        Some(found) if found != place.system_identifier => {
+            let (name, expected) = (wal.file.clone(), place.system_identifier);
+            Err(wrong(WalError::OtherServer { name, expected, found }))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What became of a file that was to be stored.
@@ -194,7 +360,7 @@ pub enum Stored {
     Before,
 }
 
-/// Stores a WAL file that was checked by [`check_file`].
+/// Stores a WAL file.
 ///
 /// The same content again is fine. Other content under the same name is refused, whichever came
 /// first: the list is read before and after, so that of two writers at the same moment at least
@@ -203,79 +369,50 @@ pub enum Stored {
 /// # Errors
 ///
 /// [`WalError::Conflict`]; or the repository failed.
-pub async fn store(
-    place: &Place,
-    file: &str,
-    content: &[u8],
-    level: i32,
-) -> Result<Stored, WalError> {
-    let hash = hash(content);
+pub async fn store(place: &Place, packed: Packed) -> Result<Stored, WalError> {
+    let Packed { file, hash, content, system_identifier: _ } = packed;
     let conflict = |found: &[WalObject]| -> Result<(), WalError> {
         let others: Vec<_> =
             found.iter().filter(|it| it.hash != hash).map(|it| it.name.as_str()).collect();
         if others.is_empty() {
             return Ok(());
         }
-        Err(WalError::Conflict { name: file.to_owned(), found: others.join(", ") })
+        Err(WalError::Conflict { name: file.clone(), found: others.join(", ") })
     };
-    let before = find(place, file).await?;
+    let before = find(place, &file).await?;
     conflict(&before)?;
     if let Some(same) = before.first() {
-        // Acknowledged only if it can be read back: a truncated object must not stand for it.
-        match read(place, same).await {
-            Ok(stored) if stored == content => return Ok(Stored::Before),
-            Err(WalError::Repository(error)) if error.is_transient() => return Err(error.into()),
-            Err(source) => {
-                let (name, source) = (same.name.clone(), Box::new(source));
-                return Err(WalError::DamagedCopy { name, source });
-            }
-            Ok(_) => {}
-        }
+        read_back(place, same).await?;
+        return Ok(Stored::Before);
     }
-    let name = format!("{}{hash}", stem(file));
-    let stored = match place.put(kind(file), &name, content, level).await {
-        Ok(_) => Stored::Now,
-        // The other writer had the same content, sealed with another salt.
+    let name = format!("{}{hash}", stem(&file));
+    let kind = kind(&file);
+    let (object, _) = content.seal(place.keys(), &place.identity(kind, &name), CHUNK_BYTES)?;
+    let stored = match place.put_sealed(kind, &name, object).await {
+        Ok(()) => Stored::Now,
+        // Another writer was faster with the same content, sealed with another salt.
         Err(RepositoryError::Conflict { .. }) => Stored::Before,
         Err(error) => return Err(error.into()),
     };
-    conflict(&find(place, file).await?)?;
+    let after = find(place, &file).await?;
+    conflict(&after)?;
+    if stored == Stored::Before {
+        for same in &after {
+            read_back(place, same).await?;
+        }
+    }
     Ok(stored)
 }
 
-/// Checks that a file's content is what its name says; returns the system identifier in it, if
-/// the kind of file has one.
-///
-/// # Errors
-///
-/// The first thing that differs.
-pub fn check_file(file: &str, content: &[u8]) -> Result<Option<u64>, WalError> {
-    let segment_of = |segment_bytes| match WalFile::parse(file, segment_bytes)? {
-        WalFile::Segment(segment) | WalFile::Partial(segment) => Ok(Some(segment)),
-        WalFile::BackupLabel { .. } | WalFile::History { .. } => Ok::<_, WalFileError>(None),
-    };
-    // Any size will do to tell what kind of file it is; 1 MiB allows every number.
-    if segment_of(1 << 20)?.is_none() {
-        if file.ends_with(".history") {
-            let reason = |reason: String| WalError::History { name: file.to_owned(), reason };
-            let text = std::str::from_utf8(content).map_err(|error| reason(error.to_string()))?;
-            parse_history(text).map_err(|error| reason(error.to_string()))?;
+/// Reads an object that is to stand for a file that is pushed again: a truncated one must not.
+async fn read_back(place: &Place, same: &WalObject) -> Result<(), WalError> {
+    match read(place, same, |_| Ok(())).await {
+        Err(WalError::Repository(error)) if error.is_transient() => Err(error.into()),
+        Err(source) => {
+            Err(WalError::DamagedCopy { name: same.name.clone(), source: Box::new(source) })
         }
-        return Ok(None);
+        Ok(()) => Ok(()),
     }
-    let refuse = |source| WalError::Header { name: file.to_owned(), source };
-    let header = WalHeader::parse(content).map_err(refuse)?;
-    if content.len() as u64 != header.segment_bytes {
-        return Err(WalError::Length {
-            name: file.to_owned(),
-            expected: header.segment_bytes,
-            found: content.len() as u64,
-        });
-    }
-    if let Some(segment) = segment_of(header.segment_bytes)? {
-        header.check(segment, header.segment_bytes, header.system_identifier).map_err(refuse)?;
-    }
-    Ok(Some(header.system_identifier))
 }
 
 /// All WAL of one database cluster in the repository, as far as names tell.
@@ -455,10 +592,13 @@ async fn histories(place: &Place) -> Result<BTreeMap<u32, Vec<HistoryEntry>>, Wa
         let Ok(WalFile::History { timeline }) = WalFile::parse(&wal.file, 1 << 20) else {
             continue;
         };
-        let text = read(place, &wal).await?;
-        let history = parse_history(&String::from_utf8_lossy(&text)).map_err(|error| {
-            WalError::History { name: wal.name.clone(), reason: error.to_string() }
-        })?;
+        let mut text = Vec::new();
+        read(place, &wal, |chunk| {
+            text.extend_from_slice(chunk);
+            Ok(())
+        })
+        .await?;
+        let history = read_history(&wal.name, &text)?;
         histories.insert(timeline, history);
     }
     Ok(histories)
