@@ -299,6 +299,11 @@ run_fetch_async() {
 
 # --- the rounds -----------------------------------------------------------------------------------
 
+# Another one begins in each round: who comes later may find memory and disk in another state.
+rotate() {
+    contestants=("${contestants[@]:1}" "${contestants[0]}")
+}
+
 backups() {
     local contestant operation=backup
     for contestant in "${contestants[@]}"; do
@@ -369,7 +374,7 @@ asynchronous() {
 describe() {
     printf '#\t%s\n' \
         "$(postgres --version | sed 's/ (Debian.*//'), $(pgbackrest version), $(zstd --version | grep -o 'v[0-9.]*' | sed 's/^/zstd /'), $(openssl version | cut -d ' ' -f 1,2)" \
-        "$(nproc) cores of $(sed -n 's/^model name\s*: //p;T;q' /proc/cpuinfo), load average $(cut -d ' ' -f 1-3 /proc/loadavg)" \
+        "$(nproc) cores of $(sed -n 's/^model name\s*: //p;T;q' /proc/cpuinfo), load average $(cut -d ' ' -f 1-3 /proc/loadavg), nice $(nice)" \
         "database of $(($(bytes_below "$data/base") >> 20)) MiB in $(find "$data/base" -type f | wc -l) files, $ROUNDS rounds; WAL per segment, of $SEGMENTS"
 }
 
@@ -387,6 +392,7 @@ main() {
         pushes
         fetches
         asynchronous
+        rotate
     done
     pg_ctl --pgdata="$data" --mode=immediate stop >>"$log"
 }

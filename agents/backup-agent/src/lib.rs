@@ -22,8 +22,10 @@ pub mod archive;
 pub mod wal;
 
 pub mod catalog;
+mod layout;
 pub mod recovery;
 pub mod restore;
+mod unpack;
 pub mod verify;
 
 pub mod expire;

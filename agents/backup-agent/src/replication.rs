@@ -241,7 +241,7 @@ pub struct BaseBackup {
 pub struct Verdict {
     /// The server found pages with wrong checksums: the backup is suspect.
     pub checksum_failure: Option<ServerMessage>,
-    /// The server's warnings, the first [`WARNINGS_MAX`] of them.
+    /// The server's warnings, the first hundred of them.
     pub warnings: Vec<ServerMessage>,
     /// How many there were.
     pub warning_count: u64,
