@@ -221,7 +221,10 @@ async fn a_restore_follows_the_newest_timeline() {
     scene.backup().await;
     scene.archive_wal().await;
     let to = scene.path("replacement");
-    scene.run(&["restore", "--to", to.to_str().unwrap()]).await.assert_success();
+    scene
+        .run(&["restore", "--archive-mode", "preserve", "--to", to.to_str().unwrap()])
+        .await
+        .assert_success();
     scene.primary.stop(Mode::Fast).await;
     let replacement = PgServer::start_existing(&to).await;
     replacement.recovered().await;
@@ -246,7 +249,9 @@ async fn a_target_that_cannot_be_reached_is_refused_with_the_window() {
         return;
     }
     let scene = Scene::new().await;
-    let nothing = scene.run(&["restore", "--to", scene.path("none").to_str().unwrap()]).await;
+    let nothing = scene
+        .run(&["restore", "--archive-mode", "off", "--to", scene.path("none").to_str().unwrap()])
+        .await;
     nothing.assert_code(1);
     assert!(nothing.stderr.contains("there is no backup"), "{nothing}");
 
@@ -260,7 +265,7 @@ async fn a_target_that_cannot_be_reached_is_refused_with_the_window() {
         ["--target-timeline", "7"],
     ] {
         let to = scene.path("refused");
-        let mut all = vec!["restore", "--to", to.to_str().unwrap()];
+        let mut all = vec!["restore", "--archive-mode", "off", "--to", to.to_str().unwrap()];
         all.extend(arguments);
         let refused = scene.run(&all).await;
         refused.assert_code(1);
@@ -280,20 +285,33 @@ async fn a_directory_that_is_not_empty_is_refused_and_a_server_is_never_deleted(
     fs::create_dir(&to).unwrap();
     fs::write(to.join("precious"), "data").unwrap();
     harness::program::give_to_server_user(&to);
-    let arguments = ["restore", "--to", to.to_str().unwrap()];
+    let arguments = ["restore", "--archive-mode", "off", "--to", to.to_str().unwrap()];
     let refused = scene.run(&arguments).await;
     refused.assert_code(1);
     assert!(refused.stderr.contains("holds precious"), "{refused}");
     assert!(refused.stderr.contains("--force"), "{refused}");
 
     fs::write(to.join("postmaster.pid"), "1").unwrap();
-    let in_use = scene.run(&["restore", "--force", "--to", to.to_str().unwrap()]).await;
+    let in_use = scene
+        .run(&["restore", "--archive-mode", "off", "--force", "--to", to.to_str().unwrap()])
+        .await;
     in_use.assert_code(1);
     assert!(in_use.stderr.contains("a server may be running"), "{in_use}");
     assert_eq!(fs::read_to_string(to.join("precious")).unwrap(), "data");
 
+    // Not a data directory: what is in it is not ours to delete.
     fs::remove_file(to.join("postmaster.pid")).unwrap();
-    scene.run(&["restore", "--force", "--to", to.to_str().unwrap()]).await.assert_success();
+    let forced = ["restore", "--archive-mode", "off", "--force", "--to", to.to_str().unwrap()];
+    let not_ours = scene.run(&forced).await;
+    not_ours.assert_code(1);
+    assert!(not_ours.stderr.contains("is no data directory"), "{not_ours}");
+    assert_eq!(fs::read_to_string(to.join("precious")).unwrap(), "data");
+
+    fs::write(to.join("PG_VERSION"), "17").unwrap();
+    scene
+        .run(&["restore", "--archive-mode", "off", "--force", "--to", to.to_str().unwrap()])
+        .await
+        .assert_success();
     assert!(!to.join("precious").exists());
 }
 
@@ -330,7 +348,15 @@ async fn a_restored_directory_has_the_permissions_and_links_of_the_server() {
     assert!(!to.join(".pgmesh-restore").exists());
 
     let wrong = scene.path("wrong");
-    let arguments = ["restore", "--to", wrong.to_str().unwrap(), "--tablespace", "/no/such=/place"];
+    let arguments = [
+        "restore",
+        "--archive-mode",
+        "off",
+        "--to",
+        wrong.to_str().unwrap(),
+        "--tablespace",
+        "/no/such=/place",
+    ];
     let refused = scene.run(&arguments).await;
     refused.assert_code(1);
     assert!(refused.stderr.contains(location), "{refused}");
@@ -372,7 +398,10 @@ async fn a_backup_with_a_damaged_page_is_kept_marked_and_alarmed() {
 
     // Only by name: nobody gets it by accident.
     let to = scene.path("refused");
-    scene.run(&["restore", "--to", to.to_str().unwrap()]).await.assert_code(1);
+    scene
+        .run(&["restore", "--archive-mode", "off", "--to", to.to_str().unwrap()])
+        .await
+        .assert_code(1);
     let id = list[0]["backup_id"].as_str().unwrap();
     scene.restore("by-name", &["--backup", id]).await;
 }
@@ -410,4 +439,73 @@ async fn a_cluster_with_small_segments_is_backed_up_and_restored() {
     let restored = PgServer::start_existing(&to).await;
     restored.recovered().await;
     assert_eq!(count(&restored, "t").await, "100000");
+}
+
+/// A tablespace's own place may be a living server's. Nobody gets there by accident, with or
+/// without `--force`.
+#[tokio::test]
+async fn the_tablespaces_of_a_server_that_lives_are_never_touched() {
+    if postgres_is_missing() {
+        return;
+    }
+    let scene = Scene::new().await;
+    let location = scene.primary.tablespace("living").await;
+    scene.primary.psql("CREATE TABLE t TABLESPACE living AS SELECT generate_series(1, 1000)").await;
+    scene.backup().await;
+    let to = scene.path("copy");
+    let to = to.to_str().unwrap();
+    for force in [&[][..], &["--force"][..]] {
+        let arguments = ["restore", "--archive-mode", "off", "--to", to];
+        let refused = scene.run(&[&arguments[..], force].concat()).await;
+        refused.assert_code(1);
+        assert!(refused.stderr.contains("--tablespace"), "{refused}");
+        assert!(!refused.stderr.contains("or use --force"), "{refused}");
+    }
+    scene.primary.psql("CHECKPOINT").await;
+    assert_eq!(count(&scene.primary, "t").await, "1000");
+
+    let inside = format!("{}={to}/inside", location.display());
+    let overlap =
+        scene.run(&["restore", "--archive-mode", "off", "--to", to, "--tablespace", &inside]).await;
+    overlap.assert_code(1);
+    assert!(overlap.stderr.contains("overlap"), "{overlap}");
+}
+
+/// Settings in any encoding and spelling, as `ALTER SYSTEM` and people leave them.
+#[tokio::test]
+async fn settings_of_the_server_do_not_keep_a_copy_from_starting() {
+    if postgres_is_missing() {
+        return;
+    }
+    let scene = Scene::new().await;
+    let auto_conf = scene.primary.data_directory().join("postgresql.auto.conf");
+    let mut text = fs::read(&auto_conf).unwrap();
+    text.extend_from_slice(b"log_line_prefix = '\xe9 %m '\n  Recovery_Target_Xid = '12345'\n");
+    fs::write(&auto_conf, text).unwrap();
+    fill(&scene.primary, "t", 10).await;
+    scene.backup().await;
+    let to = scene.restore("copy", &["--target", "immediate", "--target-action", "promote"]).await;
+    let text = fs::read(to.join("postgresql.auto.conf")).unwrap();
+    assert!(text.windows(4).any(|bytes| bytes == b"\xe9 %m"), "the setting is gone");
+    let restored = PgServer::start_existing(&to).await;
+    restored.recovered().await;
+    assert_eq!(count(&restored, "t").await, "10");
+}
+
+#[tokio::test]
+async fn a_standby_that_cannot_be_read_is_passed_over() {
+    if postgres_is_missing() {
+        return;
+    }
+    let scene = Scene::new().await;
+    let standby = scene.primary.standby("standby1").await;
+    standby.catch_up(&scene.primary).await;
+    let hba = standby.data_directory().join("pg_hba.conf");
+    let text = fs::read_to_string(&hba).unwrap();
+    let text: Vec<_> = text.lines().filter(|line| !line.contains("replication")).collect();
+    fs::write(&hba, text.join("\n") + "\n").unwrap();
+    standby.psql("SELECT pg_reload_conf()").await;
+    scene.configure(&[&scene.primary, &standby]);
+    let backup = scene.backup().await;
+    assert_eq!(backup["from_standby"], false, "{backup}");
 }

@@ -70,6 +70,6 @@ async fn files_that_the_configuration_names_are_tried() {
     let nowhere = Agent::new(Path::new("/no/such/file")).run(&["list"]).await;
     nowhere.assert_code(1);
     assert!(nowhere.stderr.contains("/no/such/file"), "{nowhere}");
-    let wrong_use = agent.run(&["restore"]).await;
+    let wrong_use = agent.run(&["restore", "--archive-mode", "off"]).await;
     wrong_use.assert_code(2);
 }

@@ -305,7 +305,7 @@ async fn every_damage_is_refused(kind: Kind, object: &str, readers: Vec<(Vec<Str
 }
 
 fn restore() -> (Vec<String>, i32) {
-    (words("restore --to {to} --target immediate"), 1)
+    (words("restore --archive-mode off --to {to} --target immediate"), 1)
 }
 
 fn verify() -> (Vec<String>, i32) {

@@ -192,7 +192,8 @@ async fn a_download_that_breaks_or_lies_is_repeated_or_refused() {
     }
     faults.add(get(Effect::FlipBit(At::Fraction(0.5))));
     let to = scene.path("refused");
-    let refused = scene.run(&["restore", "--to", to.to_str().unwrap()]).await;
+    let refused =
+        scene.run(&["restore", "--archive-mode", "off", "--to", to.to_str().unwrap()]).await;
     refused.assert_code(1);
     assert!(refused.stderr.contains("part-0000"), "{refused}");
     assert!(!to.join("global/pg_control").exists(), "the copy could start");
@@ -217,7 +218,7 @@ async fn a_restore_that_was_stopped_is_resumed() {
     assert!(stopped.stderr.contains("--resume"), "{stopped}");
     faults.clear();
 
-    let not_empty = scene.run(&["restore", "--to", to]).await;
+    let not_empty = scene.run(&["restore", "--archive-mode", "off", "--to", to]).await;
     not_empty.assert_code(1);
     scene.run(&["restore", "--archive-mode", "off", "--resume", "--to", to]).await.assert_success();
     scene.primary.run("pg_verifybackup", &["--no-parse-wal", to]).await;
@@ -226,7 +227,9 @@ async fn a_restore_that_was_stopped_is_resumed() {
     assert_eq!(restored.psql("SELECT count(*) FROM fill").await, (48 * 128).to_string());
 
     let nothing = scene.path("nothing");
-    let refused = scene.run(&["restore", "--resume", "--to", nothing.to_str().unwrap()]).await;
+    let refused = scene
+        .run(&["restore", "--archive-mode", "off", "--resume", "--to", nothing.to_str().unwrap()])
+        .await;
     refused.assert_code(1);
     assert!(refused.stderr.contains("leave --resume away"), "{refused}");
 }
@@ -244,7 +247,8 @@ async fn a_full_disk_stops_a_restore_with_its_name() {
     fill(&scene.primary, 96).await;
     scene.backup().await;
     let to = small.join("restored");
-    let refused = scene.run(&["restore", "--to", to.to_str().unwrap()]).await;
+    let refused =
+        scene.run(&["restore", "--archive-mode", "off", "--to", to.to_str().unwrap()]).await;
     refused.assert_code(1);
     assert!(refused.stderr.contains("has room for"), "{refused}");
     fs::remove_dir_all(&to).unwrap();
@@ -255,7 +259,8 @@ async fn a_full_disk_stops_a_restore_with_its_name() {
     scene.backup().await;
     let map = format!("{}={}", location.display(), small.join("big").display());
     let data = scene.path("restored");
-    let arguments = ["restore", "--to", data.to_str().unwrap(), "--tablespace", &map];
+    let arguments =
+        ["restore", "--archive-mode", "off", "--to", data.to_str().unwrap(), "--tablespace", &map];
     let full = scene.run(&arguments).await;
     full.assert_code(1);
     assert!(full.stderr.contains(small.to_str().unwrap()), "{full}");
@@ -411,4 +416,72 @@ async fn keys_are_rotated_without_rewriting_anything() {
     let without = scene.run(&["list"]).await;
     without.assert_code(1);
     assert!(without.stdout.contains("encrypted with key k2, which is not configured"), "{without}");
+}
+
+/// One id never means two keys: a run with the wrong one stops before it writes.
+#[tokio::test]
+async fn a_wrong_key_under_the_same_id_writes_no_backup() {
+    if postgres_is_missing() {
+        return;
+    }
+    let scene = Scene::new().await;
+    scene.backup().await;
+    let (key, right) = (scene.key(), scene.path("right-key"));
+    fs::rename(&key, &right).unwrap();
+    Agent::without_config().run(&["new-key", key.to_str().unwrap()]).await.assert_success();
+    let refused = scene.run(&["backup"]).await;
+    refused.assert_code(1);
+    assert!(refused.stderr.contains("another key under the same id"), "{refused}");
+    scene.run(&["check"]).await.assert_code(1);
+    fs::rename(&right, &key).unwrap();
+    assert_eq!(scene.list().await.len(), 1);
+    scene.run(&["verify"]).await.assert_success();
+}
+
+/// Marked first, brought back by removing the mark, deleted later; and `verify` stays content.
+#[tokio::test]
+async fn retention_marks_then_deletes_and_a_mark_can_be_taken_back() {
+    if postgres_is_missing() {
+        return;
+    }
+    let rules = |delete_after: &str| {
+        format!(
+            "[retention]\ndaily = 1\nweekly = 0\nmonthly = 0\nwal = \"0s\"\ndelete_after = \"{delete_after}\"\n"
+        )
+    };
+    let scene = Scene::with(Kind::Directory, &rules("1h")).await;
+    for _ in 0..3 {
+        scene.backup().await;
+    }
+    let dry = scene.run(&["expire"]).await;
+    dry.assert_success();
+    assert!(dry.stdout.contains("nothing was changed"), "{dry}");
+    assert_eq!(scene.list().await.len(), 3);
+    scene.run(&["expire", "--apply"]).await.assert_success();
+    assert_eq!(scene.list().await.len(), 1);
+    scene.run(&["verify"]).await.assert_success();
+
+    // Taken back: all three can be restored again, their WAL included.
+    let tombstones: Vec<_> = files(&scene.repository())
+        .into_iter()
+        .filter(|path| path.display().to_string().contains("/tombstone/"))
+        .collect();
+    assert_eq!(tombstones.len(), 2);
+    for tombstone in &tombstones {
+        fs::remove_file(tombstone).unwrap();
+    }
+    assert_eq!(scene.list().await.len(), 3);
+    scene.run(&["verify"]).await.assert_success();
+
+    let text = fs::read_to_string(scene.config()).unwrap();
+    crate::scene::write(&scene.config(), &text.replace("\"1h\"", "\"0s\""));
+    for _ in 0..2 {
+        scene.run(&["expire", "--apply"]).await.assert_success();
+    }
+    let bases = files(&scene.repository());
+    let bases = bases.iter().filter(|path| path.display().to_string().contains("/base/"));
+    let ids: std::collections::BTreeSet<_> = bases.map(|path| path.parent().unwrap()).collect();
+    assert_eq!(ids.len(), 1, "{ids:?}");
+    scene.run(&["verify"]).await.assert_success();
+    scene.restore("restored", &["--target", "immediate"]).await;
 }

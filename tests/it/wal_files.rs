@@ -146,7 +146,7 @@ async fn wal_fetch_exits_with_1_only_if_the_file_was_never_produced() {
         ("a stored segment", newest.as_str(), 0),
         ("the one after the newest", next.as_str(), 1),
         ("a history file of no timeline", "00000002.history", 1),
-        ("a segment of a timeline that never was", "000000020000000000000003", 1),
+        ("a segment of a timeline that never was", "000000020000000000000003", 254),
         ("a segment in a gap", missing.as_str(), 254),
         ("nonsense", "nonsense", 254),
     ];
@@ -156,6 +156,16 @@ async fn wal_fetch_exits_with_1_only_if_the_file_was_never_produced() {
         assert_eq!(data.join("fetched").exists(), code == 0, "{case}");
         fs::remove_file(data.join("fetched")).ok();
     }
+
+    // A mount that is gone, or another cluster's name: an empty place proves nothing.
+    let right = fs::read_to_string(scene.config()).unwrap();
+    write(&scene.config(), &right.replace("cluster = \"tests\"", "cluster = \"test\""));
+    for file in [newest.as_str(), &next, "00000002.history"] {
+        let nothing = run_in(&scene, &data, &["wal-fetch", file, "fetched"]).await;
+        assert_eq!(nothing.code(), Some(254), "{file}: {nothing}");
+        assert!(nothing.stderr.contains("wrong mount"), "{nothing}");
+    }
+    write(&scene.config(), &right);
 
     // A standby goes on to stream where a recovery must stop.
     write(&data.join("standby.signal"), "");

@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use chrono::Utc;
+use chrono::{TimeDelta, Utc};
 use shared::pg::connect::connect;
 use shared::pg::wal::Segment;
 use shared::pg::{ConnectError, Node, QueryError, Settings};
@@ -39,6 +39,9 @@ use crate::wal::{self, WalError};
 /// How often the repository is asked for the WAL that a backup waits for.
 const WAL_POLL: Duration = Duration::from_secs(1);
 
+/// The age at which an unfinished upload of something else than a base backup is nobody's.
+const FOREIGN_UPLOAD_AGE: TimeDelta = TimeDelta::days(1);
+
 /// Why there is no new backup. In each case the repository lists none.
 #[derive(Debug, Error)]
 pub enum BackupError {
@@ -66,6 +69,15 @@ pub enum BackupError {
         /// The primary at the start.
         primary: String,
         /// The backup that was not committed.
+        backup_id: BackupId,
+    },
+    /// The configured key is not the one that wrote earlier backups under its id.
+    #[error(
+        "backup {backup_id} was written with another key under the same id; nothing is written \
+         with this one. Put the right key into its file, or give the new key an id of its own"
+    )]
+    WrongKey {
+        /// The backup that cannot be read.
         backup_id: BackupId,
     },
     /// The server failed or gave up.
@@ -153,6 +165,7 @@ impl BackupError {
             | Self::Tar { .. }
             | Self::Manifest { .. }
             | Self::UnknownArchive { .. }
+            | Self::WrongKey { .. }
             | Self::NoWal { .. }
             | Self::Wal(_) => false,
         }
@@ -187,20 +200,18 @@ pub async fn take_backup(
 
     progress.begin("asking the servers", 0);
     let observed = observe(settings, &context.config.nodes, group).await;
-    let source = source::choose(&observed, config)?;
-    for reason in &source.passed_over {
-        info!(reason, "server passed over");
-    }
+    let mut source = source::choose(&observed, config, &[])?;
     let place = repository.place(group, source.state.system_identifier);
     let lock = RunLock::take(connect(settings, &source.primary).await?)
         .await?
         .ok_or(BackupError::OtherRun { group })?;
     let catalog = Catalog::read(&place).await?;
+    refuse_wrong_key(&catalog)?;
     remove_leftovers(&place, &catalog).await?;
 
     progress.begin("checkpoint", 0);
     let started_at = Utc::now();
-    let stream = start(settings, &source, config).await?;
+    let stream = start(settings, &observed, config, &mut source).await?;
     let backup_id = BackupId::new(started_at, stream.timeline, stream.start_lsn);
     let total_bytes = stream.tablespaces.iter().map(|tablespace| tablespace.bytes).sum();
     info!(
@@ -209,7 +220,14 @@ pub async fn take_backup(
         memory_bytes_max = config.upload().memory_bytes(), "base backup started"
     );
     progress.begin("copying", total_bytes);
-    let copied = Box::pin(copy(&place, &backup_id, stream, config, progress)).await?;
+    let lock_lost = || BackupError::LockLost {
+        primary: source.primary.to_string(),
+        backup_id: backup_id.clone(),
+    };
+    let copied = tokio::select! {
+        copied = Box::pin(copy(&place, &backup_id, stream, config, progress)) => copied?,
+        () = lock.lost() => return Err(lock_lost()),
+    };
     let finished_at = Utc::now();
     info!(%backup_id, end_lsn = %copied.end_lsn, parts = copied.parts.len(), "stream stored");
 
@@ -247,7 +265,7 @@ pub async fn take_backup(
 
     // From here on only a single put is left. Whoever lost the lock must not make it.
     if !lock.is_held().await.unwrap_or(false) {
-        return Err(BackupError::LockLost { primary: source.primary.to_string(), backup_id });
+        return Err(lock_lost());
     }
     progress.begin("committing", 0);
     require_parts(&place, &commit).await?;
@@ -266,8 +284,41 @@ async fn observe(settings: &Settings, nodes: &[Node], group: u32) -> Group {
     observed
 }
 
-/// Opens the replication connection and starts the base backup on the server.
+/// A key that is not the one that wrote the backups before would split the repository in two.
+fn refuse_wrong_key(catalog: &Catalog) -> Result<(), BackupError> {
+    match catalog.unreadable.iter().find(|(_, error)| error.is_wrong_key()) {
+        Some((backup_id, _)) => Err(BackupError::WrongKey { backup_id: backup_id.clone() }),
+        None => Ok(()),
+    }
+}
+
+/// Starts the base backup on the chosen server; if that is a standby and does not let us, on the
+/// next one, and at last on the primary.
 async fn start(
+    settings: &Settings,
+    observed: &Group,
+    config: &BackupConfig,
+    source: &mut Source,
+) -> Result<BaseBackup, BackupError> {
+    let mut refused = Vec::new();
+    loop {
+        for reason in &source.passed_over {
+            info!(reason, "server passed over");
+        }
+        match start_on(settings, source, config).await {
+            Err(error) if source::is_standby(&source.state) => {
+                let node = source.node.name.clone();
+                warn!(node, error = %chain(&error), "standby cannot be read; trying another server");
+                refused.push(node);
+                *source = source::choose(observed, config, &refused)?;
+            }
+            started => return started,
+        }
+    }
+}
+
+/// Opens the replication connection and starts the base backup on one server.
+async fn start_on(
     settings: &Settings,
     source: &Source,
     config: &BackupConfig,
@@ -555,11 +606,17 @@ async fn remove_leftovers(place: &Place, catalog: &Catalog) -> Result<(), Reposi
         }
         info!(%backup_id, objects = objects.len(), "leftovers of a stopped backup removed");
     }
-    match place.store().unfinished(&place.key("base/")).await {
+    match place.store().unfinished(&place.key("")).await {
         Ok(uploads) => {
+            let (base, old) = (place.key("base/"), Utc::now() - FOREIGN_UPLOAD_AGE);
             for upload in uploads {
+                // The lock is about base backups; a `wal-push` may be under way.
+                let is_old = upload.started_at.is_some_and(|at| at < old);
+                if !upload.key.starts_with(&base) && !is_old {
+                    continue;
+                }
                 place.store().abort(&upload).await?;
-                info!(key = upload.key, "unfinished upload of a stopped backup removed");
+                info!(key = upload.key, "unfinished upload removed");
             }
             Ok(())
         }

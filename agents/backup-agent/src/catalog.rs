@@ -17,8 +17,10 @@ pub struct Catalog {
     pub backups: Vec<Commit>,
     /// Backups whose commit object or tombstone cannot be read, and why.
     pub unreadable: Vec<(BackupId, RepositoryError)>,
-    /// Backups that were deleted and whose objects are still there, and since when.
+    /// Backups that were marked as deleted, and since when.
     pub tombstones: BTreeMap<BackupId, DateTime<Utc>>,
+    /// Of those, the ones that objects are left of.
+    pub buried: BTreeSet<BackupId>,
     /// Objects of backups that have no commit object: a run under way, or one that was stopped.
     pub unfinished: BTreeMap<BackupId, Vec<ObjectInfo>>,
 }
@@ -68,6 +70,7 @@ impl Catalog {
         }
         for (id, objects) in objects {
             if catalog.tombstones.contains_key(&id) {
+                catalog.buried.insert(id);
                 continue;
             }
             if !committed.contains(&id) {

@@ -9,9 +9,10 @@ use shared::telemetry::chain;
 use shared::topology::{Group, groups, observe_group};
 
 use crate::backup::Context;
+use crate::catalog::Catalog;
 use crate::container::{Identity, Kind, open_whole, seal_whole};
 use crate::replication::Replication;
-use crate::repository::Repository;
+use crate::repository::{Repository, RepositoryError};
 use crate::wal;
 
 /// How far two clocks may be apart.
@@ -166,8 +167,33 @@ async fn check_group(context: &Context, number: u32, steps: &mut Steps) {
             Err(error) => steps.add(step, Outcome::Failed, chain(error).to_string()),
         }
     }
+    check_backups(context, number, steps).await;
     if let Err(error) = check_archiving(context, &group, steps).await {
         steps.add(format!("group {number}: archiving"), Outcome::Failed, error);
+    }
+}
+
+/// Reads what describes each backup: a key that is not the right one shows here.
+async fn check_backups(context: &Context, group: u32, steps: &mut Steps) {
+    let step = format!("group {group}: backups");
+    let read = async {
+        let (mut count, mut unreadable) = (0, Vec::new());
+        for place in context.repository.places(group).await? {
+            let catalog = Catalog::read(&place).await?;
+            count += catalog.backups.len();
+            unreadable.extend(catalog.unreadable.iter().map(|(_, it)| chain(it).to_string()));
+        }
+        Ok::<_, RepositoryError>((count, unreadable))
+    };
+    match read.await {
+        Ok((0, unreadable)) if unreadable.is_empty() => {
+            steps.add(step, Outcome::Warning, "none yet; take one with `backup-agent backup`");
+        }
+        Ok((count, unreadable)) if unreadable.is_empty() => {
+            steps.add(step, Outcome::Ok, format!("{count} in the repository"));
+        }
+        Ok((_, unreadable)) => steps.add(step, Outcome::Failed, unreadable.join("; ")),
+        Err(error) => steps.add(step, Outcome::Failed, chain(&error).to_string()),
     }
 }
 

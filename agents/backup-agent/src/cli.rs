@@ -189,8 +189,9 @@ pub struct RestoreArgs {
     /// Put a tablespace elsewhere; may be given several times
     #[arg(long, value_name = "OLD=NEW", value_parser = parse_tablespace)]
     pub tablespace: Vec<(PathBuf, PathBuf)>,
-    /// Whether the restored server archives into the repository
-    #[arg(long, value_enum, default_value = "preserve")]
+    /// Whether the restored server archives into the repository. There is no default: what is right
+    /// for a replacement would mix the WAL of a copy into that of the server that lives on
+    #[arg(long, value_enum)]
     pub archive_mode: ArchiveMode,
     /// Delete what is in the directories that the restore goes to. Refused under a server
     #[arg(long, conflicts_with = "resume")]
@@ -278,8 +279,18 @@ mod tests {
 
     #[test]
     fn two_targets_are_wrong_use() {
-        let both =
-            ["backup-agent", "restore", "--to", "/x", "--target-lsn", "0/1", "--target-xid", "1"];
+        let both = [
+            "backup-agent",
+            "restore",
+            "--to",
+            "/x",
+            "--archive-mode",
+            "off",
+            "--target-lsn",
+            "0/1",
+            "--target-xid",
+            "1",
+        ];
         assert!(Cli::try_parse_from(both).is_err());
     }
 }

@@ -4,13 +4,15 @@
 //! A tombstone comes first, and only later does anything go. So a restore that is under way
 //! finishes, and a mistake can be undone by deleting the tombstone.
 
+use std::collections::BTreeSet;
+
 use chrono::{DateTime, TimeDelta, Utc};
 use shared::store::StoreErrorKind;
 use tracing::{info, warn};
 
 use crate::catalog::{Catalog, Tombstone, read_commit};
 use crate::container::Kind;
-use crate::manifest::{BackupId, Commit};
+use crate::manifest::BackupId;
 use crate::repository::{Place, RepositoryError};
 use crate::retention::{Decision, Retention, decide, spare_wal};
 use crate::wal::{WalError, WalMap, WalObject};
@@ -26,6 +28,8 @@ pub struct Plan {
     pub marked: Vec<(BackupId, DateTime<Utc>)>,
     /// WAL segments that nothing needs.
     pub wal: Vec<WalObject>,
+    /// Backups that a listed one names as its predecessor: their tombstones stay.
+    named: BTreeSet<BackupId>,
 }
 
 impl Plan {
@@ -57,29 +61,32 @@ pub async fn plan(
     }
     let decisions = decide(&catalog.backups, retention, now);
     let grace = TimeDelta::from_std(retention.delete_after).unwrap_or(TimeDelta::MAX);
+    let named: BTreeSet<BackupId> =
+        catalog.backups.iter().filter_map(|backup| backup.previous.clone()).collect();
     let (mut delete, mut marked) = (Vec::new(), Vec::new());
     for (backup_id, at) in &catalog.tombstones {
         let due = at.checked_add_signed(grace).unwrap_or(DateTime::<Utc>::MAX_UTC);
         if due <= now {
-            delete.push(backup_id.clone());
+            // A tombstone stays after its backup, while a later one names that as its predecessor.
+            if catalog.buried.contains(backup_id) || !named.contains(backup_id) {
+                delete.push(backup_id.clone());
+            }
         } else {
             marked.push((backup_id.clone(), due));
         }
     }
-    let is_kept = |backup: &&Commit| {
-        decisions.iter().any(|it| it.backup_id == backup.backup_id && !it.keep.is_empty())
+    let Some(newest) = catalog.backups.last() else {
+        return Ok(Plan { decisions, delete, marked, wal: Vec::new(), named });
     };
-    let mut kept: Vec<Commit> = catalog.backups.iter().filter(is_kept).cloned().collect();
-    let Some(segment_bytes) = kept.last().map(|newest| newest.wal_segment_bytes) else {
-        return Ok(Plan { decisions, delete, marked, wal: Vec::new() });
-    };
-    // What a marked backup needs stays as long as it can be brought back.
+    let map = WalMap::read(place, newest.wal_segment_bytes).await?;
+    // What a marked backup needs stays as long as it can be brought back; one that is marked in
+    // this very run, too.
+    let mut needed = catalog.backups;
     for (backup_id, _) in &marked {
-        kept.push(read_commit(place, backup_id).await?);
+        needed.push(read_commit(place, backup_id).await?);
     }
-    let map = WalMap::read(place, segment_bytes).await?;
-    let wal = spare_wal(&kept, &map, retention, now).into_iter().cloned().collect();
-    Ok(Plan { decisions, delete, marked, wal })
+    let wal = spare_wal(&needed, &map, retention, now).into_iter().cloned().collect();
+    Ok(Plan { decisions, delete, marked, wal, named })
 }
 
 /// Carries out a plan.
@@ -112,7 +119,9 @@ pub async fn apply(place: &Place, plan: &Plan) -> Result<(), RepositoryError> {
             all &= delete(place, &object.key).await?;
         }
         if all {
-            delete(place, &format!("tombstone/{backup_id}")).await?;
+            if !plan.named.contains(backup_id) {
+                delete(place, &format!("tombstone/{backup_id}")).await?;
+            }
             info!(%backup_id, "backup deleted");
         } else {
             warn!(%backup_id, "backup not deleted: the store does not allow it yet");

@@ -13,6 +13,7 @@ use tracing::info;
 use crate::manifest::Commit;
 use crate::restore::{RestoreError, RestoreOptions, file_error};
 use crate::tar::{Member, MemberKind, is_inside};
+use crate::unpack::STATE_FILE;
 
 /// `global/pg_control` until the restore is whole.
 pub(crate) const CONTROL_FILE: &str = "global/pg_control";
@@ -56,7 +57,26 @@ impl Layout {
             links.push((oid, root.clone()));
             roots.push(root);
         }
-        Ok(Self { data: options.to.clone(), roots, links, owner: owner(&options.to) })
+        let layout = Self { data: options.to.clone(), roots, links, owner: owner(&options.to) };
+        layout.refuse_overlap()?;
+        Ok(layout)
+    }
+
+    /// Two archives in one directory would overwrite each other's files.
+    fn refuse_overlap(&self) -> Result<(), RestoreError> {
+        // In-place tablespaces lie in the data directory by design.
+        let in_place = self.data.join("pg_tblspc");
+        let apart: Vec<&PathBuf> =
+            self.roots.iter().filter(|root| !root.starts_with(&in_place)).collect();
+        for (index, one) in apart.iter().enumerate() {
+            for other in &apart[index + 1..] {
+                if one.starts_with(other) || other.starts_with(one) {
+                    let (one, other) = ((*one).clone(), (*other).clone());
+                    return Err(RestoreError::Overlap { one, other });
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Where a member goes; `pg_control` under its provisional name.
@@ -87,19 +107,69 @@ fn owner(to: &Path) -> Option<(u32, u32)> {
     (existing.uid() != 0).then(|| (existing.uid(), existing.gid()))
 }
 
-/// Makes sure that every root is an empty directory, or empties it.
-pub(crate) fn clear(layout: &Layout, force: bool) -> Result<(), RestoreError> {
-    let roots: BTreeSet<&PathBuf> = layout.roots.iter().collect();
-    for root in roots.into_iter().filter(|root| root.exists()) {
-        empty(root, force)?;
+/// Makes sure that every root is an empty directory, or empties it. Every root is looked at before
+/// anything is deleted.
+pub(crate) fn clear(layout: &Layout, options: &RestoreOptions) -> Result<(), RestoreError> {
+    let mut full = Vec::new();
+    for root in layout.roots.iter().filter(|root| root.exists()) {
+        let names = names(root)?;
+        let Some(first) = names.first() else { continue };
+        let not_empty = || (root.clone(), first.clone());
+        if *root != layout.data {
+            // It may be the tablespace of a server that lives: only a person can tell.
+            let is_asked_for = options.tablespaces.iter().any(|(_, to)| to == root);
+            if !is_asked_for {
+                let (path, found) = not_empty();
+                return Err(RestoreError::TablespaceInUse { path, found });
+            }
+        }
+        if root.join("postmaster.pid").exists() {
+            return Err(RestoreError::InUse { path: root.clone() });
+        }
+        if !options.force {
+            let (path, found) = not_empty();
+            return Err(RestoreError::NotEmpty { path, found });
+        }
+        let is_ours = if *root == layout.data {
+            names.iter().any(|name| name == "PG_VERSION" || name == STATE_FILE)
+        } else {
+            names.iter().all(|name| name.starts_with("PG_"))
+        };
+        if !is_ours {
+            let (path, found) = not_empty();
+            return Err(RestoreError::NotOurs { path, found });
+        }
+        full.push(root);
+    }
+    for root in full {
+        empty(root)?;
     }
     Ok(())
 }
 
+fn names(path: &Path) -> Result<Vec<String>, RestoreError> {
+    let entries = fs::read_dir(path).map_err(file_error("read", path))?;
+    let name = |entry: io::Result<fs::DirEntry>| {
+        entry.map(|entry| entry.file_name().to_string_lossy().into_owned())
+    };
+    let mut names: Vec<String> =
+        entries.map(name).collect::<Result<_, _>>().map_err(file_error("read", path))?;
+    names.sort();
+    Ok(names)
+}
+
 /// Makes the roots, and refuses a disk without room for `needed_bytes`.
-pub(crate) fn make_roots(layout: &Layout, needed_bytes: u64) -> Result<(), RestoreError> {
+///
+/// They are as open to the group as the directories in them: `initdb --allow-group-access`.
+pub(crate) fn make_roots(
+    layout: &Layout,
+    members: &[Member],
+    needed_bytes: u64,
+) -> Result<(), RestoreError> {
+    let directory = members.iter().find(|it| it.kind == MemberKind::Directory);
+    let mode = directory.map_or(0o700, |directory| directory.mode);
     for root in &layout.roots {
-        make_directory(layout, root, 0o700)?;
+        make_directory(layout, root, mode)?;
     }
     require_room(layout, needed_bytes)
 }
@@ -133,20 +203,11 @@ pub(crate) fn make_members(
     Ok(())
 }
 
-/// Refuses a directory that is not empty, or empties it.
-fn empty(path: &Path, force: bool) -> Result<(), RestoreError> {
-    let entries = fs::read_dir(path).map_err(file_error("read", path))?;
-    let entries: Vec<_> = entries.collect::<Result<_, _>>().map_err(file_error("read", path))?;
-    let Some(first) = entries.first() else { return Ok(()) };
-    if path.join("postmaster.pid").exists() {
-        return Err(RestoreError::InUse { path: path.to_owned() });
-    }
-    if !force {
-        let found = first.file_name().to_string_lossy().into_owned();
-        return Err(RestoreError::NotEmpty { path: path.to_owned(), found });
-    }
-    info!(path = %path.display(), entries = entries.len(), "directory emptied");
-    for entry in entries {
+/// Deletes what is in a directory.
+fn empty(path: &Path) -> Result<(), RestoreError> {
+    info!(path = %path.display(), "directory emptied");
+    for entry in fs::read_dir(path).map_err(file_error("read", path))? {
+        let entry = entry.map_err(file_error("read", path))?;
         let path = entry.path();
         let is_directory = entry.file_type().map_err(file_error("read", &path))?.is_dir();
         let removed = if is_directory { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
@@ -169,13 +230,20 @@ fn require_room(layout: &Layout, needed_bytes: u64) -> Result<(), RestoreError> 
 }
 
 fn make_directory(layout: &Layout, path: &Path, mode: u32) -> Result<(), RestoreError> {
-    let make = || -> io::Result<()> {
-        let mut builder = fs::DirBuilder::new();
-        builder.recursive(true).mode(0o700).create(path)?;
+    let make = |path: &Path, mode: u32| -> io::Result<()> {
+        match fs::DirBuilder::new().mode(0o700).create(path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
+            created => created?,
+        }
         fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
         layout.own(path)
     };
-    make().map_err(file_error("make directory", path))
+    // Those above it too belong to whom it belongs, or nobody could get there.
+    let missing: Vec<_> = path.ancestors().skip(1).take_while(|above| !above.exists()).collect();
+    for above in missing.into_iter().rev() {
+        make(above, 0o755).map_err(file_error("make directory", above))?;
+    }
+    make(path, mode).map_err(file_error("make directory", path))
 }
 
 fn make_link(layout: &Layout, target: &Path, path: &Path) -> Result<(), RestoreError> {

@@ -113,7 +113,6 @@ impl Window {
             return false;
         };
         match target {
-            Target::Immediate => true,
             Target::Lsn(lsn) => self.from_lsn <= *lsn && *lsn <= reach.until_lsn,
             Target::Time(at) => {
                 let newest = reach.until.map(|until| until + CLOCK_TOLERANCE);
@@ -121,7 +120,8 @@ impl Window {
             }
             // Where a name or a transaction lies in the WAL is not known; PostgreSQL stops with an
             // error if it is not found.
-            Target::End | Target::Name(_) | Target::Xid(_) => reach.then == Then::End,
+            Target::Immediate | Target::Name(_) | Target::Xid(_) => true,
+            Target::End => reach.then == Then::End,
         }
     }
 }
@@ -213,7 +213,10 @@ pub fn choose<'a>(
         window.covers(target) && (asked.is_some() || backup.suspect.is_none())
     });
     let chosen = match target {
-        Target::Name(_) | Target::Xid(_) => fit.next(),
+        Target::Name(_) | Target::Xid(_) => {
+            let is_whole = |(_, window): &(&&Commit, &Window)| window.covers(&Target::End);
+            fit.clone().find(is_whole).or_else(|| fit.next())
+        }
         Target::End | Target::Immediate | Target::Time(_) | Target::Lsn(_) => fit.next_back(),
     };
     match chosen {

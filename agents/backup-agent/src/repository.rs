@@ -61,6 +61,33 @@ impl RepositoryError {
     }
 }
 
+impl RepositoryError {
+    /// Tells whether an object itself is damaged, and not the way to it or the key for it.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Container(error) => match error {
+                ContainerError::NotOurs { .. }
+                | ContainerError::Misplaced { .. }
+                | ContainerError::Replaced { .. }
+                | ContainerError::Truncated { .. }
+                | ContainerError::Damaged { .. } => true,
+                ContainerError::Version { .. }
+                | ContainerError::MissingKey { .. }
+                | ContainerError::WrongKey { .. }
+                | ContainerError::TooLarge { .. }
+                | ContainerError::Codec { .. } => false,
+            },
+            Self::Content { .. } => true,
+            Self::Store(_) | Self::Conflict { .. } => false,
+        }
+    }
+
+    /// Tells whether a key is configured under the id of another.
+    pub fn is_wrong_key(&self) -> bool {
+        matches!(self, Self::Container(ContainerError::WrongKey { .. }))
+    }
+}
+
 /// The repository as configured: a store and keys.
 #[derive(Clone, Debug)]
 pub struct Repository {

@@ -25,7 +25,7 @@ use crate::progress::Progress;
 use crate::recovery::{Choice, Target, TargetTimeline, Unreachable, choose};
 use crate::repository::{Place, Repository, RepositoryError};
 use crate::tar::Member;
-use crate::unpack::{STATE_FILE, begin_state, left_bytes, read_state, unpack};
+use crate::unpack::{STATE_FILE, begin_state, read_state, unpack};
 use crate::wal::{Reach, WalError, WalMap};
 
 /// What is asked for.
@@ -93,10 +93,40 @@ pub enum RestoreError {
         /// The first name in it.
         found: String,
     },
+    /// A tablespace's own place is not empty, and nobody said that it may be used.
+    #[error(
+        "the backup has a tablespace at {}, which holds {found}: perhaps a living server's. \
+         Put it elsewhere with --tablespace {}=NEW", path.display(), path.display()
+    )]
+    TablespaceInUse {
+        /// The location.
+        path: PathBuf,
+        /// The first name in it.
+        found: String,
+    },
+    /// `--force` deletes database clusters and nothing else.
+    #[error(
+        "{} holds {found} and is no data directory: --force deletes only what PostgreSQL or a \
+         stopped restore has left. Choose another directory, or empty it yourself", path.display()
+    )]
+    NotOurs {
+        /// The directory.
+        path: PathBuf,
+        /// The first name in it.
+        found: String,
+    },
+    /// Two archives would lie in each other.
+    #[error("{} and {} overlap: every tablespace needs a place of its own", one.display(), other.display())]
+    Overlap {
+        /// One place.
+        one: PathBuf,
+        /// The other.
+        other: PathBuf,
+    },
     /// A server may be running there.
     #[error(
-        "{} has a postmaster.pid: a server may be running there. Stop it; \
-         --force does not delete under a server", path.display()
+        "{} has a postmaster.pid: a server may be running there. Stop it; if none runs, delete \
+         that file. --force does not delete under a server", path.display()
     )]
     InUse {
         /// The directory.
@@ -110,15 +140,16 @@ pub enum RestoreError {
     },
     /// The restore that was stopped is of another backup.
     #[error(
-        "{} holds a stopped restore of backup {found}, and this one would be of {expected}; \
-         name the backup with --backup {found}, or start anew with --force", path.display()
+        "{} holds a stopped restore that differs from this one: it says {found:?}, this one \
+         {expected:?}. Give the same --backup and --tablespace, or start anew with --force",
+        path.display()
     )]
     OtherRestore {
         /// The directory.
         path: PathBuf,
-        /// The backup of this restore.
-        expected: BackupId,
-        /// The backup of the one that was stopped.
+        /// What this restore is of, or where it goes.
+        expected: String,
+        /// What the one that was stopped says there.
         found: String,
     },
     /// A tablespace is to go nowhere sensible.
@@ -226,17 +257,30 @@ pub async fn restore(
         "restore started"
     );
 
+    if options.timeline == TargetTimeline::Latest {
+        for (timeline, segment) in wal.left_behind(backup, reach.timeline) {
+            warn!(
+                timeline,
+                segment,
+                followed = reach.timeline,
+                "another timeline goes on after the one that is followed branched off it; \
+                 choose with --target-timeline"
+            );
+        }
+    }
     let (members, manifest) = read_tables(&place, backup).await?;
     let layout = Arc::new(Layout::new(backup, options)?);
     let done = if options.resume {
-        read_state(&layout.data, &backup.backup_id)?
+        read_state(&layout, &backup.backup_id)?
     } else {
-        clear(&layout, options.force)?;
+        clear(&layout, options)?;
         BTreeSet::new()
     };
-    make_roots(&layout, left_bytes(backup, &done))?;
+    // What a stopped restore has on disk takes its room already.
+    let needed_bytes = if options.resume { 0 } else { backup.plain_bytes() };
+    make_roots(&layout, &members, needed_bytes)?;
     if !options.resume {
-        begin_state(&layout.data, &backup.backup_id)?;
+        begin_state(&layout, &backup.backup_id)?;
     }
     make_members(&layout, backup, &members)?;
     progress.begin("restoring", backup.plain_bytes());
@@ -337,18 +381,24 @@ fn finish(
     write("backup_manifest", manifest)?;
 
     let auto_conf = data.join("postgresql.auto.conf");
-    let before = match fs::read_to_string(&auto_conf) {
+    // Bytes: a setting may be in any encoding.
+    let before = match fs::read(&auto_conf) {
         Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
         Err(error) => return Err(file_error("read", &auto_conf)(error)),
     };
-    let inherited = |line: &&str| !RECOVERY_SETTINGS.iter().any(|name| line.starts_with(name));
-    let mut lines: Vec<String> = before.lines().filter(inherited).map(str::to_owned).collect();
-    for (name, value) in recovery_settings(reach, options) {
-        lines.push(format!("{name} = '{}'", value.replace('\'', "''")));
+    let mut text = Vec::new();
+    for line in before.split(|byte| *byte == b'\n') {
+        if !line.is_empty() && !is_recovery_setting(line) {
+            text.extend_from_slice(line);
+            text.push(b'\n');
+        }
     }
-    lines.push(String::new());
-    write("postgresql.auto.conf", lines.join("\n").as_bytes())?;
+    for (name, value) in recovery_settings(reach, options) {
+        let line = format!("{name} = '{}'\n", value.replace('\'', "''"));
+        text.extend_from_slice(line.as_bytes());
+    }
+    write("postgresql.auto.conf", &text)?;
 
     // A standby's backup brings its own; with it the copy would follow its old primary.
     remove(&data.join("standby.signal"))?;
@@ -358,6 +408,14 @@ fn finish(
     fs::rename(&until_done, &control).map_err(file_error("rename to", &control))?;
     remove(&data.join(STATE_FILE))?;
     sync(layout).map_err(file_error("write to disk", data))
+}
+
+/// Tells whether a line sets one of [`RECOVERY_SETTINGS`]; case and leading blanks do not matter.
+fn is_recovery_setting(line: &[u8]) -> bool {
+    let line = line.trim_ascii_start();
+    RECOVERY_SETTINGS.iter().any(|name| {
+        line.get(..name.len()).is_some_and(|start| start.eq_ignore_ascii_case(name.as_bytes()))
+    })
 }
 
 fn remove(path: &Path) -> Result<(), RestoreError> {

@@ -79,7 +79,9 @@ pub fn decide(backups: &[Commit], retention: &Retention, now: DateTime<Utc>) -> 
         newest_of_each(&good, retention.weekly, |at| (at.iso_week().year(), at.iso_week().week()));
     let monthly = newest_of_each(&good, retention.monthly, |at| (at.year(), at.month()));
     let newest = good.last().map(|backup| &backup.backup_id);
-    let anchor = anchor(&good, window_start).map(|backup| &backup.backup_id);
+    // Until a backup is as old as the window, the oldest serves what there is of it.
+    let anchor = anchor(&good, window_start).or(good.first().copied());
+    let anchor = anchor.map(|backup| &backup.backup_id);
 
     let decide = |backup: &&Commit| {
         let id = &backup.backup_id;
@@ -120,7 +122,9 @@ pub fn spare_wal<'a>(
     let is_needed = |timeline: u32, number: u64| {
         let own =
             |backup: &&Commit| backup.timeline == timeline && backup.segments().contains(&number);
-        number >= floor || kept.iter().any(|backup| own(&backup))
+        // What branched off later may lead to moments in the window from elsewhere.
+        let branched_later = timeline > anchor.timeline;
+        number >= floor || branched_later || kept.iter().any(|backup| own(&backup))
     };
     let all = wal.segments.iter().flat_map(|(timeline, segments)| {
         segments.iter().flat_map(move |(number, objects)| {
@@ -241,10 +245,11 @@ mod tests {
     #[test]
     fn backups_stay_by_day_week_and_month_and_for_the_window() {
         type Ages = &'static [u32];
-        let cases: [(&str, Ages, Ages, Retention, Ages); 8] = [
+        let cases: [(&str, Ages, Ages, Retention, Ages); 9] = [
             ("none", &[], &[], retention(7, 4, 12, 30), &[]),
             ("the only one stays, however old", &[900], &[], retention(1, 0, 0, 1), &[900]),
             ("days", &[5, 4, 3, 2, 1, 0], &[], retention(3, 0, 0, 0), &[2, 1, 0]),
+            ("all younger than the window", &[5, 4, 3], &[], retention(1, 0, 0, 30), &[5, 3]),
             // 2026-07-15 is a Wednesday: 2 is Monday, 3 is Sunday of the week before.
             ("weeks", &[10, 9, 3, 2, 1], &[], retention(1, 3, 0, 0), &[10, 3, 1]),
             ("months", &[60, 50, 20, 10, 1], &[], retention(1, 0, 3, 0), &[50, 20, 1]),

@@ -1,8 +1,11 @@
 //! Which server a base backup is read from.
 
+use std::time::Duration;
+
 use shared::pg::{Connection, Node, QueryError};
 use shared::topology::{Group, GroupError, NodeState, Role};
 use thiserror::Error;
+use tokio::time::sleep;
 
 use crate::config::{BackupConfig, Prefer};
 
@@ -28,13 +31,17 @@ pub enum SourceError {
 }
 
 /// Chooses the server: by preference the standby that has replayed most, if it is not too far
-/// behind; otherwise the primary.
+/// behind and not among those that have `refused`; otherwise the primary.
 ///
 /// # Errors
 ///
 /// The group has not exactly one primary: a backup of either side of a split cluster would be
 /// wrong for the other.
-pub fn choose(group: &Group, config: &BackupConfig) -> Result<Source, SourceError> {
+pub fn choose(
+    group: &Group,
+    config: &BackupConfig,
+    refused: &[String],
+) -> Result<Source, SourceError> {
     let (primary, primary_state) = group.primary()?;
     let mut passed_over = Vec::new();
     let mut best: Option<(&Node, &NodeState)> = None;
@@ -42,6 +49,7 @@ pub fn choose(group: &Group, config: &BackupConfig) -> Result<Source, SourceErro
     if config.prefer == Prefer::Standby {
         for (node, state) in group.standbys() {
             match state.replay_lsn {
+                _ if refused.contains(&node.name) => {}
                 None => passed_over.push(format!("{} has replayed nothing yet", node.name)),
                 Some(_) if state.timeline != primary_state.timeline => {
                     passed_over.push(format!(
@@ -74,6 +82,9 @@ pub fn choose(group: &Group, config: &BackupConfig) -> Result<Source, SourceErro
 /// The number is ours alone among advisory locks with a key of two numbers: `pgme` in ASCII.
 const LOCK: (i32, i32) = (0x7067_6d65, 1);
 
+/// How often a run makes sure of its lock, so that hours of copying are not in vain.
+const LOCK_POLL: Duration = Duration::from_secs(15);
+
 /// Proof that no other run is under way, as long as the connection lives.
 #[derive(Debug)]
 pub struct RunLock {
@@ -104,6 +115,16 @@ impl RunLock {
                     AND classid::bigint = $1::int AND objid::bigint = $2::int AND objsubid = 2)";
         let row = self.connection.query_one(held, &[&LOCK.0, &LOCK.1]).await?;
         Ok(row.get(0))
+    }
+
+    /// Resolves when the lock is lost, or when nobody knows any more whether it is held.
+    pub async fn lost(&self) {
+        loop {
+            sleep(LOCK_POLL).await;
+            if !self.is_held().await.unwrap_or(false) {
+                return;
+            }
+        }
     }
 
     /// Ends the current WAL segment, so that it is archived now and not when it is full.

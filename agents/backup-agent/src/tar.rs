@@ -60,6 +60,17 @@ pub enum TarError {
         /// What is wrong.
         reason: &'static str,
     },
+    /// A file whose name is no UTF-8: no file of PostgreSQL's own.
+    #[error(
+        "archive {archive} holds a file whose name is not UTF-8: {path:?}; \
+         move it out of the data directory"
+    )]
+    Name {
+        /// The archive.
+        archive: u32,
+        /// The name, with what could not be read replaced.
+        path: String,
+    },
     /// A path that would leave the data directory.
     #[error("archive {archive} holds the path {path:?}, which leaves the data directory")]
     Path {
@@ -189,7 +200,10 @@ impl TarReader {
         if number(&header[148..156]) != Some(sum - stored + 8 * u64::from(b' ')) {
             return Err(wrong("the checksum is wrong"));
         }
-        let path = text(&header[..100]).ok_or_else(|| wrong("the name is no text"))?;
+        let path = text(&header[..100]).ok_or_else(|| TarError::Name {
+            archive: self.archive,
+            path: String::from_utf8_lossy(&header[..100]).trim_end_matches('\0').to_owned(),
+        })?;
         let path = path.trim_end_matches('/').trim_start_matches("./").to_owned();
         let size = number(&header[124..136]).ok_or_else(|| wrong("the size is no number"))?;
         let mode = number(&header[100..108]).ok_or_else(|| wrong("the mode is no number"))?;

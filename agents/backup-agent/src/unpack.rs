@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use tokio::task::JoinSet;
@@ -34,36 +34,42 @@ pub(crate) struct Job {
     first: u32,
 }
 
-/// Notes which backup a restore is of, before anything of it is on disk.
-pub(crate) fn begin_state(data: &Path, backup_id: &BackupId) -> Result<(), RestoreError> {
-    let path = data.join(STATE_FILE);
-    fs::write(&path, format!("{backup_id}\n")).map_err(file_error("write", &path))
+/// What a restore is of and where it goes: a resumed one must agree in every line.
+fn state_head(layout: &Layout, backup_id: &BackupId) -> Vec<String> {
+    let roots = layout.roots.iter().map(|root| format!("to {}", root.display()));
+    [backup_id.to_string()].into_iter().chain(roots).collect()
 }
 
-/// Bytes that are still to be unpacked.
-pub(crate) fn left_bytes(backup: &Commit, done: &BTreeSet<Job>) -> u64 {
-    let job_bytes = u64::from(CHUNKS_PER_JOB) * u64::from(backup.chunk_bytes);
-    backup.plain_bytes().saturating_sub(done.len() as u64 * job_bytes)
+/// Notes what a restore is of, before anything of it is on disk.
+pub(crate) fn begin_state(layout: &Layout, backup_id: &BackupId) -> Result<(), RestoreError> {
+    let path = layout.data.join(STATE_FILE);
+    let text = state_head(layout, backup_id).join("\n") + "\n";
+    fs::write(&path, text).map_err(file_error("write", &path))
 }
 
 /// Reads what an earlier run had on disk.
-pub(crate) fn read_state(data: &Path, backup_id: &BackupId) -> Result<BTreeSet<Job>, RestoreError> {
+pub(crate) fn read_state(
+    layout: &Layout,
+    backup_id: &BackupId,
+) -> Result<BTreeSet<Job>, RestoreError> {
+    let data = layout.data.clone();
+    if data.join("postmaster.pid").exists() {
+        return Err(RestoreError::InUse { path: data });
+    }
     let path = data.join(STATE_FILE);
     let text = match fs::read_to_string(&path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Err(RestoreError::NothingToResume { path: data.to_owned() });
+            return Err(RestoreError::NothingToResume { path: data });
         }
         Err(error) => return Err(file_error("read", &path)(error)),
     };
     let mut lines = text.lines();
-    let found = lines.next().unwrap_or_default();
-    if found != backup_id.as_str() {
-        return Err(RestoreError::OtherRestore {
-            path: data.to_owned(),
-            expected: backup_id.clone(),
-            found: found.to_owned(),
-        });
+    for expected in state_head(layout, backup_id) {
+        let found = lines.next().unwrap_or_default().to_owned();
+        if found != expected {
+            return Err(RestoreError::OtherRestore { path: data, expected, found });
+        }
     }
     // A line that was cut off by a crash is a job that is done again.
     let job = |line: &str| {

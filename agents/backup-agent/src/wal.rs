@@ -407,7 +407,7 @@ pub async fn store(place: &Place, packed: Packed) -> Result<Stored, WalError> {
 /// Reads an object that is to stand for a file that is pushed again: a truncated one must not.
 async fn read_back(place: &Place, same: &WalObject) -> Result<(), WalError> {
     match read(place, same, |_| Ok(())).await {
-        Err(WalError::Repository(error)) if error.is_transient() => Err(error.into()),
+        Err(WalError::Repository(error)) if !error.is_damage() => Err(error.into()),
         Err(source) => {
             Err(WalError::DamagedCopy { name: same.name.clone(), source: Box::new(source) })
         }
@@ -522,6 +522,21 @@ impl WalMap {
         }
     }
 
+    /// Timelines of a backup that go on after the one that leads to `target` branched off them: the
+    /// newest segment of each. After a failover there is none; after a restore to an earlier
+    /// moment there is what was left behind, or a server that lives on beside the copy.
+    pub fn left_behind(&self, backup: &Commit, target: u32) -> Vec<(u32, String)> {
+        let history = self.histories.get(&target).map_or(&[][..], Vec::as_slice);
+        let on_the_way = history.iter().filter(|entry| entry.timeline >= backup.timeline);
+        let goes_on = on_the_way.filter_map(|entry| {
+            let (number, _) = self.segments.get(&entry.timeline)?.last_key_value()?;
+            let switched_in = segment_number(entry.switch_lsn, self.segment_bytes);
+            let segment = Segment { timeline: entry.timeline, number: *number };
+            (*number > switched_in).then(|| (entry.timeline, segment.name(self.segment_bytes)))
+        });
+        goes_on.collect()
+    }
+
     /// Tells whether nothing is stored at or after a segment on the way to `target`.
     fn is_beyond(&self, target: u32, history: &[HistoryEntry], on: u32, number: u64) -> bool {
         let newest = |timeline: u32| {
@@ -551,6 +566,13 @@ pub enum Absence {
 ///
 /// The store could not be asked, or a history file is damaged: then nothing is proven.
 pub async fn absence(place: &Place, file: &str, segment_bytes: u64) -> Result<Absence, WalError> {
+    // An empty place proves nothing: it is a missing mount, or another cluster's name.
+    if place.list("", None, Some(1)).await?.is_empty() {
+        let reason = "the repository holds nothing of this server: wrong mount, bucket, prefix, \
+                      cluster name or group?"
+            .to_owned();
+        return Ok(Absence::Missing { reason });
+    }
     let segment = match WalFile::parse(file, segment_bytes)? {
         WalFile::Segment(segment) => segment,
         // No history file, no such timeline: the list is the proof.
@@ -558,12 +580,18 @@ pub async fn absence(place: &Place, file: &str, segment_bytes: u64) -> Result<Ab
             return Ok(Absence::NeverProduced);
         }
     };
+    // Where the segment before this one would be stored.
+    let before = Segment { number: segment.number.saturating_sub(1), ..segment };
+    let mut before_is_on = before.timeline;
     for (child, history) in histories(place).await? {
         for entry in &history {
             let ends_in = segment_number(entry.switch_lsn, segment_bytes);
             if child == segment.timeline && segment.number < ends_in {
                 // Recovery asks on the newest timeline first; this is an older one's.
                 return Ok(Absence::NeverProduced);
+            }
+            if child == segment.timeline && before.number < ends_in {
+                before_is_on = before_is_on.min(entry.timeline);
             }
             if entry.timeline == segment.timeline && segment.number < ends_in {
                 let reason = format!(
@@ -576,12 +604,18 @@ pub async fn absence(place: &Place, file: &str, segment_bytes: u64) -> Result<Ab
     }
     let timeline_prefix = format!("wal/{}/", &file[..8]);
     let later = place.list(&timeline_prefix, Some(&stem(file)), Some(1)).await?;
-    Ok(match later.into_iter().find_map(object) {
-        None => Absence::NeverProduced,
-        Some(later) => {
-            Absence::Missing { reason: format!("{} is stored, which is after it", later.file) }
-        }
-    })
+    if let Some(later) = later.into_iter().find_map(object) {
+        return Ok(Absence::Missing {
+            reason: format!("{} is stored, which is after it", later.file),
+        });
+    }
+    // The end of the WAL comes after something. Without it, this may as well be a hole.
+    let before = Segment { timeline: before_is_on, ..before }.name(segment_bytes);
+    if find(place, &before).await?.is_empty() {
+        let reason = format!("{before}, which is before it, is missing too");
+        return Ok(Absence::Missing { reason });
+    }
+    Ok(Absence::NeverProduced)
 }
 
 /// Reads every timeline history in the repository.

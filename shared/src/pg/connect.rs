@@ -115,7 +115,8 @@ async fn drive(connection: impl Future<Output = Result<(), tokio_postgres::Error
 /// The settings the server applies to the session, as `-c` options.
 fn server_settings(settings: &Settings) -> String {
     format!(
-        "-c statement_timeout={} -c lock_timeout={} -c search_path=pg_catalog",
+        "-c statement_timeout={} -c lock_timeout={} -c search_path=pg_catalog \
+         -c idle_session_timeout=0",
         settings.statement_timeout.as_millis(),
         settings.lock_timeout.as_millis(),
     )

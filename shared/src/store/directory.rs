@@ -41,8 +41,16 @@ impl Directory {
 
     pub(super) async fn put(&self, key: &str, body: Bytes) -> Result<Put, StoreError> {
         let upload_id = self.begin(key).await?;
-        self.write(key, &upload_id, 0, body).await?;
-        self.publish("put", key, &upload_id).await
+        let stored = async {
+            self.write(key, &upload_id, 0, body).await?;
+            self.publish("put", key, &upload_id).await
+        };
+        let stored = stored.await;
+        if stored.is_err() {
+            // A full disk must not fill up with attempts.
+            self.abort(&upload_id).await?;
+        }
+        stored
     }
 
     pub(super) async fn get(
