@@ -266,7 +266,7 @@ run_restore() {
     pipe) measure "$1" restore bash -o pipefail -c \
         "$(seal_pipe) -d -in $(repository pipe)/base.tar.zst.enc | zstd -q -d | tar -x -C $restored &&
             find $restored -print0 | xargs -0 sync" ;;
-    *) measure "$1" restore backup-agent --config "$work/$1.toml" restore --to "$restored" --target immediate --json ;;
+    *) measure "$1" restore backup-agent --config "$work/$1.toml" restore --archive-mode off --to "$restored" --target immediate --json ;;
     esac
 }
 

@@ -123,6 +123,10 @@ async fn a_passing_fault_of_the_store_is_overcome() {
             "a lost answer to a part",
             Fault::new(Effect::LoseAnswer).on(Operation::UploadPart).times(2),
         ),
+        (
+            "a lost answer to the last",
+            Fault::new(Effect::LoseAnswer).on(Operation::CompleteMultipartUpload).times(1),
+        ),
         ("a request never answered", Fault::new(Effect::Stall).on(Operation::UploadPart).times(1)),
         ("slowness", Fault::new(Effect::Delay(Duration::from_millis(200)))),
     ];
@@ -358,7 +362,6 @@ async fn two_runs_of_one_group_exclude_each_other() {
     assert_eq!(scene.list().await.len(), 1);
 }
 
-/// SIGTERM ends a run within the grace, and leaves nothing that is listed.
 #[tokio::test]
 async fn wal_that_does_not_come_fails_the_backup_with_a_hint() {
     if postgres_is_missing() {
@@ -370,6 +373,21 @@ async fn wal_that_does_not_come_fails_the_backup_with_a_hint() {
     failed.assert_code(1);
     assert!(failed.stderr.contains("pg_stat_archiver"), "{failed}");
     assert!(scene.list().await.is_empty());
+}
+
+/// Said before hours of copying, not after.
+#[tokio::test]
+async fn a_server_that_does_not_archive_is_refused_at_once() {
+    if postgres_is_missing() {
+        return;
+    }
+    let scene = Scene::new().await;
+    let server = PgServer::builder().setting("archive_mode", "off").primary().await;
+    scene.configure(&[&server]);
+    let refused = scene.run(&["backup"]).await;
+    refused.assert_code(1);
+    assert!(refused.stderr.contains("archive_mode is off"), "{refused}");
+    assert!(!refused.stderr.contains("base backup started"), "{refused}");
 }
 
 /// Under Object Lock nothing can be overwritten or deleted, and nothing has to be.

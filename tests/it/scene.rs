@@ -133,7 +133,8 @@ impl Scene {
     pub(crate) async fn backup(&self) -> Value {
         let finished = self.run(&["backup", "--json"]).await;
         finished.assert_success();
-        serde_json::from_str(&finished.stdout).unwrap()
+        let mut backups: Vec<Value> = serde_json::from_str(&finished.stdout).unwrap();
+        backups.pop().unwrap()
     }
 
     /// The backups that `list --json` shows.

@@ -60,6 +60,15 @@ pub enum BackupError {
         /// The group.
         group: u32,
     },
+    /// The WAL that a backup needs would never come.
+    #[error(
+        "archive_mode is off on {primary}, so the WAL that a backup needs would never come. Set \
+         archive_mode = on and archive_command = 'backup-agent wal-push %p', and restart it"
+    )]
+    NoArchiving {
+        /// The primary.
+        primary: String,
+    },
     /// The lock was lost, so another run may be under way.
     #[error(
         "lost the lock on {primary} during backup {backup_id}: it was restarted, promoted away \
@@ -166,6 +175,7 @@ impl BackupError {
             | Self::Manifest { .. }
             | Self::UnknownArchive { .. }
             | Self::WrongKey { .. }
+            | Self::NoArchiving { .. }
             | Self::NoWal { .. }
             | Self::Wal(_) => false,
         }
@@ -205,6 +215,9 @@ pub async fn take_backup(
     let lock = RunLock::take(connect(settings, &source.primary).await?)
         .await?
         .ok_or(BackupError::OtherRun { group })?;
+    if lock.archive_mode().await? == "off" {
+        return Err(BackupError::NoArchiving { primary: source.primary.to_string() });
+    }
     let catalog = Catalog::read(&place).await?;
     refuse_wrong_key(&catalog)?;
     remove_leftovers(&place, &catalog).await?;

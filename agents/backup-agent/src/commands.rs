@@ -111,23 +111,25 @@ async fn backup(context: &Context, args: &GroupArgs) -> anyhow::Result<()> {
     if context.config.nodes.is_empty() {
         bail!(WrongUse("no [[nodes]] are configured: there is no server to back up".to_owned()));
     }
-    let mut suspect = Vec::new();
+    let (mut suspect, mut values) = (Vec::new(), Vec::new());
     for group in groups {
         let progress = Progress::default();
         let commit = drawn(&progress, Box::pin(take_backup(context, group, &progress)))
             .await
             .with_context(|| format!("backup of group {group} failed"))?;
-        if args.json {
-            print_json(&backup_json(&commit, None))?;
-        } else {
+        if !args.json {
             let (plain, stored) = (bytes(commit.plain_bytes()), bytes(commit.object_bytes()));
             let took = span(commit.finished_at - commit.started_at);
             let id = &commit.backup_id;
             print(format!("{id}: {plain} in {stored}, from {}, {took}\n", commit.node))?;
         }
+        values.push(backup_json(&commit, None));
         if commit.suspect.is_some() {
             suspect.push(commit.backup_id.to_string());
         }
+    }
+    if args.json {
+        print_json(&json!(values))?;
     }
     if !suspect.is_empty() {
         bail!("suspect: {}; the server read damaged pages", suspect.join(", "));

@@ -127,6 +127,16 @@ impl RunLock {
         }
     }
 
+    /// The primary's `archive_mode`.
+    ///
+    /// # Errors
+    ///
+    /// The primary did not answer.
+    pub async fn archive_mode(&self) -> Result<String, QueryError> {
+        let row = self.connection.query_one("SELECT current_setting('archive_mode')", &[]).await?;
+        Ok(row.get(0))
+    }
+
     /// Ends the current WAL segment, so that it is archived now and not when it is full.
     ///
     /// # Errors

@@ -393,13 +393,15 @@ impl Upload {
     pub async fn complete(self, mut parts: Vec<UploadedPart>) -> Result<(), StoreError> {
         parts.sort_by_key(|part| part.number);
         let expected: u64 = parts.iter().map(|part| part.bytes).sum();
-        match &self.store.0 {
-            Variant::Directory(directory) => {
-                directory.complete(&self.key, &self.id).await?;
-            }
-            Variant::S3(s3) => s3.complete(&self.key, &self.id, &parts).await?,
-        }
+        let completed = match &self.store.0 {
+            Variant::Directory(directory) => directory.complete(&self.key, &self.id).await,
+            Variant::S3(s3) => s3.complete(&self.key, &self.id, &parts).await,
+        };
         let found = self.store.head(&self.key).await?.map(|info| info.bytes);
+        if let Err(error) = completed {
+            // The retry of a request whose answer was lost finds the upload gone and the object there.
+            return if found == Some(expected) { Ok(()) } else { Err(error) };
+        }
         if found != Some(expected) {
             let found = found.map_or("no object".to_owned(), |bytes| format!("{bytes} bytes"));
             return Err(StoreError {
