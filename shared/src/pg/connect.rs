@@ -374,7 +374,7 @@ mod tests {
                 "database\0postgres\0",
                 "application_name\0pgmesh/test\0",
                 "options\0-c statement_timeout=30000 -c lock_timeout=5000 \
-                 -c search_path=pg_catalog\0",
+                 -c search_path=pg_catalog -c idle_session_timeout=0\0",
             ] {
                 assert!(startup.contains(setting), "{startup:?}");
             }
