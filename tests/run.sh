@@ -225,12 +225,13 @@ stop_all() {
 
 # --- the tests ------------------------------------------------------------------------------------
 
-# The container's user must be able to read what it runs.
+# The container's user must be able to read what it runs. A checkout made by mktemp is closed to others.
 check_readable() {
     local path
-    path=$(find "$root" "$target" -maxdepth 0 ! -perm -o=rx -print -quit)
-    [[ -z $path ]] || die "$path is closed to other users, and the tests run as another one (PostgreSQL refuses root)" \
-        "chmod o+rx $path"
+    while IFS= read -r path; do
+        say "opens $path for reading: the tests run as another user (PostgreSQL refuses root)"
+        chmod o+rx "$path" || die "$path is closed to other users" "chmod o+rx $path"
+    done < <(find "$root" "$target" -maxdepth 0 ! -perm -o=rx)
 }
 
 # Where the container's user may write: nextest keeps its report there, the tests note what they skip.
