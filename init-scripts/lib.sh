@@ -100,6 +100,10 @@ ensure_cargo() {
     (cd "$root" && cargo --version >/dev/null) ||
         die "cargo does not run in $root" "see the message above; rust-toolchain.toml names the version it wants"
     have cc || ensure_packages gcc libc6-dev
+    # The etcd client's code is generated, at build time, from the definition of its protocol.
+    if ! have protoc || [[ ! -e /usr/include/google/protobuf/descriptor.proto ]]; then
+        ensure_packages protobuf-compiler libprotobuf-dev
+    fi
 }
 
 # free_port: prints a free port of the loopback interface.

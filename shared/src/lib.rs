@@ -16,7 +16,9 @@
 //! | [`backoff`] | bounded, jittered retry |
 //! | [`tls`] | the one rustls client configuration |
 //! | [`pg`] | connections to PostgreSQL; WAL file names, timelines and page headers |
+//! | [`etcd`] | requests to etcd, and watches on it, across its endpoints |
 //! | [`topology`] | which nodes exist, and what they say they are |
+//! | [`lease`] | which replica of an agent may act, and until when |
 //! | [`store`] | object storage |
 //!
 //! Nothing here knows which agent uses it.
@@ -25,6 +27,8 @@ pub mod admin;
 pub mod backoff;
 pub mod cli;
 pub mod config;
+pub mod etcd;
+pub mod lease;
 pub mod metrics;
 pub mod pg;
 pub mod schedule;

@@ -5,6 +5,8 @@
 //! | [`postgres`] | [`PgServer`]: a primary, its standbys, a restored directory; crash, freeze, promote |
 //! | [`s3`] | [`S3Server`]: an S3 server in this process, its files, and [`Faults`] on demand |
 //! | [`network`] | [`Proxy`]: a connection that is slow, stalls, or breaks |
+//! | [`etcd`] | [`EtcdCluster`]: an etcd cluster, its members killed and frozen one by one |
+//! | [`patroni`] | [`PatroniCluster`]: servers whose leader Patroni chooses; switchover, failover |
 //! | [`agent`] | [`Agent`]: runs the built agent, and kills it |
 //! | [`program`] | PostgreSQL's programs, run as the servers' operating system user |
 //! | [`skip`](mod@skip) | a test that needs something absent says so |
@@ -21,20 +23,25 @@
 )]
 
 pub mod agent;
+pub mod etcd;
 pub mod network;
+pub mod patroni;
 pub mod postgres;
 pub mod program;
 pub mod s3;
 pub mod skip;
 
 mod background;
+mod daemon;
 
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
 pub use agent::{Agent, RunningAgent};
+pub use etcd::{EtcdCluster, etcd_is_missing};
 pub use network::{Proxy, Upstream};
+pub use patroni::{PatroniCluster, patroni_is_missing};
 pub use postgres::{Mode, PgServer};
 pub use program::{Finished, directory, run};
 pub use s3::endpoint::S3Endpoint;

@@ -1,7 +1,4 @@
-//! Which nodes exist, and what each says it is.
-//!
-//! The configuration lists the nodes; their roles are asked, every time, because a failover
-//! changes them. A node that does not answer is unknown: neither a standby nor down.
+//! What each node says it is.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -11,7 +8,6 @@ use thiserror::Error;
 use tokio_postgres::Row;
 use tokio_postgres::types::PgLsn;
 
-use crate::config::Problems;
 use crate::pg::connect::connect;
 use crate::pg::wal::{SegmentSizeError, check_segment_bytes};
 use crate::pg::{ConnectError, Connection, Node, QueryError, Settings};
@@ -226,37 +222,6 @@ impl fmt::Display for Observation {
     }
 }
 
-/// The numbers of the groups that `nodes` belong to, ascending.
-pub fn groups(nodes: &[Node]) -> BTreeSet<u32> {
-    nodes.iter().map(|node| node.group).collect()
-}
-
-/// Adds what is wrong with the configured `nodes` to `problems`, under the key `nodes`.
-pub fn check_nodes(nodes: &[Node], problems: &mut Problems) {
-    if nodes.is_empty() {
-        problems.add("nodes", "must list at least one server");
-    }
-    for (index, node) in nodes.iter().enumerate() {
-        problems.within(&format!("nodes[{index}]"), |problems| {
-            for (key, value) in [("name", &node.name), ("host", &node.host)] {
-                if value.is_empty() {
-                    problems.add(key, "must not be empty");
-                }
-            }
-            if node.port == 0 {
-                problems.add("port", "must not be 0");
-            }
-            let before = nodes.iter().take(index);
-            if before.clone().any(|other| other.name == node.name) {
-                problems.add("name", format!("`{}` is used twice", node.name));
-            }
-            if before.clone().any(|other| other.host == node.host && other.port == node.port) {
-                problems.add("host", format!("{}:{} is listed twice", node.host, node.port));
-            }
-        });
-    }
-}
-
 /// Asks the nodes of group `number`, all at the same time.
 ///
 /// Takes no longer than the limits in `settings`.
@@ -422,26 +387,5 @@ mod tests {
         let names = |nodes: Vec<&Node>| nodes.iter().map(|it| it.name.clone()).collect::<Vec<_>>();
         assert_eq!(names(group.standbys().map(|(node, _)| node).collect()), ["a"]);
         assert_eq!(names(group.unknown().map(|(node, _)| node).collect()), ["c"]);
-    }
-
-    #[test]
-    fn the_list_of_nodes_is_checked() {
-        let mut problems = Problems::default();
-        check_nodes(&[], &mut problems);
-        let twice = [node("a", "x", 5432), node("a", "x", 5432), node("", "", 0)];
-        check_nodes(&twice, &mut problems);
-        let found: Vec<_> =
-            problems.found().iter().map(|it| format!("{}: {}", it.key, it.problem)).collect();
-        assert_eq!(
-            found,
-            [
-                "nodes: must list at least one server",
-                "nodes[1].name: `a` is used twice",
-                "nodes[1].host: x:5432 is listed twice",
-                "nodes[2].name: must not be empty",
-                "nodes[2].host: must not be empty",
-                "nodes[2].port: must not be 0",
-            ]
-        );
     }
 }
