@@ -8,32 +8,29 @@
 use std::time::Duration;
 
 use chrono::{TimeDelta, Utc};
+use shared::etcd::Etcd;
 use shared::pg::connect::connect;
 use shared::pg::wal::Segment;
 use shared::pg::{ConnectError, Node, QueryError, Settings};
 use shared::store::StoreErrorKind;
 use shared::telemetry::chain;
-use shared::topology::{self, Group};
+use shared::topology::{self, Group, Topology, TopologyError};
 use thiserror::Error;
 use tokio::time::{Instant, sleep};
-use tokio_postgres::types::PgLsn;
 use tracing::{info, warn};
 
 use crate::catalog::Catalog;
 use crate::config::{BackupConfig, Config};
 use crate::container::Kind;
-use crate::manifest::{
-    Archive, BackupId, COMMIT_FORMAT, Commit, ManifestError, ObjectRecord, ServerManifest,
-    Suspicion, part_name,
-};
+use crate::copy::copy;
+use crate::manifest::{BackupId, COMMIT_FORMAT, Commit, Suspicion, part_name};
 use crate::progress::Progress;
-use crate::replication::{
-    BaseBackup, BaseBackupOptions, Event, Replication, ReplicationError, Tablespace, Verdict,
-};
+use crate::replication::base_backup::{BaseBackup, BaseBackupOptions, Verdict};
+use crate::replication::{Replication, ReplicationError};
 use crate::repository::{Place, Repository, RepositoryError};
+use crate::server_manifest::ManifestError;
 use crate::source::{self, RunLock, Source, SourceError};
-use crate::tar::{Member, TarError, TarReader};
-use crate::upload::{ObjectWriter, UploadSettings};
+use crate::tar::TarError;
 use crate::wal::{self, WalError};
 
 /// How often the repository is asked for the WAL that a backup waits for.
@@ -45,6 +42,9 @@ const FOREIGN_UPLOAD_AGE: TimeDelta = TimeDelta::days(1);
 /// Why there is no new backup. In each case the repository lists none.
 #[derive(Debug, Error)]
 pub enum BackupError {
+    /// Nobody knows which servers there are.
+    #[error(transparent)]
+    Topology(#[from] TopologyError),
     /// There is no server to read.
     #[error(transparent)]
     Source(#[from] SourceError),
@@ -62,12 +62,14 @@ pub enum BackupError {
     },
     /// The WAL that a backup needs would never come.
     #[error(
-        "archive_mode is off on {primary}, so the WAL that a backup needs would never come. Set \
-         archive_mode = on and archive_command = 'backup-agent wal-push %p', and restart it"
+        "nothing takes the WAL of {primary}, so the WAL that a backup needs would never come: no \
+         receiver is connected to slot {slot} (`backup-agent run`), and archive_mode is off"
     )]
     NoArchiving {
         /// The primary.
         primary: String,
+        /// The slot of the receiver.
+        slot: String,
     },
     /// The lock was lost, so another run may be under way.
     #[error(
@@ -137,7 +139,8 @@ pub enum BackupError {
     /// The WAL did not come.
     #[error(
         "backup {backup_id} needs WAL segment {missing}, which is not in the repository after \
-         {} s; look at archive_command and pg_stat_archiver on {primary}",
+         {} s; look at the log of `backup-agent run`, or at archive_command and pg_stat_archiver \
+         on {primary}",
         limit.as_secs()
     )]
     NoWal {
@@ -162,6 +165,7 @@ impl BackupError {
     /// Tells whether the same backup may succeed if tried again soon.
     pub fn is_transient(&self) -> bool {
         match self {
+            Self::Topology(error) => error.is_transient(),
             Self::Connect(error) => error.is_transient(),
             Self::Query(error) => error.is_transient(),
             Self::Replication(error) => error.is_transient(),
@@ -169,13 +173,13 @@ impl BackupError {
             Self::Source(_)
             | Self::LockLost { .. }
             | Self::TimelineChanged { .. }
+            | Self::NoArchiving { .. }
             | Self::OtherRun { .. } => true,
             Self::OtherServer { .. }
             | Self::Tar { .. }
             | Self::Manifest { .. }
             | Self::UnknownArchive { .. }
             | Self::WrongKey { .. }
-            | Self::NoArchiving { .. }
             | Self::NoWal { .. }
             | Self::Wal(_) => false,
         }
@@ -191,6 +195,26 @@ pub struct Context {
     pub settings: Settings,
     /// Where backups go.
     pub repository: Repository,
+    /// Which servers there are.
+    pub topology: Topology,
+    /// The etcd that is configured.
+    pub etcd: Option<Etcd>,
+}
+
+impl Context {
+    /// Reads the keys, credentials and certificates that the configuration names. Nothing is
+    /// connected to yet. `application_name` is what `pg_stat_activity` shows.
+    ///
+    /// # Errors
+    ///
+    /// One of them cannot be used.
+    pub async fn new(config: Config, application_name: &str) -> anyhow::Result<Self> {
+        let settings = config.postgres.settings(application_name)?;
+        let repository = Repository::open(&config).await?;
+        let etcd = config.etcd.as_ref().map(Etcd::new).transpose()?;
+        let topology = Topology::new(config.topology(), etcd.clone())?;
+        Ok(Self { config, settings, repository, topology, etcd })
+    }
 }
 
 /// Takes one base backup of a group and returns what was committed.
@@ -205,18 +229,20 @@ pub async fn take_backup(
     group: u32,
     progress: &Progress,
 ) -> Result<Commit, BackupError> {
-    let Context { config, settings, repository } = context;
+    let Context { config, settings, repository, topology, .. } = context;
     let config = &config.backup;
 
     progress.begin("asking the servers", 0);
-    let observed = observe(settings, &context.config.nodes, group).await;
+    let observed = observe(settings, &topology.nodes().await?, group).await;
     let mut source = source::choose(&observed, config, &[])?;
     let place = repository.place(group, source.state.system_identifier);
     let lock = RunLock::take(connect(settings, &source.primary).await?)
         .await?
         .ok_or(BackupError::OtherRun { group })?;
-    if lock.archive_mode().await? == "off" {
-        return Err(BackupError::NoArchiving { primary: source.primary.to_string() });
+    let slot = &context.config.wal.slot;
+    if !lock.wal_is_taken(slot).await? {
+        let (primary, slot) = (source.primary.to_string(), slot.clone());
+        return Err(BackupError::NoArchiving { primary, slot });
     }
     let catalog = Catalog::read(&place).await?;
     refuse_wrong_key(&catalog)?;
@@ -241,14 +267,8 @@ pub async fn take_backup(
         copied = Box::pin(copy(&place, &backup_id, stream, config, progress)) => copied?,
         () = lock.lost() => return Err(lock_lost()),
     };
-    let finished_at = Utc::now();
     info!(%backup_id, end_lsn = %copied.end_lsn, parts = copied.parts.len(), "stream stored");
 
-    progress.begin("checking", 0);
-    check_stream(&backup_id, &copied)?;
-    let manifest = put(&place, Kind::Manifest, &backup_id, "manifest", &copied.manifest).await?;
-    let files =
-        put(&place, Kind::Files, &backup_id, "files", &files_text(&copied.members)?).await?;
     let commit = Commit {
         format: COMMIT_FORMAT,
         backup_id: backup_id.clone(),
@@ -259,7 +279,7 @@ pub async fn take_backup(
         server_version_num: source.state.server_version,
         wal_segment_bytes: source.state.wal_segment_bytes,
         started_at,
-        finished_at,
+        finished_at: copied.finished_at,
         timeline: copied.timeline,
         start_lsn: copied.start_lsn,
         end_lsn: copied.end_lsn,
@@ -267,9 +287,9 @@ pub async fn take_backup(
         archives: copied.archives,
         chunk_bytes: config.upload().chunk_bytes,
         parts: copied.parts,
-        manifest,
-        files,
-        file_count: copied.members.len() as u64,
+        manifest: copied.manifest,
+        files: copied.files,
+        file_count: copied.file_count,
         previous: catalog.backups.last().map(|backup| backup.backup_id.clone()),
     };
 
@@ -354,178 +374,11 @@ async fn start_on(
     Ok(replication.base_backup(&options).await?)
 }
 
-/// What a stream came to.
-#[derive(Debug)]
-struct Copied {
-    start_lsn: PgLsn,
-    end_lsn: PgLsn,
-    timeline: u32,
-    end_timeline: u32,
-    archives: Vec<Archive>,
-    members: Vec<Member>,
-    parts: Vec<ObjectRecord>,
-    manifest: Vec<u8>,
-    verdict: Verdict,
-}
-
-/// Stores the stream as it comes.
-async fn copy(
-    place: &Place,
-    backup_id: &BackupId,
-    mut stream: BaseBackup,
-    config: &BackupConfig,
-    progress: &Progress,
-) -> Result<Copied, BackupError> {
-    let torn = |source| BackupError::Tar { backup_id: backup_id.clone(), source };
-    let mut parts = Parts::new(place, backup_id, config.upload(), config.object_bytes);
-    let mut tar = TarReader::default();
-    let (mut archives, mut members) = (Vec::new(), Vec::new());
-    let mut manifest: Option<Vec<u8>> = None;
-    let (end_lsn, end_timeline) = loop {
-        match stream.next().await? {
-            Event::Archive { name } => {
-                tar.next_archive().map_err(torn)?;
-                archives.push(archive(&name, &stream.tablespaces, tar.offset())?);
-            }
-            Event::Manifest => manifest = Some(Vec::new()),
-            Event::Data(data) => {
-                if let Some(manifest) = &mut manifest {
-                    manifest.extend_from_slice(&data);
-                } else {
-                    tar.read(&data, |member| members.push(member)).map_err(torn)?;
-                    parts.write(&data).await?;
-                    progress.add(data.len() as u64);
-                }
-            }
-            Event::End { end_lsn, timeline } => break (end_lsn, timeline),
-        }
-    };
-    tar.end_archive().map_err(torn)?;
-    let (start_lsn, timeline) = (stream.start_lsn, stream.timeline);
-    let verdict = stream.finish().await?;
-    let parts = parts.finish().await?;
-    let manifest = manifest.unwrap_or_default();
-    Ok(Copied {
-        start_lsn,
-        end_lsn,
-        timeline,
-        end_timeline,
-        archives,
-        members,
-        parts,
-        manifest,
-        verdict,
-    })
-}
-
-/// The archive of that name among the tablespaces that the server announced.
-fn archive(name: &str, tablespaces: &[Tablespace], offset: u64) -> Result<Archive, BackupError> {
-    let unknown = || BackupError::UnknownArchive { name: name.to_owned() };
-    let oid = match name.strip_suffix(".tar") {
-        Some("base") => None,
-        Some(oid) => Some(oid.parse().map_err(|_| unknown())?),
-        None => return Err(unknown()),
-    };
-    let found = tablespaces.iter().find(|tablespace| tablespace.oid == oid).ok_or_else(unknown)?;
-    Ok(Archive { tablespace_oid: oid, location: found.location.clone(), offset })
-}
-
-/// The stream cut into objects of equal size.
-struct Parts<'a> {
-    place: &'a Place,
-    backup_id: &'a BackupId,
-    settings: UploadSettings,
-    part_plain_bytes: u64,
-    current: Option<ObjectWriter>,
-    written: Vec<ObjectRecord>,
-}
-
-impl<'a> Parts<'a> {
-    fn new(
-        place: &'a Place,
-        backup_id: &'a BackupId,
-        settings: UploadSettings,
-        object_bytes: u64,
-    ) -> Self {
-        // A multiple of the chunk, so that chunk n of the stream is easy to find.
-        let part_plain_bytes = object_bytes - object_bytes % u64::from(settings.chunk_bytes);
-        Self { place, backup_id, settings, part_plain_bytes, current: None, written: Vec::new() }
-    }
-
-    async fn write(&mut self, mut data: &[u8]) -> Result<(), RepositoryError> {
-        while !data.is_empty() {
-            let mut writer = if let Some(writer) = self.current.take() {
-                writer
-            } else {
-                let name = self.backup_id.object(&part_name(self.written.len()));
-                ObjectWriter::new(self.place, Kind::Part, &name, self.settings)?
-            };
-            let room = self.part_plain_bytes - writer.plain_bytes();
-            let room = usize::try_from(room).unwrap_or(usize::MAX).min(data.len());
-            let (now, later) = data.split_at(room);
-            writer.write(now).await?;
-            data = later;
-            if writer.plain_bytes() == self.part_plain_bytes {
-                self.written.push(writer.finish().await?.into());
-            } else {
-                self.current = Some(writer);
-            }
-        }
-        Ok(())
-    }
-
-    async fn finish(mut self) -> Result<Vec<ObjectRecord>, RepositoryError> {
-        if let Some(writer) = self.current.take() {
-            self.written.push(writer.finish().await?.into());
-        }
-        Ok(self.written)
-    }
-}
-
-/// Compares what arrived with what the server says it sent.
-fn check_stream(backup_id: &BackupId, copied: &Copied) -> Result<(), BackupError> {
-    if copied.timeline != copied.end_timeline {
-        return Err(BackupError::TimelineChanged {
-            backup_id: backup_id.clone(),
-            before: copied.timeline,
-            after: copied.end_timeline,
-        });
-    }
-    let differs = |source| BackupError::Manifest { backup_id: backup_id.clone(), source };
-    let manifest = ServerManifest::read(&copied.manifest).map_err(differs)?;
-    manifest.compare(&copied.members, &copied.archives).map_err(differs)?;
-    manifest.compare_wal(copied.timeline, copied.start_lsn, copied.end_lsn).map_err(differs)
-}
-
 /// What makes a backup suspect, if anything does.
 fn suspicion(verdict: &Verdict) -> Option<Suspicion> {
     let failure = verdict.checksum_failure.as_ref()?;
     let warnings = verdict.warnings.iter().map(ToString::to_string).collect();
     Some(Suspicion { reason: failure.to_string(), warnings })
-}
-
-async fn put(
-    place: &Place,
-    kind: Kind,
-    backup_id: &BackupId,
-    name: &str,
-    content: &[u8],
-) -> Result<ObjectRecord, RepositoryError> {
-    let name = backup_id.object(name);
-    let settings = UploadSettings { level: 3, ..BackupConfig::default().upload() };
-    let mut writer = ObjectWriter::new(place, kind, &name, settings)?;
-    writer.write(content).await?;
-    Ok(writer.finish().await?.into())
-}
-
-fn files_text(members: &[Member]) -> Result<Vec<u8>, RepositoryError> {
-    let mut text = Vec::new();
-    for member in members {
-        serde_json::to_writer(&mut text, member)
-            .map_err(|source| RepositoryError::Content { name: member.path.clone(), source })?;
-        text.push(b'\n');
-    }
-    Ok(text)
 }
 
 fn to_json(backup_id: &BackupId, commit: &Commit) -> Result<Vec<u8>, RepositoryError> {
@@ -573,14 +426,15 @@ async fn wait_for_wal(
 /// The first segment that the backup needs and the repository has not.
 async fn first_missing(place: &Place, commit: &Commit) -> Result<Option<String>, WalError> {
     let segment_bytes = commit.wal_segment_bytes;
-    let stored = wal::stored_from(place, &commit.first_segment()).await?;
+    let stored = wal::stored_from(place, &commit.first_segment(), None).await?;
     for number in commit.segments() {
         let name = Segment { timeline: commit.timeline, number }.name(segment_bytes);
         match stored.get(&name).map_or(0, Vec::len) {
             0 => return Ok(Some(name)),
             1 => {}
             _ => {
-                let found = stored.get(&name).map(|it| it.join(", ")).unwrap_or_default();
+                let found = stored.get(&name).into_iter().flatten().map(|it| it.name.as_str());
+                let found = found.collect::<Vec<_>>().join(", ");
                 return Err(WalError::Conflict { name, found });
             }
         }

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use tracing::info;
 
 use crate::manifest::Commit;
+use crate::members::Members;
 use crate::restore::{RestoreError, RestoreOptions, file_error};
 use crate::tar::{Member, MemberKind, is_inside};
 use crate::unpack::STATE_FILE;
@@ -163,7 +164,7 @@ fn names(path: &Path) -> Result<Vec<String>, RestoreError> {
 /// They are as open to the group as the directories in them: `initdb --allow-group-access`.
 pub(crate) fn make_roots(
     layout: &Layout,
-    members: &[Member],
+    members: &Members,
     needed_bytes: u64,
 ) -> Result<(), RestoreError> {
     let directory = members.iter().find(|it| it.kind == MemberKind::Directory);
@@ -178,10 +179,10 @@ pub(crate) fn make_roots(
 pub(crate) fn make_members(
     layout: &Layout,
     backup: &Commit,
-    members: &[Member],
+    members: &Members,
 ) -> Result<(), RestoreError> {
-    for member in members {
-        let path = layout.path(member).ok_or_else(|| RestoreError::Inconsistent {
+    for member in members.iter() {
+        let path = layout.path(&member).ok_or_else(|| RestoreError::Inconsistent {
             backup_id: backup.backup_id.clone(),
             reason: format!("the path {:?} leaves the data directory", member.path),
         })?;

@@ -11,6 +11,7 @@
 //! A name below the system identifier's folder is the object's name, which is part of its key.
 
 use bytes::Bytes;
+use futures_util::stream::{self, Stream, StreamExt};
 use shared::store::{ObjectInfo, ObjectStore, Put, StoreError};
 use thiserror::Error;
 
@@ -25,6 +26,9 @@ use crate::keys::{KeyError, KeyRing};
 const CHUNK_BYTES: u32 = 1 << 20;
 /// What is fetched of an object's end at first: the index of all but huge objects.
 const TAIL_BYTES: u64 = 64 << 10;
+/// Chunks in a piece of [`ObjectReader::pieces`]. Several pieces are in memory at a time, and what
+/// was freed stays with the thread that took it: twice as many take 20 MiB more.
+const CHUNKS_PER_PIECE: u32 = 2;
 
 /// Why an object could not be written or read.
 #[derive(Debug, Error)]
@@ -140,6 +144,18 @@ impl Repository {
     pub fn place(&self, group: u32, system_identifier: u64) -> Place {
         let base = format!("{}{system_identifier}/", self.group_prefix(group));
         Place { repository: self.clone(), group, system_identifier, base }
+    }
+
+    /// Every group of the cluster that the repository holds something of.
+    ///
+    /// # Errors
+    ///
+    /// The store could not be asked.
+    pub async fn groups(&self) -> Result<Vec<u32>, RepositoryError> {
+        let names = self.store.list_folders(&format!("v1/{}/", self.cluster)).await?;
+        let mut groups: Vec<u32> = names.iter().filter_map(|name| name.parse().ok()).collect();
+        groups.sort_unstable();
+        Ok(groups)
     }
 
     /// Every system identifier that the repository holds something of, for a group. More than
@@ -327,5 +343,30 @@ impl ObjectReader {
     /// The store failed.
     pub async fn fetch(&self, first: u32, end: u32) -> Result<Bytes, RepositoryError> {
         Ok(self.place.store().get_range(&self.key, self.opener.range(first, end)).await?)
+    }
+
+    /// The content in order, a few chunks at a time; up to `at_once` pieces are fetched and opened
+    /// ahead. After an error there is nothing to be asked for.
+    pub fn pieces(self, at_once: usize) -> impl Stream<Item = Result<Vec<u8>, RepositoryError>> {
+        let firsts = (0..self.opener.chunks()).step_by(CHUNKS_PER_PIECE as usize);
+        stream::iter(firsts).map(move |first| self.clone().piece(first)).buffered(at_once)
+    }
+
+    async fn piece(self, first: u32) -> Result<Vec<u8>, RepositoryError> {
+        let end = first.saturating_add(CHUNKS_PER_PIECE).min(self.opener.chunks());
+        let sealed = self.fetch(first, end).await?;
+        let open = move || {
+            let chunk_bytes = usize::try_from(self.opener.chunk_bytes()).unwrap_or(0);
+            let mut piece = Vec::with_capacity(chunk_bytes * (end - first) as usize);
+            self.opener.open_stretch(first, end, &sealed, |plain| {
+                piece.extend_from_slice(plain);
+                Ok::<_, ContainerError>(())
+            })?;
+            Ok(piece)
+        };
+        match tokio::task::spawn_blocking(open).await {
+            Ok(opened) => opened,
+            Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+        }
     }
 }

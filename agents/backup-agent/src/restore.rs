@@ -8,8 +8,10 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
 
+use futures_util::StreamExt;
 use shared::telemetry::chain;
 use thiserror::Error;
 use tracing::{info, warn};
@@ -20,11 +22,12 @@ use crate::container::{ContainerError, Kind};
 use crate::layout::{
     CONTROL_FILE, CONTROL_FILE_UNTIL_DONE, Layout, clear, create, make_members, make_roots, sync,
 };
-use crate::manifest::{BackupId, Commit, read_files};
+use crate::lines::Lines;
+use crate::manifest::{BackupId, Commit, ObjectRecord, part_name};
+use crate::members::Members;
 use crate::progress::Progress;
 use crate::recovery::{Choice, Target, TargetTimeline, Unreachable, choose};
-use crate::repository::{Place, Repository, RepositoryError};
-use crate::tar::Member;
+use crate::repository::{ObjectReader, Place, Repository, RepositoryError};
 use crate::unpack::{STATE_FILE, begin_state, read_state, unpack};
 use crate::wal::{Reach, WalError, WalMap};
 
@@ -268,7 +271,10 @@ pub async fn restore(
             );
         }
     }
-    let (members, manifest) = read_tables(&place, backup).await?;
+    let members = read_members(&place, backup).await?;
+    let manifest = open_manifest(&place, backup).await?;
+    // All of it, before anything is deleted; it is not kept.
+    read_manifest(&manifest, |_| Ok(())).await?;
     let layout = Arc::new(Layout::new(backup, options)?);
     let done = if options.resume {
         read_state(&layout, &backup.backup_id)?
@@ -287,7 +293,8 @@ pub async fn restore(
     let bytes = unpack(config, &place, backup, members, &layout, done, progress).await?;
 
     progress.begin("writing to disk", 0);
-    finish(&layout, &manifest, &reach, options)?;
+    write_manifest(&layout, &manifest).await?;
+    finish(&layout, &reach, options)?;
     info!(backup_id = %backup.backup_id, bytes, to = %options.to.display(), "restore completed");
     Ok(Restored { commit: backup.clone(), reach, bytes })
 }
@@ -323,32 +330,78 @@ fn refuse_unreadable(catalog: &Catalog, options: &RestoreOptions) -> Result<(), 
     Ok(())
 }
 
-/// Reads the table of files and the server's manifest, and checks that they are the ones that
-/// the commit object names.
+/// Reads the table of files.
 ///
 /// # Errors
 ///
-/// The repository could not be read, or holds something else under these names.
-pub async fn read_tables(
+/// The repository could not be read, or holds something else than the commit object names.
+pub(crate) async fn read_members(
     place: &Place,
     backup: &Commit,
-) -> Result<(Vec<Member>, Vec<u8>), RepositoryError> {
-    let mut tables = Vec::new();
-    for (kind, name, record) in
-        [(Kind::Files, "files", &backup.files), (Kind::Manifest, "manifest", &backup.manifest)]
-    {
-        let name = backup.backup_id.object(name);
-        let (content, salt) = place.get(kind, &name).await?;
-        if salt != record.salt {
-            return Err(ContainerError::Replaced { name }.into());
-        }
-        tables.push(content);
+) -> Result<Members, RepositoryError> {
+    let reader = open_recorded(place, backup, Kind::Files, "files", &backup.files).await?;
+    let (mut members, mut lines) = (Members::default(), Lines::default());
+    let mut pieces = pin!(reader.pieces(1));
+    while let Some(piece) = pieces.next().await {
+        let read = lines.push(&piece?, |line| {
+            members.push(serde_json::from_slice(line)?);
+            Ok(())
+        });
+        let name = || backup.backup_id.object("files");
+        read.map_err(|source| RepositoryError::Content { name: name(), source })?;
     }
-    let manifest = tables.pop().unwrap_or_default();
-    let files = tables.pop().unwrap_or_default();
-    let name = backup.backup_id.object("files");
-    let members = read_files(&files).map_err(|source| RepositoryError::Content { name, source })?;
-    Ok((members, manifest))
+    Ok(members)
+}
+
+/// Opens the server's manifest for reading.
+///
+/// # Errors
+///
+/// As [`read_members`].
+pub(crate) async fn open_manifest(
+    place: &Place,
+    backup: &Commit,
+) -> Result<ObjectReader, RepositoryError> {
+    open_recorded(place, backup, Kind::Manifest, "manifest", &backup.manifest).await
+}
+
+/// Opens a part for reading.
+///
+/// # Errors
+///
+/// As [`read_members`].
+pub(crate) async fn open_part(
+    place: &Place,
+    backup: &Commit,
+    part: usize,
+) -> Result<ObjectReader, RepositoryError> {
+    open_recorded(place, backup, Kind::Part, &part_name(part), &backup.parts[part]).await
+}
+
+/// Opens an object of a backup, and checks that it is the one that the commit object names.
+async fn open_recorded(
+    place: &Place,
+    backup: &Commit,
+    kind: Kind,
+    name: &str,
+    record: &ObjectRecord,
+) -> Result<ObjectReader, RepositoryError> {
+    let name = backup.backup_id.object(name);
+    let reader = place.open(kind, &name, Some(record.object_bytes)).await?;
+    reader.opener.require_salt(&record.salt)?;
+    Ok(reader)
+}
+
+/// Hands the server's manifest to `take`, piece by piece.
+async fn read_manifest(
+    manifest: &ObjectReader,
+    mut take: impl FnMut(&[u8]) -> Result<(), RestoreError>,
+) -> Result<(), RestoreError> {
+    let mut pieces = pin!(manifest.clone().pieces(1));
+    while let Some(piece) = pieces.next().await {
+        take(&piece?)?;
+    }
+    Ok(())
 }
 
 /// Settings of a recovery that a copy must not inherit from where the backup was taken.
@@ -361,13 +414,16 @@ const RECOVERY_SETTINGS: [&str; 6] = [
     "standby_mode",
 ];
 
+/// Writes the server's manifest, for `pg_verifybackup`.
+async fn write_manifest(layout: &Layout, manifest: &ObjectReader) -> Result<(), RestoreError> {
+    let path = layout.data.join("backup_manifest");
+    let begun = create(layout, &path, 0o600).and_then(|file| file.set_len(0).map(|()| file));
+    let mut file = begun.map_err(file_error("write", &path))?;
+    read_manifest(manifest, |text| file.write_all(text).map_err(file_error("write", &path))).await
+}
+
 /// Writes the recovery settings, syncs everything, and lets the directory start.
-fn finish(
-    layout: &Layout,
-    manifest: &[u8],
-    reach: &Reach,
-    options: &RestoreOptions,
-) -> Result<(), RestoreError> {
+fn finish(layout: &Layout, reach: &Reach, options: &RestoreOptions) -> Result<(), RestoreError> {
     let data = &layout.data;
     let write = |name: &str, content: &[u8]| {
         let path = data.join(name);
@@ -378,8 +434,6 @@ fn finish(
         };
         written().map_err(file_error("write", &path))
     };
-    write("backup_manifest", manifest)?;
-
     let auto_conf = data.join("postgresql.auto.conf");
     // Bytes: a setting may be in any encoding.
     let before = match fs::read(&auto_conf) {

@@ -11,16 +11,16 @@ use std::sync::Arc;
 use tokio::task::JoinSet;
 
 use crate::config::Config;
-use crate::container::Kind;
 use crate::layout::{Layout, create, sync};
-use crate::manifest::{BackupId, Commit, part_name};
+use crate::manifest::{BackupId, Commit};
+use crate::members::Members;
 use crate::progress::Progress;
 use crate::repository::{ObjectReader, Place};
-use crate::restore::{RestoreError, file_error};
+use crate::restore::{RestoreError, file_error, open_part};
 use crate::tar::{Member, MemberKind};
 
-/// Chunks fetched by one request and unpacked by one thread: 8 MiB of files at a time.
-const CHUNKS_PER_JOB: u32 = 8;
+/// Chunks fetched by one request and unpacked by one thread: 4 MiB of files at a time.
+const CHUNKS_PER_JOB: u32 = 4;
 /// How much is unpacked between two notes of what is on disk, in bytes: what a resumed restore
 /// fetches again at most.
 const NOTE_EVERY_BYTES: u64 = 1 << 30;
@@ -84,12 +84,18 @@ pub(crate) async fn unpack(
     config: &Config,
     place: &Place,
     backup: &Commit,
-    members: Vec<Member>,
+    members: Members,
     layout: &Arc<Layout>,
     mut done: BTreeSet<Job>,
     progress: &Progress,
 ) -> Result<u64, RestoreError> {
-    let files = Arc::new(Files::new(members));
+    if !members.is_in_order() {
+        return Err(RestoreError::Inconsistent {
+            backup_id: backup.backup_id.clone(),
+            reason: "the table of files is not in the order of the stream".to_owned(),
+        });
+    }
+    let members = Arc::new(members);
     let at_once = config.backup.upload().workers + config.backup.uploads.get();
     let (mut bytes, mut noted_bytes, mut unnoted) = (0, 0, Vec::new());
     let mut part_start = 0;
@@ -99,9 +105,7 @@ pub(crate) async fn unpack(
     let mut state = state.map_err(file_error("open", &state_path))?;
 
     for (part, record) in backup.parts.iter().enumerate() {
-        let name = backup.backup_id.object(&part_name(part));
-        let reader = place.open(Kind::Part, &name, Some(record.object_bytes)).await?;
-        reader.opener.require_salt(&record.salt)?;
+        let reader = open_part(place, backup, part).await?;
         for first in (0..reader.opener.chunks()).step_by(CHUNKS_PER_JOB as usize) {
             let job = Job { part, first };
             if done.remove(&job) {
@@ -118,10 +122,10 @@ pub(crate) async fn unpack(
                 note(layout, &mut state, &mut unnoted).map_err(file_error("write", &state_path))?;
                 noted_bytes = bytes;
             }
-            let (reader, files, layout) = (reader.clone(), files.clone(), layout.clone());
+            let (reader, members, layout) = (reader.clone(), members.clone(), layout.clone());
             let progress = progress.clone();
             running.spawn(async move {
-                let bytes = unpack_job(reader, job, part_start, files, layout).await?;
+                let bytes = unpack_job(reader, job, part_start, members, layout).await?;
                 progress.add(bytes);
                 Ok((job, bytes))
             });
@@ -163,7 +167,7 @@ async fn unpack_job(
     reader: ObjectReader,
     job: Job,
     part_start: u64,
-    files: Arc<Files>,
+    members: Arc<Members>,
     layout: Arc<Layout>,
 ) -> Result<u64, RestoreError> {
     let end = (job.first + CHUNKS_PER_JOB).min(reader.opener.chunks());
@@ -173,8 +177,8 @@ async fn unpack_job(
         let mut bytes = 0;
         let mut writer = FileWriter { layout: &layout, open: None };
         reader.opener.open_stretch(job.first, end, &sealed, |plain| {
-            for (index, file_offset, content) in files.pieces(stream_offset, plain) {
-                writer.write(index, &files.members[index], file_offset, content)?;
+            for (member, file_offset, content) in pieces(&members, stream_offset, plain) {
+                writer.write(&member, file_offset, content)?;
             }
             stream_offset += plain.len() as u64;
             bytes += plain.len() as u64;
@@ -191,22 +195,16 @@ async fn unpack_job(
 /// Keeps the last file open: the next piece is usually of the same one.
 struct FileWriter<'a> {
     layout: &'a Layout,
-    open: Option<(usize, File)>,
+    open: Option<(PathBuf, File)>,
 }
 
 impl FileWriter<'_> {
-    fn write(
-        &mut self,
-        index: usize,
-        member: &Member,
-        offset: u64,
-        content: &[u8],
-    ) -> Result<(), RestoreError> {
-        // `prepare` has refused paths that lead out.
+    fn write(&mut self, member: &Member, offset: u64, content: &[u8]) -> Result<(), RestoreError> {
+        // `make_members` has refused paths that lead out.
         let path = self.layout.path(member).unwrap_or_default();
-        if self.open.as_ref().is_none_or(|(open, _)| *open != index) {
+        if self.open.as_ref().is_none_or(|(open, _)| *open != path) {
             let file = create(self.layout, &path, member.mode);
-            self.open = Some((index, file.map_err(file_error("create", &path))?));
+            self.open = Some((path.clone(), file.map_err(file_error("create", &path))?));
         }
         match &self.open {
             Some((_, file)) => {
@@ -217,40 +215,59 @@ impl FileWriter<'_> {
     }
 }
 
-/// The files with content, in the order of the stream.
-#[derive(Debug)]
-struct Files {
-    members: Vec<Member>,
+/// The pieces of files in a stretch of the stream: which file, where in it, and the bytes.
+fn pieces<'a>(
+    members: &'a Members,
+    stream_offset: u64,
+    plain: &'a [u8],
+) -> impl Iterator<Item = (Member, u64, &'a [u8])> {
+    let end = stream_offset + plain.len() as u64;
+    (members.first_behind(stream_offset)..)
+        .map_while(|index| members.get(index))
+        .take_while(move |member| member.offset < end)
+        .filter(|member| member.kind == MemberKind::File && member.size > 0)
+        .map(move |member| {
+            let from = member.offset.max(stream_offset);
+            let to = (member.offset + member.size).min(end);
+            let inside = |at: u64| usize::try_from(at - stream_offset).unwrap_or(plain.len());
+            let file_offset = from - member.offset;
+            (member, file_offset, &plain[inside(from)..inside(to)])
+        })
 }
 
-impl Files {
-    fn new(members: Vec<Member>) -> Self {
-        let mut members: Vec<_> = members
-            .into_iter()
-            .filter(|member| member.kind == MemberKind::File && member.size > 0)
-            .collect();
-        members.sort_by_key(|member| member.offset);
-        Self { members }
-    }
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-    /// The pieces of files in a stretch of the stream: which file, where in it, and the bytes.
-    fn pieces<'a>(
-        &'a self,
-        stream_offset: u64,
-        plain: &'a [u8],
-    ) -> impl Iterator<Item = (usize, u64, &'a [u8])> {
-        let end = stream_offset + plain.len() as u64;
-        let first =
-            self.members.partition_point(|member| member.offset + member.size <= stream_offset);
-        self.members[first..]
-            .iter()
-            .enumerate()
-            .take_while(move |(_, member)| member.offset < end)
-            .map(move |(index, member)| {
-                let from = member.offset.max(stream_offset);
-                let to = (member.offset + member.size).min(end);
-                let inside = |at: u64| usize::try_from(at - stream_offset).unwrap_or(plain.len());
-                (first + index, from - member.offset, &plain[inside(from)..inside(to)])
-            })
+    #[test]
+    fn a_stretch_of_the_stream_is_cut_into_pieces_of_files() {
+        let file = |path: &str, offset, size| {
+            let (path, kind) = (path.to_owned(), MemberKind::File);
+            Member { archive: 0, path, kind, offset, size, mode: 0o600, mtime: 0, crc32c: 0 }
+        };
+        let mut members = Members::default();
+        members.extend([file("1", 4, 3), file("empty", 8, 0), file("2", 10, 6)]);
+        let stream = b"....aaa...bbbbbb....";
+        let cases = [
+            (0, 20, vec![("1", 0, "aaa"), ("2", 0, "bbbbbb")]),
+            (0, 4, vec![]),
+            (5, 6, vec![("1", 1, "a")]),
+            (6, 12, vec![("1", 2, "a"), ("2", 0, "bb")]),
+            (12, 16, vec![("2", 2, "bbbb")]),
+            (16, 20, vec![]),
+        ];
+        for (start, end, expected) in cases {
+            let found = pieces(&members, start as u64, &stream[start..end]);
+            let found: Vec<_> = found
+                .map(|(member, at, content)| {
+                    (member.path, at, String::from_utf8_lossy(content).into_owned())
+                })
+                .collect();
+            let expected: Vec<_> = expected
+                .into_iter()
+                .map(|(path, at, content)| (path.to_owned(), at, content.to_owned()))
+                .collect();
+            assert_eq!(found, expected, "{start}..{end}");
+        }
     }
 }

@@ -1,23 +1,21 @@
 //! Reads a backup back, all of it, and says what could not be restored and why.
 
-use std::collections::VecDeque;
+use std::pin::pin;
 
+use futures_util::StreamExt;
 use shared::pg::wal::Segment;
 use shared::telemetry::chain;
-use tokio::task::JoinHandle;
 use tracing::warn;
 
 use crate::catalog::Catalog;
-use crate::container::{ContainerError, Kind};
-use crate::manifest::{Archive, BackupId, Commit, ServerManifest, part_name};
+use crate::manifest::{Archive, BackupId, Commit};
+use crate::members::Members;
 use crate::progress::Progress;
-use crate::repository::{ObjectReader, Place, RepositoryError};
-use crate::restore::read_tables;
-use crate::tar::{Member, TarError, TarReader};
+use crate::repository::{Place, RepositoryError};
+use crate::restore::{open_manifest, open_part, read_members};
+use crate::server_manifest::Comparison;
+use crate::tar::{TarError, TarReader};
 use crate::wal;
-
-/// Chunks fetched by one request.
-const CHUNKS_PER_JOB: u32 = 8;
 
 /// What was found out about one backup.
 #[derive(Clone, Debug)]
@@ -87,11 +85,11 @@ async fn verify_backup(
     if let Some(suspect) = &backup.suspect {
         verified.problems.push(format!("is suspect: {}", suspect.reason));
     }
-    match read_tables(place, backup).await {
+    match read_members(place, backup).await {
         Err(error) => verified.problems.push(problem(error)?),
-        Ok((members, manifest)) => {
-            check_files(place, backup, &members, &manifest, at_once, progress, &mut verified)
-                .await?;
+        Ok(members) => {
+            check_manifest(place, backup, &members, &mut verified).await?;
+            check_files(place, backup, &members, at_once, progress, &mut verified).await?;
         }
     }
     check_wal(place, backup, &mut verified).await?;
@@ -106,99 +104,87 @@ fn problem(error: RepositoryError) -> Result<String, RepositoryError> {
     if error.is_transient() { Err(error) } else { Ok(chain(&error).to_string()) }
 }
 
+/// Compares the table of files with the server's manifest.
+async fn check_manifest(
+    place: &Place,
+    backup: &Commit,
+    members: &Members,
+    verified: &mut Verified,
+) -> Result<(), RepositoryError> {
+    let mut comparison = Comparison::new(members, &backup.archives);
+    let read = async {
+        let mut pieces = pin!(open_manifest(place, backup).await?.pieces(1));
+        while let Some(piece) = pieces.next().await {
+            comparison.read(&piece?);
+        }
+        Ok(())
+    };
+    if let Err(error) = read.await {
+        verified.problems.push(problem(error)?);
+    } else if let Err(error) = comparison.finish() {
+        verified.problems.push(error.to_string());
+    }
+    Ok(())
+}
+
 /// Sends the whole stream through the tar reader again: the files that come out must be those of
-/// the table, byte for byte, and those of the server's manifest.
+/// the table, byte for byte.
 async fn check_files(
     place: &Place,
     backup: &Commit,
-    table: &[Member],
-    manifest: &[u8],
+    members: &Members,
     at_once: usize,
     progress: &Progress,
     verified: &mut Verified,
 ) -> Result<(), RepositoryError> {
-    let mut stream = Stream::new(&backup.archives);
-    for (part, record) in backup.parts.iter().enumerate() {
-        let name = backup.backup_id.object(&part_name(part));
-        let opened = place.open(Kind::Part, &name, Some(record.object_bytes)).await;
-        let reader = match opened {
+    let mut stream = Stream::new(&backup.archives, members);
+    for part in 0..backup.parts.len() {
+        let reader = match open_part(place, backup, part).await {
             Ok(reader) => reader,
             Err(error) => {
                 verified.problems.push(problem(error)?);
                 continue;
             }
         };
-        if let Err(error) = reader.opener.require_salt(&record.salt) {
-            verified.problems.push(error.to_string());
-            continue;
-        }
-        let mut firsts = (0..reader.opener.chunks()).step_by(CHUNKS_PER_JOB as usize);
-        let mut opening: VecDeque<JoinHandle<Result<Vec<u8>, RepositoryError>>> = VecDeque::new();
-        loop {
-            while opening.len() < at_once
-                && let Some(first) = firsts.next()
-            {
-                opening.push_back(open_chunks(reader.clone(), first));
-            }
-            let Some(next) = opening.pop_front() else { break };
-            let plain = match next.await {
-                Ok(Ok(plain)) => plain,
-                Ok(Err(error)) => {
+        let mut pieces = pin!(reader.pieces(at_once));
+        while let Some(piece) = pieces.next().await {
+            let piece = match piece {
+                Ok(piece) => piece,
+                Err(error) => {
                     // One finding per part is enough: the rest of it is read by nobody.
                     verified.problems.push(problem(error)?);
                     break;
                 }
-                Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
             };
-            verified.bytes += plain.len() as u64;
-            progress.add(plain.len() as u64);
-            if let Err(error) = stream.read(&plain) {
+            verified.bytes += piece.len() as u64;
+            progress.add(piece.len() as u64);
+            if let Err(error) = stream.read(&piece) {
                 verified.problems.push(error.to_string());
                 return Ok(());
             }
         }
     }
     let all_read = verified.bytes == backup.plain_bytes();
-    if !all_read {
-        return Ok(());
-    }
-    if stream.members != table {
+    if all_read && !stream.is_as_in_table() {
         verified.problems.push("the table of files is not the one of the stream".to_owned());
     }
-    let compared = ServerManifest::read(manifest)
-        .and_then(|manifest| manifest.compare(&stream.members, &backup.archives));
-    if let Err(error) = compared {
-        verified.problems.push(error.to_string());
-    }
     Ok(())
-}
-
-/// Fetches and opens a stretch of chunks on another thread.
-fn open_chunks(reader: ObjectReader, first: u32) -> JoinHandle<Result<Vec<u8>, RepositoryError>> {
-    let end = (first + CHUNKS_PER_JOB).min(reader.opener.chunks());
-    let runtime = tokio::runtime::Handle::current();
-    tokio::task::spawn_blocking(move || {
-        let sealed = runtime.block_on(reader.fetch(first, end))?;
-        let mut all = Vec::new();
-        reader.opener.open_stretch(first, end, &sealed, |plain| {
-            all.extend_from_slice(plain);
-            Ok::<_, ContainerError>(())
-        })?;
-        Ok(all)
-    })
 }
 
 /// The tar stream of a backup, cut into its archives.
 struct Stream<'a> {
     tar: TarReader,
     archives: std::iter::Peekable<std::slice::Iter<'a, Archive>>,
-    members: Vec<Member>,
+    table: &'a Members,
+    /// How many members have passed, and whether each was the one of the table.
+    passed: usize,
+    agrees: bool,
 }
 
 impl<'a> Stream<'a> {
-    fn new(archives: &'a [Archive]) -> Self {
+    fn new(archives: &'a [Archive], table: &'a Members) -> Self {
         let archives = archives.iter().peekable();
-        Self { tar: TarReader::default(), archives, members: Vec::new() }
+        Self { tar: TarReader::default(), archives, table, passed: 0, agrees: true }
     }
 
     fn read(&mut self, mut plain: &[u8]) -> Result<(), TarError> {
@@ -213,10 +199,17 @@ impl<'a> Stream<'a> {
             if now.is_empty() {
                 break;
             }
-            self.tar.read(now, |member| self.members.push(member))?;
+            self.tar.read(now, |member| {
+                self.agrees &= self.table.get(self.passed) == Some(member);
+                self.passed += 1;
+            })?;
             plain = later;
         }
         Ok(())
+    }
+
+    fn is_as_in_table(&self) -> bool {
+        self.agrees && self.passed == self.table.len()
     }
 }
 
