@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::thread;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -200,5 +201,17 @@ impl RunningAgent {
     fn read(&self, name: &str) -> String {
         let content = fs::read(self.output.path().join(name)).unwrap_or_default();
         String::from_utf8_lossy(&content).into_owned()
+    }
+}
+
+impl Drop for RunningAgent {
+    #[expect(clippy::print_stderr, reason = "what the agent said belongs to a failing test")]
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let said = format!("{}{}", self.stdout(), self.stderr());
+            let lines: Vec<&str> = said.lines().collect();
+            let from = lines.len().saturating_sub(40);
+            eprintln!("--- the agent\n{}", lines[from..].join("\n"));
+        }
     }
 }

@@ -59,7 +59,11 @@ async fn the_service_takes_scheduled_backups_and_shows_them() {
     if postgres_is_missing() {
         return;
     }
-    let scene = Scene::with(Kind::Directory, "[backup]\nschedule = \"*/3 * * * * *\"\n").await;
+    let scene = Scene::with(
+        Kind::Directory,
+        "[wal]\nreceive = false\n[backup]\nschedule = \"*/3 * * * * *\"\n",
+    )
+    .await;
     let text = std::fs::read_to_string(scene.config()).unwrap();
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();

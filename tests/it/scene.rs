@@ -44,17 +44,20 @@ impl Scene {
     /// A primary with such a repository; `extra` is added to the agent's configuration.
     pub(crate) async fn with(kind: Kind, extra: &str) -> Self {
         let directory = directory();
-        let (s3, repository) = match kind {
-            Kind::Directory => (None, directory_repository(directory.path())),
-            Kind::S3 => {
-                let s3 = S3Server::start().await;
-                // Short limits, so that a test of a server that does not answer is short too.
-                let section = s3.endpoint().config(directory.path());
-                let section = format!("{section}attempts = 4\nattempt_timeout = \"3s\"\n");
-                (Some(s3), section)
-            }
-        };
+        let (s3, repository) = store(kind, directory.path()).await;
         Self::start(directory, s3, repository, extra).await
+    }
+
+    /// A primary that does not archive: its WAL is received, or not stored at all.
+    pub(crate) async fn streaming(kind: Kind, extra: &str) -> Self {
+        let directory = directory();
+        let (s3, repository) = store(kind, directory.path()).await;
+        let key = directory.path().join("key");
+        Agent::without_config().run(&["new-key", key.to_str().unwrap()]).await.assert_success();
+        let primary = PgServer::primary().await;
+        let scene = Self { primary, s3, directory, repository, extra: extra.to_owned() };
+        scene.configure(&[&scene.primary]);
+        scene
     }
 
     /// A primary with that `[repository.…]` section, made in `directory`.
@@ -171,6 +174,20 @@ impl Scene {
             })
         })
         .await;
+    }
+}
+
+/// A repository of that kind in `directory`: the S3 server, if it is one, and its section.
+async fn store(kind: Kind, directory: &Path) -> (Option<S3Server>, String) {
+    match kind {
+        Kind::Directory => (None, directory_repository(directory)),
+        Kind::S3 => {
+            let s3 = S3Server::start().await;
+            // Short limits, so that a test of a server that does not answer is short too.
+            let section = s3.endpoint().config(directory);
+            let section = format!("{section}attempts = 4\nattempt_timeout = \"3s\"\n");
+            (Some(s3), section)
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use crate::scene::{Kind, Scene, files, write};
 const LIMIT: Duration = Duration::from_mins(1);
 
 /// Runs the agent with `data` as its working directory, as PostgreSQL does.
-async fn run_in(scene: &Scene, data: &Path, arguments: &[&str]) -> Finished {
+pub(crate) async fn run_in(scene: &Scene, data: &Path, arguments: &[&str]) -> Finished {
     let mut command = harness::program::command("/usr/bin/env");
     command.arg("-C").arg(data).arg(harness::agent::agent_binary());
     command.arg("--config").arg(scene.config()).args(["--log-format", "json"]).args(arguments);
@@ -22,7 +22,7 @@ async fn run_in(scene: &Scene, data: &Path, arguments: &[&str]) -> Finished {
 }
 
 /// A directory with the primary's `pg_control`, and room for WAL.
-fn data_directory(scene: &Scene, name: &str) -> PathBuf {
+pub(crate) fn data_directory(scene: &Scene, name: &str) -> PathBuf {
     let data = scene.path(name);
     for directory in [data.clone(), data.join("global"), data.join("pg_wal")] {
         fs::create_dir_all(&directory).unwrap();

@@ -4,15 +4,16 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use shared::pg::wal::WalFile;
 use shared::store::StoreErrorKind;
 use shared::telemetry::chain;
 use thiserror::Error;
 use tracing::{debug, error, info, warn};
 
-use crate::catalog::Catalog;
+use crate::catalog;
 use crate::config::Config;
 use crate::repository::{OpenError, Place, Repository, RepositoryError};
-use crate::wal::{self, Absence, Packed, Stored, WalError};
+use crate::wal::{self, Absence, Packed, Stored, WalError, piece};
 
 /// Where a server keeps its system identifier, below the data directory: the first eight bytes.
 /// Source: `ControlFileData` in `src/include/catalog/pg_control.h`.
@@ -144,7 +145,7 @@ async fn fetch_from(place: &Place, file: &str, path: &Path) -> Result<Fetched, A
     let found = wal::find(place, file).await?;
     let found = match found.as_slice() {
         [one] => one,
-        [] => return absent(place, file).await,
+        [] => return fetch_growing(place, file, path).await,
         several => {
             let (file, count) = (file.to_owned(), several.len());
             return Err(ArchiveError::Ambiguous { file, count });
@@ -173,9 +174,35 @@ async fn fetch_from(place: &Place, file: &str, path: &Path) -> Result<Fetched, A
     Ok(Fetched::Done)
 }
 
-async fn absent(place: &Place, file: &str) -> Result<Fetched, ArchiveError> {
-    let newest = Catalog::read(place).await?.backups.pop();
-    let segment_bytes = newest.map_or(16 << 20, |backup| backup.wal_segment_bytes);
+/// Fetches a segment of which only pieces are stored, because it was still growing.
+async fn fetch_growing(place: &Place, file: &str, path: &Path) -> Result<Fetched, ArchiveError> {
+    let segment_bytes = catalog::wal_segment_bytes(place).await?.unwrap_or(16 << 20);
+    let Ok(WalFile::Segment(segment)) = WalFile::parse(file, segment_bytes) else {
+        return absent(place, file, segment_bytes).await;
+    };
+    let pieces = piece::list_of(place, segment, segment_bytes).await?;
+    let cover = piece::cover(&pieces);
+    if cover.to == 0 {
+        // It may have been completed, and its pieces removed, since it was looked for.
+        return match wal::find(place, file).await?.as_slice() {
+            [] => absent(place, file, segment_bytes).await,
+            _ => Box::pin(fetch_from(place, file, path)).await,
+        };
+    }
+    if cover.furthest > cover.to {
+        let reason = format!("a piece of it is missing after {} bytes", cover.to);
+        return Err(ArchiveError::Missing { file: file.to_owned(), reason });
+    }
+    let content = piece::stitch(place, segment, segment_bytes, &cover).await?;
+    let failed = |source| ArchiveError::Write { path: path.to_owned(), source };
+    let provisional = path.with_extension("pgmesh");
+    fs::write(&provisional, content).map_err(failed)?;
+    fs::rename(&provisional, path).map_err(failed)?;
+    info!(segment = file, bytes = cover.to, "WAL segment put together from its pieces");
+    Ok(Fetched::Done)
+}
+
+async fn absent(place: &Place, file: &str, segment_bytes: u64) -> Result<Fetched, ArchiveError> {
     match wal::absence(place, file, segment_bytes).await? {
         Absence::NeverProduced => {
             info!(segment = file, "WAL file was never produced, as far as the repository shows");
@@ -198,7 +225,11 @@ pub fn exit_code(fetched: &Result<Fetched, ArchiveError>) -> u8 {
 }
 
 /// The system identifier of the server in whose data directory we are.
-fn system_identifier() -> Result<u64, ArchiveError> {
+///
+/// # Errors
+///
+/// There is no such file, or it cannot be read.
+pub fn system_identifier() -> Result<u64, ArchiveError> {
     let here = || std::env::current_dir().unwrap_or_default();
     let control = fs::read(CONTROL_FILE).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => ArchiveError::NoDataDirectory { path: here() },

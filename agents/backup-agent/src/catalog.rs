@@ -101,6 +101,24 @@ impl Catalog {
     }
 }
 
+/// `wal_segment_size` of the newest backup that can be read; `None` if there is none.
+///
+/// # Errors
+///
+/// The store could not be asked.
+pub async fn wal_segment_bytes(place: &Place) -> Result<Option<u64>, RepositoryError> {
+    let listed = place.list("base/", None, None).await?;
+    let commits = listed.iter().rev().filter_map(|info| info.key.strip_suffix("/commit"));
+    for id in commits.filter_map(|path| path.strip_prefix("base/")?.parse().ok()) {
+        match read_commit(place, &id).await {
+            Ok(commit) => return Ok(Some(commit.wal_segment_bytes)),
+            Err(error) if error.is_transient() => return Err(error),
+            Err(_) => {}
+        }
+    }
+    Ok(None)
+}
+
 /// Reads one backup's commit object.
 ///
 /// # Errors

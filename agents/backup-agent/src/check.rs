@@ -58,11 +58,18 @@ pub async fn check(context: &Context) -> Vec<Step> {
     let write_key = &context.config.encryption.write_key;
     steps.add("keys", Outcome::Ok, format!("{keys} can be read, {write_key} writes"));
     check_repository(&context.repository, &context.config.cluster, &mut steps).await;
-    for number in groups(&context.config.nodes) {
-        check_group(context, number, &mut steps).await;
+    if !context.config.has_servers() {
+        let detail = "neither [[nodes]] nor [patroni] is configured: no base backups";
+        steps.add("servers", Outcome::Warning, detail);
+        return steps.0;
     }
-    if context.config.nodes.is_empty() {
-        steps.add("servers", Outcome::Warning, "no [[nodes]] are configured: no base backups");
+    match context.topology.nodes().await {
+        Ok(nodes) => {
+            for number in groups(&nodes) {
+                check_group(context, &nodes, number, &mut steps).await;
+            }
+        }
+        Err(error) => steps.add("servers", Outcome::Failed, chain(&error).to_string()),
     }
     steps.0
 }
@@ -149,8 +156,8 @@ fn check_clock(whose: &str, at: DateTime<Utc>, steps: &mut Steps) {
     }
 }
 
-async fn check_group(context: &Context, number: u32, steps: &mut Steps) {
-    let group = observe_group(&context.settings, &context.config.nodes, number).await;
+async fn check_group(context: &Context, nodes: &[Node], number: u32, steps: &mut Steps) {
+    let group = observe_group(&context.settings, nodes, number).await;
     for observation in &group.nodes {
         let step = format!("group {number}: {}", observation.node.name);
         match &observation.state {
@@ -216,7 +223,9 @@ async fn check_replication(context: &Context, node: &Node, steps: &mut Steps) {
 const ARCHIVER: &str = "
     SELECT current_setting('archive_mode') AS mode, clock_timestamp() AS now,
            last_archived_wal AS archived, last_failed_wal AS failed,
-           coalesce(last_failed_time > last_archived_time, last_failed_time IS NOT NULL) AS failing
+           coalesce(last_failed_time > last_archived_time, last_failed_time IS NOT NULL) AS failing,
+           (SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::bigint
+              FROM pg_replication_slots WHERE slot_name = $1 AND active) AS behind
       FROM pg_stat_archiver";
 
 async fn check_archiving(
@@ -228,14 +237,23 @@ async fn check_archiving(
     let (node, state) = group.primary().map_err(|error| error.to_string())?;
     let connection =
         connect(&context.settings, node).await.map_err(|error| chain(&error).to_string())?;
+    let slot = &context.config.wal.slot;
     let row =
-        connection.query_one(ARCHIVER, &[]).await.map_err(|error| chain(&error).to_string())?;
+        connection.query_one(ARCHIVER, &[slot]).await.map_err(|error| chain(&error).to_string())?;
     check_clock(&format!("group {}: the primary's clock", group.number), row.get("now"), steps);
-    let mode: String = row.get("mode");
+    let (mode, behind): (String, Option<i64>) = (row.get("mode"), row.get("behind"));
+    if let Some(behind) = behind {
+        let detail = format!("connected to slot {slot}, {behind} bytes behind");
+        steps.add(format!("group {}: WAL receiver", group.number), Outcome::Ok, detail);
+        if mode == "off" {
+            return Ok(());
+        }
+    }
     if mode == "off" {
-        return Err("archive_mode is off: set it to on, with \
-                    archive_command = 'backup-agent wal-push %p', and restart"
-            .to_owned());
+        return Err(format!(
+            "nothing takes the primary's WAL: no receiver is connected to slot {slot} \
+             (`backup-agent run`), and archive_mode is off"
+        ));
     }
     if row.get("failing") {
         let failed: String = row.get("failed");

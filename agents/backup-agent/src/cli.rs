@@ -32,14 +32,19 @@ pub enum Command {
     /// every file has been compared with the server's manifest and all WAL that the backup needs
     /// is in the repository. Exit code 1 also for a suspect backup, which is kept.
     Backup(GroupArgs),
-    /// Show the backups and what each can be restored to
-    List(GroupArgs),
+    /// Show the backups and what each can be restored to; or the stored WAL
+    ///
+    /// With --wal: the ranges of WAL without a gap, and what is after each. Exit code 1 if a backup
+    /// cannot be read or WAL is missing.
+    List(ListArgs),
     /// Restore a backup into a data directory
     ///
     /// Without a target, recovery goes to the end of the WAL. The directory must be empty. Start
     /// PostgreSQL there afterwards; it fetches WAL by itself and stops at the target.
     Restore(RestoreArgs),
     /// Read backups back, completely, and say what could not be restored
+    ///
+    /// Of the WAL only what a backup itself needs; with --wal all of it, and no backups.
     Verify(VerifyArgs),
     /// Show what the retention would delete, or delete it
     ///
@@ -57,10 +62,19 @@ pub enum Command {
     ///
     /// Exit code 1 only if the repository proves that the file was never produced; PostgreSQL
     /// takes it as the end of the WAL. 254 for everything else, which stops the recovery.
+    ///
+    /// Run by a recovery, it starts a process that fetches the following segments ahead; see
+    /// `wal.prefetch_segments`.
     WalFetch {
         /// The file's name, as PostgreSQL gives it in %f
         file: String,
         /// Where it goes, as PostgreSQL gives it in %p
+        path: PathBuf,
+    },
+    /// Fetch WAL ahead of a recovery: what `wal-fetch` starts
+    #[command(hide = true)]
+    WalPrefetch {
+        /// Where PostgreSQL wants a segment, as it gives it in %p
         path: PathBuf,
     },
     /// Check the configuration and the files it names, and say what is wrong
@@ -91,9 +105,23 @@ pub struct GroupArgs {
     pub json: bool,
 }
 
+/// Options of `list`.
+#[derive(Debug, Args)]
+pub struct ListArgs {
+    /// The stored WAL instead of the backups
+    #[arg(long)]
+    pub wal: bool,
+    /// The group and the output
+    #[command(flatten)]
+    pub group: GroupArgs,
+}
+
 /// Options of `verify`.
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
+    /// All stored WAL instead of the backups
+    #[arg(long, conflicts_with = "backup")]
+    pub wal: bool,
     /// One backup [default: all of them]
     #[arg(long, value_name = "ID")]
     pub backup: Option<BackupId>,

@@ -15,12 +15,13 @@ use crate::backup::{Context, take_backup};
 use crate::catalog::Catalog;
 use crate::check::{Outcome, check};
 use crate::cli::{
-    ArchiveMode, Cli, Command, ExpireArgs, GroupArgs, JsonArgs, RestoreArgs, VerifyArgs,
+    ArchiveMode, Cli, Command, ExpireArgs, GroupArgs, JsonArgs, ListArgs, RestoreArgs, VerifyArgs,
 };
 use crate::config::Config;
 use crate::expire;
 use crate::keys::{KeyRing, new_key, new_key_file};
 use crate::manifest::Commit;
+use crate::prefetch;
 use crate::progress::{Progress, drawn};
 use crate::recovery::{TargetTimeline, Window};
 use crate::repository::{Place, Repository};
@@ -29,6 +30,7 @@ use crate::service;
 use crate::table::{Table, bytes, span, time};
 use crate::verify::verify;
 use crate::wal::{Then, WalMap};
+use crate::wal_commands;
 
 /// The service's name: package, configuration file, log target.
 pub const AGENT: &str = "backup-agent";
@@ -53,6 +55,7 @@ pub async fn run(cli: Cli) -> anyhow::Result<()> {
             Ok(())
         }
         Command::WalFetch { .. } => bail!("wal-fetch has its own way out"),
+        Command::WalPrefetch { path: wanted } => prefetch::run(&load(&path)?, &wanted).await,
         Command::CheckConfig => check_config(&path),
         Command::NewKey { file } => make_key(file),
     }
@@ -68,10 +71,7 @@ fn load(path: &Path) -> anyhow::Result<Config> {
 ///
 /// The configuration or a file that it names cannot be used.
 pub async fn context(path: &Path) -> anyhow::Result<Context> {
-    let config = load(path)?;
-    let settings = config.postgres.settings(&format!("pgmesh/{AGENT}"))?;
-    let repository = Repository::open(&config).await?;
-    Ok(Context { config, settings, repository })
+    Context::new(load(path)?, &format!("pgmesh/{AGENT}")).await
 }
 
 fn print(text: impl AsRef<str>) -> anyhow::Result<()> {
@@ -87,30 +87,29 @@ fn print_json(value: &Value) -> anyhow::Result<()> {
     print(format!("{value:#}\n"))
 }
 
-/// The groups that a command is for: the one asked for, or those that are configured.
-fn chosen_groups(config: &Config, asked: Option<u32>) -> Vec<u32> {
-    match asked {
-        Some(group) => vec![group],
-        None if config.nodes.is_empty() => vec![config.wal.group],
-        None => groups(&config.nodes).into_iter().collect(),
-    }
-}
-
 /// Every place of the groups that a command is for.
 async fn places(config: &Config, asked: Option<u32>) -> anyhow::Result<Vec<Place>> {
     let repository = Repository::open(config).await?;
     let mut places = Vec::new();
-    for group in chosen_groups(config, asked) {
+    let groups = match asked {
+        Some(group) => vec![group],
+        None => repository.groups().await?,
+    };
+    for group in groups {
         places.extend(repository.places(group).await?);
     }
     Ok(places)
 }
 
 async fn backup(context: &Context, args: &GroupArgs) -> anyhow::Result<()> {
-    let groups = chosen_groups(&context.config, args.group);
-    if context.config.nodes.is_empty() {
-        bail!(WrongUse("no [[nodes]] are configured: there is no server to back up".to_owned()));
+    if !context.config.has_servers() {
+        let problem = "neither [[nodes]] nor [patroni] is configured: no server to back up";
+        bail!(WrongUse(problem.to_owned()));
     }
+    let groups = match args.group {
+        Some(group) => [group].into(),
+        None => groups(&context.topology.nodes().await?),
+    };
     let (mut suspect, mut values) = (Vec::new(), Vec::new());
     for group in groups {
         let progress = Progress::default();
@@ -169,7 +168,11 @@ fn backup_json(commit: &Commit, window: Option<&Window>) -> Value {
     })
 }
 
-async fn list(config: &Config, args: &GroupArgs) -> anyhow::Result<()> {
+async fn list(config: &Config, args: &ListArgs) -> anyhow::Result<()> {
+    let ListArgs { wal, group: args } = args;
+    if *wal {
+        return wal_commands::list(&places(config, args.group).await?, args.json).await;
+    }
     let header =
         ["BACKUP", "GROUP", "FROM", "AGE", "TOOK", "SIZE", "STORED", "RESTORABLE UNTIL", "NOTE"];
     let mut table = Table::new(&header);
@@ -304,6 +307,12 @@ fn fetch_command(config_path: &Path, group: u32, configured: u32) -> anyhow::Res
 }
 
 async fn verify_command(config: &Config, args: &VerifyArgs) -> anyhow::Result<()> {
+    if args.wal {
+        let progress = Progress::default();
+        let places = places(config, args.group).await?;
+        let work = Box::pin(wal_commands::verify(&places, args.json, &progress));
+        return drawn(&progress, work).await;
+    }
     let mut table = Table::new(&["BACKUP", "READ", "WAL SEGMENTS", "RESULT"]);
     let (mut values, mut bad, mut count) = (Vec::new(), 0, 0);
     for place in places(config, args.group).await? {

@@ -7,13 +7,15 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use shared::config::{Check, Problems};
+use shared::etcd::EtcdConfig;
 use shared::pg::{Node, PostgresConfig};
 use shared::schedule::Schedule;
 use shared::store::StoreConfig;
-use shared::topology;
+use shared::topology::{PatroniConfig, TopologyConfig};
 
 use crate::container::{CHUNK_BYTES_MAX, Kind};
 use crate::keys::EncryptionConfig;
+use crate::resume::OnDivergence;
 use crate::retention::Retention;
 use crate::upload::UploadSettings;
 
@@ -25,6 +27,8 @@ const PARTS_MAX: u64 = 10_000;
 /// What `MAX_RATE` of `BASE_BACKUP` allows, in kilobytes a second.
 /// Source: `MAX_RATE_LOWER` and `MAX_RATE_UPPER` in `src/backend/backup/basebackup.c`.
 const RATE_KILOBYTES: std::ops::RangeInclusive<u64> = 32..=1_048_576;
+/// 1 GiB of segments of 1 MiB: more never lies ready for a recovery.
+const PREFETCH_SEGMENTS_MAX: u32 = 1024;
 
 /// The configuration of the backup agent.
 #[derive(Clone, Debug, Deserialize)]
@@ -40,9 +44,13 @@ pub struct Config {
     pub shutdown_grace: Duration,
     /// How the servers are reached.
     pub postgres: PostgresConfig,
-    /// The servers. `wal-push` and `wal-fetch` need none.
+    /// The servers, where they are listed. `wal-push` and `wal-fetch` need none.
     #[serde(default)]
     pub nodes: Vec<Node>,
+    /// Where Patroni keeps what it knows, and where replicas of this agent share out the groups.
+    pub etcd: Option<EtcdConfig>,
+    /// The servers, where Patroni knows them.
+    pub patroni: Option<PatroniConfig>,
     /// Where backups are stored.
     pub repository: StoreConfig,
     /// The S3 storage class of each kind of object; the bucket's default where none is named.
@@ -84,6 +92,7 @@ impl StorageClass {
             | Kind::Commit
             | Kind::History
             | Kind::Tombstone
+            | Kind::Gap
             | Kind::Probe => &self.catalog,
         };
         class.as_deref()
@@ -160,11 +169,67 @@ pub struct WalConfig {
     pub group: u32,
     /// zstd's level, 1 to 19.
     pub compression_level: i32,
+    /// Whether `run` follows each group's primary and stores WAL as it is written.
+    pub receive: bool,
+    /// The replication slot, and the name of the receiver's connection: what
+    /// `synchronous_standby_names` lists if commits are to wait for the repository.
+    pub slot: String,
+    /// The longest that WAL waits before it is shipped. At once if commits wait for it.
+    #[serde(with = "humantime_serde")]
+    pub ship_interval: Duration,
+    /// How much WAL may wait before it is shipped, in bytes.
+    pub ship_bytes: u64,
+    /// What is done about a primary that lacks WAL which is stored.
+    pub on_divergence: OnDivergence,
+    /// How often a record is written to each primary, to see it arrive in the repository; never
+    /// if it is 0.
+    #[serde(with = "humantime_serde")]
+    pub heartbeat: Duration,
+    /// The room that there is for `pg_wal` on each server, in bytes; not watched if left out.
+    pub pg_wal_bytes_max: Option<u64>,
+    /// How many segments are fetched ahead of a recovery; none if it is 0. Fewer if they are large.
+    pub prefetch_segments: u32,
 }
 
 impl Default for WalConfig {
     fn default() -> Self {
-        Self { group: 0, compression_level: 1 }
+        Self {
+            group: 0,
+            compression_level: 1,
+            receive: true,
+            slot: "pgmesh_backup".to_owned(),
+            ship_interval: Duration::from_secs(1),
+            ship_bytes: 1 << 20,
+            on_divergence: OnDivergence::Follow,
+            heartbeat: Duration::from_mins(1),
+            pg_wal_bytes_max: None,
+            prefetch_segments: 16,
+        }
+    }
+}
+
+impl WalConfig {
+    fn check(&self, problems: &mut Problems) {
+        if !(1..=19).contains(&self.compression_level) {
+            problems.add("compression_level", "must be 1 to 19");
+        }
+        // Source: `ReplicationSlotValidateName` in `slot.c`; `NAMEDATALEN`.
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+        if !(1..=63).contains(&self.slot.len()) || !self.slot.chars().all(plain) {
+            problems.add("slot", "must be 1 to 63 lower-case letters, digits and _");
+        }
+        if self.ship_interval.is_zero() {
+            problems.add("ship_interval", "must be longer than 0s");
+        }
+        if self.ship_bytes == 0 {
+            problems.add("ship_bytes", "must be above 0");
+        }
+        if self.prefetch_segments > PREFETCH_SEGMENTS_MAX {
+            problems.add("prefetch_segments", format!("must be 0 to {PREFETCH_SEGMENTS_MAX}"));
+        }
+        if !self.heartbeat.is_zero() && self.heartbeat < Duration::from_secs(1) {
+            problems.add("heartbeat", "must be 0s (never) or 1s at least");
+        }
     }
 }
 
@@ -234,6 +299,19 @@ impl BackupConfig {
     }
 }
 
+impl Config {
+    /// Which servers there are.
+    pub fn topology(&self) -> TopologyConfig<'_> {
+        let Self { etcd, patroni, nodes, .. } = self;
+        TopologyConfig { etcd: etcd.as_ref(), patroni: patroni.as_ref(), nodes }
+    }
+
+    /// Whether any servers are configured: a database container that only archives has none.
+    pub fn has_servers(&self) -> bool {
+        self.patroni.is_some() || !self.nodes.is_empty()
+    }
+}
+
 impl Check for Config {
     fn check(&self, problems: &mut Problems) {
         let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
@@ -242,15 +320,13 @@ impl Check for Config {
         }
         problems.within("postgres", |problems| self.postgres.check(problems));
         // The database container's own configuration, for `wal-push` alone, lists none.
-        if !self.nodes.is_empty() {
-            topology::check_nodes(&self.nodes, problems);
+        if self.has_servers() {
+            self.topology().check(problems);
         }
         self.repository.check(problems);
         self.encryption.check(problems);
         problems.within("backup", |problems| self.backup.check(problems));
-        if !(1..=19).contains(&self.wal.compression_level) {
-            problems.add("wal.compression_level", "must be 1 to 19");
-        }
+        problems.within("wal", |problems| self.wal.check(problems));
         problems.within("retention", |problems| self.retention.check(problems));
     }
 }

@@ -18,10 +18,10 @@
 //! object can be read alone. All integers are little-endian.
 
 use std::cell::RefCell;
+use std::io::Cursor;
 use std::ops::Range;
 
-use aes_gcm::aead::{AeadInOut, KeyInit};
-use aes_gcm::{Aes256Gcm, Nonce, Tag};
+use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use bytes::Bytes;
 use hkdf::Hkdf;
 use sha2::{Digest, Sha256};
@@ -69,6 +69,8 @@ pub enum Kind {
     Tombstone = 7,
     /// Written and read by `check`.
     Probe = 8,
+    /// Tells of WAL that is lost.
+    Gap = 9,
 }
 
 /// What an object is called and where it belongs: part of its key.
@@ -305,6 +307,7 @@ impl Sealer {
         plain: &[u8],
         sealed: &mut Vec<u8>,
     ) -> Result<(), ContainerError> {
+        sealed.clear();
         compress(plain, self.level, sealed).map_err(|reason| ContainerError::Codec {
             operation: "compress",
             name: self.name.clone(),
@@ -314,7 +317,7 @@ impl Sealer {
     }
 
     /// Seals a chunk that [`compress`] made.
-    fn encrypt(&self, number: u32, chunk: &mut Vec<u8>) -> Result<(), ContainerError> {
+    fn encrypt(&self, number: u32, chunk: &mut [u8]) -> Result<(), ContainerError> {
         if number < CHUNKS_MAX && self.cipher.seal(number, false, chunk) {
             return Ok(());
         }
@@ -333,6 +336,7 @@ impl Sealer {
         for len in sealed_lens {
             tail.extend_from_slice(&len.to_le_bytes());
         }
+        tail.extend_from_slice(&[0; TAG_BYTES]);
         if !self.cipher.seal(chunks, true, &mut tail) {
             return Err(ContainerError::TooLarge { name: self.name.clone() });
         }
@@ -409,8 +413,8 @@ impl Unopened {
             .checked_sub(index_bytes as usize)
             .filter(|_| index_bytes as usize == 8 + 4 * chunks as usize + TAG_BYTES)
             .ok_or_else(|| truncated("the index has an impossible length".to_owned()))?;
-        let mut index = tail[index_start..index_end].to_vec();
-        if !self.cipher.open(chunks, true, &mut index) {
+        let mut index = Vec::new();
+        if !self.cipher.open(chunks, true, &tail[index_start..index_end], &mut index) {
             return Err(ContainerError::Damaged { name: self.name, chunk: chunks, chunks });
         }
         let plain_bytes = u64::from_le_bytes(array(&index[..8]));
@@ -483,7 +487,7 @@ impl Opener {
         self.offsets[first as usize]..self.offsets[end as usize]
     }
 
-    /// Opens and decompresses a chunk into `plain`; both buffers are cleared first.
+    /// Opens and decompresses a chunk into `plain`; what was in the buffers goes.
     fn open(
         &self,
         number: u32,
@@ -492,10 +496,8 @@ impl Opener {
         plain: &mut Vec<u8>,
     ) -> Result<(), ContainerError> {
         plain.clear();
-        opened.clear();
-        opened.extend_from_slice(sealed);
         let expected = self.plain_len(number);
-        let good = self.cipher.open(number, false, opened)
+        let good = self.cipher.open(number, false, sealed, opened)
             && decompress(opened, expected, plain)
             && plain.len() == expected;
         if good {
@@ -541,7 +543,11 @@ impl Opener {
 /// Content that is compressed and not sealed yet: the name of the object may depend on it.
 #[derive(Debug, Default)]
 pub struct Compressed {
-    chunks: Vec<Vec<u8>>,
+    /// The object as it will be: room for the header, then each chunk with room for its tag. So it
+    /// is sealed where it lies; fresh memory costs more than the cipher does.
+    object: Vec<u8>,
+    /// The length of each chunk, its tag included.
+    lens: Vec<u32>,
     plain_bytes: u64,
 }
 
@@ -552,13 +558,22 @@ impl Compressed {
     ///
     /// What zstd said.
     pub fn push(&mut self, plain: &[u8], level: i32) -> Result<(), String> {
-        let mut chunk = Vec::new();
-        compress(plain, level, &mut chunk)?;
-        // What the compressor reserved is many times what a WAL segment shrinks to.
-        chunk.shrink_to(chunk.len() + TAG_BYTES);
-        self.chunks.push(chunk);
+        let start = self.object.len().max(HEADER_BYTES);
+        self.object.resize(start, 0);
+        compress(plain, level, &mut self.object)?;
+        self.lens.push(count(self.object.len() - start));
         self.plain_bytes += plain.len() as u64;
         Ok(())
+    }
+
+    /// A copy of the chunks from number `first` on. All of them hold `chunk_bytes`.
+    pub fn after(&self, first: usize, chunk_bytes: u64) -> Self {
+        let skipped: usize = self.lens.iter().take(first).map(|len| *len as usize).sum();
+        let mut object = vec![0; HEADER_BYTES];
+        object.extend_from_slice(self.object.get(HEADER_BYTES + skipped..).unwrap_or_default());
+        let lens = self.lens.get(first..).unwrap_or_default().to_vec();
+        let plain_bytes = lens.len() as u64 * chunk_bytes;
+        Self { object, lens, plain_bytes }
     }
 
     /// Seals the whole object; returns it and its salt.
@@ -572,15 +587,17 @@ impl Compressed {
         identity: &Identity,
         chunk_bytes: u32,
     ) -> Result<(Bytes, [u8; 32]), ContainerError> {
+        let Self { mut object, lens, plain_bytes } = self;
         let sealer = Sealer::new(keys, identity, chunk_bytes, 1)?;
-        let mut object = sealer.header().to_vec();
-        let mut lens = Vec::new();
-        for (number, mut chunk) in (0..).zip(self.chunks) {
-            sealer.encrypt(number, &mut chunk)?;
-            lens.push(count(chunk.len()));
-            object.extend_from_slice(&chunk);
+        object.resize(object.len().max(HEADER_BYTES), 0);
+        let (header, mut rest) = object.split_at_mut(HEADER_BYTES);
+        header.copy_from_slice(sealer.header());
+        for (number, len) in (0..).zip(&lens) {
+            let (chunk, after) = rest.split_at_mut(*len as usize);
+            sealer.encrypt(number, chunk)?;
+            rest = after;
         }
-        object.extend_from_slice(&sealer.finish(&lens, self.plain_bytes)?);
+        object.extend_from_slice(&sealer.finish(&lens, plain_bytes)?);
         Ok((object.into(), sealer.salt()))
     }
 }
@@ -678,8 +695,9 @@ fn name_check(identity: &Identity) -> [u8; 8] {
     array(&Sha256::digest(info(identity))[..8])
 }
 
+/// AES-256-GCM with the key of one object.
 struct Cipher {
-    aead: Aes256Gcm,
+    key: LessSafeKey,
     associated: [u8; 32],
 }
 
@@ -691,38 +709,37 @@ impl std::fmt::Debug for Cipher {
 
 impl Cipher {
     fn new(key: &[u8; 32], header: &[u8]) -> Self {
-        Self { aead: Aes256Gcm::new(&(*key).into()), associated: Sha256::digest(header).into() }
+        let Ok(key) = UnboundKey::new(&AES_256_GCM, key) else {
+            unreachable!("AES-256 takes every key of 32 bytes");
+        };
+        Self { key: LessSafeKey::new(key), associated: Sha256::digest(header).into() }
     }
 
     /// Chunk counter ‖ last flag, in the last five bytes.
-    fn nonce(number: u32, last: bool) -> [u8; 12] {
+    fn nonce(number: u32, last: bool) -> Nonce {
         let mut nonce = [0; 12];
         nonce[7..11].copy_from_slice(&number.to_be_bytes());
         nonce[11] = u8::from(last);
-        nonce
+        Nonce::assume_unique_for_key(nonce)
     }
 
-    fn seal(&self, number: u32, last: bool, buffer: &mut Vec<u8>) -> bool {
-        let nonce = Nonce::from(Self::nonce(number, last));
-        let sealed = self.aead.encrypt_inout_detached(
-            &nonce,
-            &self.associated,
-            buffer.as_mut_slice().into(),
-        );
+    /// Seals `buffer`, at whose end there is room for the tag.
+    fn seal(&self, number: u32, last: bool, buffer: &mut [u8]) -> bool {
+        let Some((data, room)) = buffer.split_last_chunk_mut::<TAG_BYTES>() else { return false };
+        let (nonce, associated) = (Self::nonce(number, last), Aad::from(self.associated));
+        let sealed = self.key.seal_in_place_separate_tag(nonce, associated, data);
         sealed.is_ok_and(|tag| {
-            buffer.extend_from_slice(&tag);
+            room.copy_from_slice(tag.as_ref());
             true
         })
     }
 
-    fn open(&self, number: u32, last: bool, buffer: &mut Vec<u8>) -> bool {
-        let Some(data) = buffer.len().checked_sub(TAG_BYTES) else { return false };
-        let tag = Tag::from(array::<TAG_BYTES>(&buffer[data..]));
-        buffer.truncate(data);
-        let nonce = Nonce::from(Self::nonce(number, last));
-        self.aead
-            .decrypt_inout_detached(&nonce, &self.associated, buffer.as_mut_slice().into(), &tag)
-            .is_ok()
+    /// Opens `sealed` into `opened`, whose content means nothing if this fails.
+    fn open(&self, number: u32, last: bool, sealed: &[u8], opened: &mut Vec<u8>) -> bool {
+        let Some((data, tag)) = sealed.split_last_chunk::<TAG_BYTES>() else { return false };
+        let (nonce, associated) = (Self::nonce(number, last), Aad::from(self.associated));
+        opened.resize(data.len(), 0);
+        self.key.open_separate_gather(nonce, associated, data, tag, opened).is_ok()
     }
 }
 
@@ -734,28 +751,30 @@ thread_local! {
         const { RefCell::new(None) };
 }
 
-/// Compresses into `chunk`, which is cleared first: the data, then the codec byte. What zstd
+/// Appends a chunk to `out`: the compressed data, the codec byte, and room for the tag. What zstd
 /// cannot shrink is kept as it is.
-fn compress(plain: &[u8], level: i32, chunk: &mut Vec<u8>) -> Result<(), String> {
-    chunk.clear();
-    // The codec byte and the tag come after the data, without another allocation.
-    chunk.reserve(zstd::zstd_safe::compress_bound(plain.len()) + 1 + TAG_BYTES);
+fn compress(plain: &[u8], level: i32, out: &mut Vec<u8>) -> Result<(), String> {
+    let start = out.len();
+    out.reserve(zstd::zstd_safe::compress_bound(plain.len()) + 1 + TAG_BYTES);
     let compressed = COMPRESSOR.with_borrow_mut(|slot| {
         if slot.as_ref().is_none_or(|(used, _)| *used != level) {
             *slot = Some((level, zstd::bulk::Compressor::new(level)?));
         }
+        let mut room = Cursor::new(&mut *out);
+        room.set_position(start as u64);
         match slot {
-            Some((_, compressor)) => compressor.compress_to_buffer(plain, chunk),
+            Some((_, compressor)) => compressor.compress_to_buffer(plain, &mut room),
             None => Ok(plain.len()),
         }
     });
     if compressed.map_err(|error| error.to_string())? < plain.len() {
-        chunk.push(CODEC_ZSTD);
+        out.push(CODEC_ZSTD);
     } else {
-        chunk.clear();
-        chunk.extend_from_slice(plain);
-        chunk.push(CODEC_RAW);
+        out.truncate(start);
+        out.extend_from_slice(plain);
+        out.push(CODEC_RAW);
     }
+    out.extend_from_slice(&[0; TAG_BYTES]);
     Ok(())
 }
 
@@ -855,6 +874,41 @@ mod tests {
     fn nothing_is_one_index_and_no_chunk() {
         let (object, _) = seal_whole(&keys(1), &identity("a"), 100, 3, b"").unwrap();
         assert_eq!(open_whole(&keys(1), &identity("a"), &object).unwrap().0, b"");
+    }
+
+    /// Another implementation opens what ours sealed.
+    #[test]
+    fn a_chunk_is_aes_256_gcm_as_the_format_says() {
+        use aes_gcm::aead::{AeadInOut, KeyInit};
+        let (plain, object) = object();
+        let unopened = Unopened::new(&keys(1), &identity("a"), &object).unwrap();
+        let opener = unopened.open_index(&object[HEADER_BYTES..], object.len() as u64).unwrap();
+        let Range { start, end } = opener.range(2, 3);
+        let (chunk, tag) = object[index(start)..index(end)].split_last_chunk().unwrap();
+        let mut chunk = chunk.to_vec();
+        let key = Derived::new(&[1; 32], &opener.salt(), &identity("a")).key;
+        let nonce = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0];
+        let associated = Sha256::digest(&object[..HEADER_BYTES]);
+        let buffer = chunk.as_mut_slice().into();
+        aes_gcm::Aes256Gcm::new(&(*key).into())
+            .decrypt_inout_detached(&nonce.into(), &associated, buffer, &(*tag).into())
+            .unwrap();
+        let mut content = Vec::new();
+        assert!(decompress(&chunk, 100, &mut content));
+        assert_eq!(content, plain[200..300]);
+    }
+
+    #[test]
+    fn the_chunks_after_the_first_are_content_of_their_own() {
+        let mut content = Compressed::default();
+        for chunk in [b"one", b"two", b"six"] {
+            content.push(chunk, 1).unwrap();
+        }
+        for (first, expected) in [(0, "onetwosix"), (1, "twosix"), (3, "")] {
+            let (object, _) = content.after(first, 3).seal(&keys(1), &identity("a"), 3).unwrap();
+            let (opened, _) = open_whole(&keys(1), &identity("a"), &object).unwrap();
+            assert_eq!(opened, expected.as_bytes(), "after {first}");
+        }
     }
 
     #[test]

@@ -14,7 +14,8 @@ use crate::catalog::{Catalog, Tombstone, read_commit};
 use crate::container::Kind;
 use crate::manifest::BackupId;
 use crate::repository::{Place, RepositoryError};
-use crate::retention::{Decision, Retention, decide, spare_wal};
+use crate::retention::{Decision, Retention, decide, spare_pieces, spare_wal};
+use crate::wal::piece::Piece;
 use crate::wal::{WalError, WalMap, WalObject};
 
 /// What is to go, and why the rest stays.
@@ -28,6 +29,8 @@ pub struct Plan {
     pub marked: Vec<(BackupId, DateTime<Utc>)>,
     /// WAL segments that nothing needs.
     pub wal: Vec<WalObject>,
+    /// Pieces of segments that nothing needs.
+    pub pieces: Vec<Piece>,
     /// Backups that a listed one names as its predecessor: their tombstones stay.
     named: BTreeSet<BackupId>,
 }
@@ -40,7 +43,8 @@ impl Plan {
 
     /// Bytes of WAL that will go.
     pub fn wal_bytes(&self) -> u64 {
-        self.wal.iter().map(|wal| wal.object_bytes).sum()
+        let segments = self.wal.iter().map(|wal| wal.object_bytes);
+        segments.chain(self.pieces.iter().map(|piece| piece.object_bytes)).sum()
     }
 }
 
@@ -76,7 +80,8 @@ pub async fn plan(
         }
     }
     let Some(newest) = catalog.backups.last() else {
-        return Ok(Plan { decisions, delete, marked, wal: Vec::new(), named });
+        let (wal, pieces) = (Vec::new(), Vec::new());
+        return Ok(Plan { decisions, delete, marked, wal, pieces, named });
     };
     let map = WalMap::read(place, newest.wal_segment_bytes).await?;
     // What a marked backup needs stays as long as it can be brought back; one that is marked in
@@ -86,7 +91,8 @@ pub async fn plan(
         needed.push(read_commit(place, backup_id).await?);
     }
     let wal = spare_wal(&needed, &map, retention, now).into_iter().cloned().collect();
-    Ok(Plan { decisions, delete, marked, wal, named })
+    let pieces = spare_pieces(&needed, &map, retention, now).into_iter().cloned().collect();
+    Ok(Plan { decisions, delete, marked, wal, pieces, named })
 }
 
 /// Carries out a plan.
@@ -127,11 +133,13 @@ pub async fn apply(place: &Place, plan: &Plan) -> Result<(), RepositoryError> {
             warn!(%backup_id, "backup not deleted: the store does not allow it yet");
         }
     }
-    for wal in &plan.wal {
-        delete(place, &wal.name).await?;
+    let names = plan.wal.iter().map(|wal| &wal.name);
+    for name in names.chain(plan.pieces.iter().map(|piece| &piece.name)) {
+        delete(place, name).await?;
     }
-    if !plan.wal.is_empty() {
-        info!(segments = plan.wal.len(), bytes = plan.wal_bytes(), "WAL deleted");
+    let (segments, pieces) = (plan.wal.len(), plan.pieces.len());
+    if segments + pieces > 0 {
+        info!(segments, pieces, bytes = plan.wal_bytes(), "WAL deleted");
     }
     Ok(())
 }

@@ -10,15 +10,26 @@ pub mod keys;
 
 pub mod backup;
 pub mod container;
+mod copy;
+mod lines;
 pub mod manifest;
+pub mod members;
 pub mod replication;
 pub mod repository;
+pub mod server_manifest;
 pub mod source;
 pub mod stream;
 pub mod tar;
 pub mod upload;
 
 pub mod archive;
+pub mod follow;
+pub mod groups;
+pub mod heartbeat;
+pub mod prefetch;
+pub mod receive;
+pub mod resume;
+pub mod slots;
 pub mod wal;
 
 pub mod catalog;
@@ -38,5 +49,6 @@ pub mod metrics;
 pub mod progress;
 pub mod service;
 pub mod table;
+pub mod wal_commands;
 
 pub use config::Config;

@@ -4,9 +4,10 @@ use std::ffi::OsStr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
-use backup_agent::archive;
+use backup_agent::archive::{self, Fetched};
 use backup_agent::cli::{Cli, Command};
 use backup_agent::commands::{self, AGENT};
+use backup_agent::prefetch;
 use clap::Parser;
 use shared::telemetry::{self, Output};
 use shared::{config, tls};
@@ -14,12 +15,12 @@ use tokio::runtime::Builder;
 use tracing::error;
 
 fn main() -> ExitCode {
-    tls::install_provider();
     // PostgreSQL takes any exit code up to 125 of its restore_command for the end of the WAL, so
     // there `wal-fetch` must not end with clap's 2 or a panic's 101.
     if std::env::args_os().any(|argument| argument == OsStr::new("wal-fetch")) {
         return catch_unwind(AssertUnwindSafe(fetch)).unwrap_or(ExitCode::from(archive::GIVE_UP));
     }
+    tls::install_provider();
     let cli = Cli::parse();
     let output = match cli.command {
         None | Some(Command::Run) => Output::Stdout,
@@ -27,7 +28,11 @@ fn main() -> ExitCode {
     };
     telemetry::init(cli.shared.log_format, output);
     let mut builder = match cli.command {
-        Some(Command::WalPush { .. }) => Builder::new_current_thread(),
+        // Compression and files have threads of their own. With several for the rest, each message
+        // of a base backup wakes the one that watches the sockets, to wake the one that reads.
+        None | Some(Command::Run | Command::WalPush { .. } | Command::Backup(_)) => {
+            Builder::new_current_thread()
+        }
         _ => Builder::new_multi_thread(),
     };
     shared::cli::exit(match builder.enable_all().build() {
@@ -45,14 +50,24 @@ fn fetch() -> ExitCode {
             return ExitCode::from(code);
         }
     };
-    telemetry::init(cli.shared.log_format, Output::Stderr);
     let Some(Command::WalFetch { file, path }) = cli.command else {
         return ExitCode::from(archive::GIVE_UP);
     };
+    // Before anything is read or set up: this is what a recovery waits for.
+    if prefetch::take(&file, &path) {
+        return ExitCode::SUCCESS;
+    }
+    tls::install_provider();
+    telemetry::init(cli.shared.log_format, Output::Stderr);
     let work = || -> anyhow::Result<u8> {
-        let config = config::load(&cli.shared.config_file(AGENT))?;
+        let config_file = cli.shared.config_file(AGENT);
+        let config = config::load(&config_file)?;
         let runtime = Builder::new_current_thread().enable_all().build()?;
-        Ok(archive::exit_code(&runtime.block_on(archive::fetch(&config, &file, &path))))
+        let fetched = runtime.block_on(archive::fetch(&config, &file, &path));
+        if config.wal.prefetch_segments > 0 && matches!(fetched, Ok(Fetched::Done)) {
+            prefetch::start(&config_file, &file, &path);
+        }
+        Ok(archive::exit_code(&fetched))
     };
     ExitCode::from(work().unwrap_or_else(|failure| {
         error!(error = %telemetry::chain(failure.as_ref()), "WAL file not fetched");

@@ -15,7 +15,9 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 use serde::Serialize;
+use tokio::sync::watch;
 
+use crate::follow::Following;
 use crate::manifest::Commit;
 use crate::progress::Progress;
 
@@ -49,6 +51,15 @@ pub struct GroupState {
     pub repository: Option<RepositoryState>,
     #[serde(skip)]
     progress: Option<Progress>,
+    #[serde(skip)]
+    following: Option<watch::Receiver<Following>>,
+}
+
+impl GroupState {
+    /// What is known about receiving the group's WAL, where this agent does.
+    fn following(&self) -> Option<Following> {
+        self.following.as_ref().map(|following| following.borrow().clone())
+    }
 }
 
 /// A run that committed a backup.
@@ -85,6 +96,8 @@ pub struct RepositoryState {
     pub reachable_until: Option<DateTime<Utc>>,
     /// The first WAL segment that is missing or ambiguous after the newest backup.
     pub broken_at: Option<String>,
+    /// Whether a new backup is needed, because WAL is missing after the newest.
+    pub needs_backup: bool,
 }
 
 /// The state of all groups, shared between the loops and the admin server.
@@ -96,22 +109,25 @@ pub struct State {
 }
 
 impl State {
-    /// A state that knows of these groups and nothing about them.
-    pub fn new(cluster: &str, groups: impl IntoIterator<Item = u32>) -> Self {
-        let groups: BTreeMap<_, _> =
-            groups.into_iter().map(|group| (group, GroupState::default())).collect();
-        let runs: Family<RunLabels, Counter> = Family::default();
-        for group in groups.keys() {
-            for outcome in [Outcome::ok, Outcome::suspect, Outcome::failed] {
-                // Every series from 0 on, so that `rate()` sees the first failure.
-                drop(runs.get_or_create(&RunLabels {
-                    cluster: cluster.to_owned(),
-                    group: *group,
-                    outcome,
-                }));
-            }
+    /// A state that knows of no group.
+    pub fn new(cluster: &str) -> Self {
+        let (groups, runs) = (Arc::default(), Family::default());
+        Self { cluster: cluster.to_owned(), groups, runs }
+    }
+
+    /// This replica is responsible for a group now, and this tells how its WAL is followed.
+    pub fn took(&self, group: u32, following: watch::Receiver<Following>) {
+        for outcome in [Outcome::ok, Outcome::suspect, Outcome::failed] {
+            // Every series from 0 on, so that `rate()` sees the first failure.
+            let cluster = self.cluster.clone();
+            drop(self.runs.get_or_create(&RunLabels { cluster, group, outcome }));
         }
-        Self { cluster: cluster.to_owned(), groups: Arc::new(Mutex::new(groups)), runs }
+        self.change(group, |state| state.following = Some(following));
+    }
+
+    /// Another replica is responsible for a group now: nothing is told of it any more.
+    pub fn left(&self, group: u32) {
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner).remove(&group);
     }
 
     /// Registers the metrics below `backup`.
@@ -173,7 +189,8 @@ impl State {
                 let run = state.progress.as_ref().map(Progress::now).map(|(stage, done, total)| {
                     serde_json::json!({ "stage": stage, "bytes": done, "bytes_total": total })
                 });
-                (group, serde_json::json!({ "running": run, "state": state }))
+                let wal = state.following().map(|following| following.status());
+                (group, serde_json::json!({ "running": run, "state": state, "wal": wal }))
             })
             .collect();
         serde_json::json!({ "cluster": self.cluster, "groups": groups })
@@ -203,6 +220,10 @@ fn float(count: u64) -> f64 {
     count as f64
 }
 
+fn bit(set: bool) -> f64 {
+    if set { 1.0 } else { 0.0 }
+}
+
 fn seconds_since_1970(at: DateTime<Utc>) -> f64 {
     (at - DateTime::UNIX_EPOCH).as_seconds_f64()
 }
@@ -210,7 +231,7 @@ fn seconds_since_1970(at: DateTime<Utc>) -> f64 {
 /// What is not known is not there: an absent series says so, a 0 would not.
 const GAUGES: &[Gauge] = &[
     ("running", "1 while a base backup is under way.", None, |state| {
-        Some(if state.progress.is_some() { 1.0 } else { 0.0 })
+        Some(bit(state.progress.is_some()))
     }),
     (
         "running_bytes",
@@ -281,7 +302,70 @@ const GAUGES: &[Gauge] = &[
         None,
         |state| {
             let broken = state.repository.as_ref()?.broken_at.is_some();
-            Some(if broken { 1.0 } else { 0.0 })
+            Some(bit(broken))
+        },
+    ),
+    ("wal_receiving", "1 while WAL is being received.", None, |state| {
+        Some(bit(state.following()?.received.is_some()))
+    }),
+    (
+        "wal_contiguous_until_timestamp",
+        "The last moment at which all WAL of the primary was in the repository.",
+        Some(Unit::Seconds),
+        |state| Some(seconds_since_1970(state.following()?.caught_up_at?)),
+    ),
+    (
+        "wal_lag",
+        "How long ago all WAL of the primary was in the repository.",
+        Some(Unit::Seconds),
+        |state| Some((Utc::now() - state.following()?.caught_up_at?).as_seconds_f64()),
+    ),
+    (
+        "wal_lag",
+        "WAL on the primary's disk that is not in the repository.",
+        Some(Unit::Bytes),
+        |state| state.following()?.received?.lag_bytes().map(float),
+    ),
+    (
+        "wal_stored_position",
+        "The position up to which WAL is in the repository, in bytes from 0/0.",
+        Some(Unit::Bytes),
+        |state| Some(float(state.following()?.received?.stored_lsn.into())),
+    ),
+    ("wal_timeline", "The timeline that is being received.", None, |state| {
+        Some(f64::from(state.following()?.received?.timeline))
+    }),
+    (
+        "wal_heartbeat_timestamp",
+        "When a record written to the primary was last read back from the repository.",
+        Some(Unit::Seconds),
+        |state| Some(seconds_since_1970(state.following()?.heartbeat_at?)),
+    ),
+    (
+        "slot_retained",
+        "WAL that the primary keeps because the repository does not have it yet.",
+        Some(Unit::Bytes),
+        |state| state.following()?.burden?.retained_bytes.map(float),
+    ),
+    (
+        "slot_limit",
+        "max_slot_wal_keep_size of the primary: beyond it the slot is lost.",
+        Some(Unit::Bytes),
+        |state| state.following()?.burden?.limit_bytes.map(float),
+    ),
+    ("pg_wal_size", "Size of pg_wal on the primary.", Some(Unit::Bytes), |state| {
+        Some(float(state.following()?.burden?.pg_wal_bytes))
+    }),
+    ("commits_wait", "1 while commits wait for the repository.", None, |state| {
+        Some(bit(state.following()?.burden?.commits_wait))
+    }),
+    (
+        "commits_wait_alone",
+        "1 while commits wait for the repository and for no other standby.",
+        None,
+        |state| {
+            let burden = state.following()?.burden?;
+            Some(bit(burden.commits_wait && burden.other_synchronous == 0))
         },
     ),
 ];

@@ -244,6 +244,7 @@ mod tests {
     use super::*;
     use crate::manifest::ObjectRecord;
     use crate::wal::WalObject;
+    use crate::wal::piece::Pieces;
 
     const SEGMENT: u64 = 16 << 20;
 
@@ -326,6 +327,7 @@ mod tests {
                     (*timeline, segments(*timeline, numbers.iter().copied()))
                 })
                 .collect(),
+            pieces: Pieces::new(),
             histories: histories.iter().map(|(timeline, it)| (*timeline, history(it))).collect(),
         }
     }

@@ -7,9 +7,10 @@ use std::time::Duration;
 use chrono::{DateTime, Datelike, TimeDelta, Utc};
 use serde::Deserialize;
 use shared::config::Problems;
-use shared::pg::wal::segment_number;
+use shared::pg::wal::{Segment, segment_number};
 
 use crate::manifest::{BackupId, Commit};
+use crate::wal::piece::Piece;
 use crate::wal::{WalMap, WalObject};
 
 /// What is kept.
@@ -110,32 +111,61 @@ pub fn spare_wal<'a>(
     now: DateTime<Utc>,
 ) -> Vec<&'a WalObject> {
     let window_start = window_start(retention, now);
-    let mut oldest_first: Vec<&Commit> = kept.iter().collect();
-    oldest_first.sort_by_key(|backup| backup.finished_at);
-    let good: Vec<&Commit> =
-        oldest_first.iter().copied().filter(|backup| backup.suspect.is_none()).collect();
-    // Everything from the start of this backup on is needed, on every timeline.
-    let Some(anchor) = anchor(&good, window_start).or(good.first().copied()) else {
-        return Vec::new();
-    };
-    let floor = segment_number(anchor.start_lsn, wal.segment_bytes);
-    let is_needed = |timeline: u32, number: u64| {
-        let own =
-            |backup: &&Commit| backup.timeline == timeline && backup.segments().contains(&number);
-        // What branched off later may lead to moments in the window from elsewhere.
-        let branched_later = timeline > anchor.timeline;
-        number >= floor || branched_later || kept.iter().any(|backup| own(&backup))
-    };
+    let Some(needs) = Needs::new(kept, wal.segment_bytes, window_start) else { return Vec::new() };
     let all = wal.segments.iter().flat_map(|(timeline, segments)| {
         segments.iter().flat_map(move |(number, objects)| {
             objects.iter().map(move |object| (*timeline, *number, object))
         })
     });
     all.filter(|(timeline, number, object)| {
-        object.stored_at < window_start && !is_needed(*timeline, *number)
+        object.stored_at < window_start && !needs.has(*timeline, *number)
     })
     .map(|(_, _, object)| object)
     .collect()
+}
+
+/// Returns the pieces of segments that nothing needs, as [`spare_wal`]: the ends of timelines that
+/// were left. Those of complete segments are the receiver's to remove.
+pub fn spare_pieces<'a>(
+    kept: &[Commit],
+    wal: &'a WalMap,
+    retention: &Retention,
+    now: DateTime<Utc>,
+) -> Vec<&'a Piece> {
+    let window_start = window_start(retention, now);
+    let Some(needs) = Needs::new(kept, wal.segment_bytes, window_start) else { return Vec::new() };
+    let is_spare = |piece: &&Piece| {
+        let Segment { timeline, number } = piece.segment;
+        piece.stored_at < window_start && !needs.has(timeline, number)
+    };
+    wal.pieces.values().flatten().filter(is_spare).collect()
+}
+
+/// Which WAL the kept backups need.
+struct Needs<'a> {
+    kept: &'a [Commit],
+    /// Everything from the start of this backup on is needed, on every timeline.
+    anchor: &'a Commit,
+    floor: u64,
+}
+
+impl<'a> Needs<'a> {
+    /// `None` without a backup to start from.
+    fn new(kept: &'a [Commit], segment_bytes: u64, window_start: DateTime<Utc>) -> Option<Self> {
+        let mut good: Vec<&Commit> = kept.iter().filter(|it| it.suspect.is_none()).collect();
+        good.sort_by_key(|backup| backup.finished_at);
+        let anchor = anchor(&good, window_start).or(good.first().copied())?;
+        let floor = segment_number(anchor.start_lsn, segment_bytes);
+        Some(Self { kept, anchor, floor })
+    }
+
+    fn has(&self, timeline: u32, number: u64) -> bool {
+        let own =
+            |backup: &Commit| backup.timeline == timeline && backup.segments().contains(&number);
+        // What branched off later may lead to moments in the window from elsewhere.
+        let branched_later = timeline > self.anchor.timeline;
+        number >= self.floor || branched_later || self.kept.iter().any(own)
+    }
 }
 
 /// The newest backup that was complete before the window: it serves the window's oldest moment.
@@ -322,5 +352,29 @@ mod tests {
         let fresh = backup(1, false);
         let before = map(&[(1, segment(1) - 2..segment(1) + 3)], day(100));
         assert_eq!(spare(&[fresh], &before).len(), 2);
+    }
+    #[test]
+    fn pieces_go_with_the_wal_around_them() {
+        let piece = |number: u64, stored_at| Piece {
+            segment: Segment { timeline: 1, number },
+            from: 0,
+            to: 100,
+            hash: String::new(),
+            name: String::new(),
+            object_bytes: 1,
+            stored_at,
+        };
+        let anchor = backup(40, false);
+        let (before, after) = (segment(40) - 9, segment(40) + 9);
+        let mut map = map(&[], day(100));
+        for (number, stored_at) in [(before, day(100)), (before + 1, day(3)), (after, day(100))] {
+            let piece = piece(number, stored_at);
+            map.pieces.insert(piece.segment, vec![piece]);
+        }
+        let kept = [anchor, backup(1, false)];
+        let spare = spare_pieces(&kept, &map, &retention(1, 0, 0, 30), now());
+        let numbers: Vec<u64> = spare.iter().map(|piece| piece.segment.number).collect();
+        assert_eq!(numbers, [before], "old, and before everything that is kept");
+        assert!(spare_pieces(&[], &map, &retention(1, 0, 0, 30), now()).is_empty());
     }
 }

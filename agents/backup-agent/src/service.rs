@@ -1,15 +1,17 @@
 //! The service: takes the scheduled backups, applies the retention, and watches the repository.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use chrono::{DateTime, Utc};
 use shared::admin::Admin;
 use shared::backoff::{Policy, retry};
+use shared::lease::{Identity, Shares, TTL, replica_name};
 use shared::tasks::Tasks;
 use shared::telemetry::chain;
-use shared::topology::groups;
 use shared::{metrics, shutdown};
+use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, error, info, info_span, warn};
@@ -19,12 +21,13 @@ use crate::catalog::Catalog;
 use crate::commands::AGENT;
 use crate::config::Config;
 use crate::expire;
+use crate::groups;
 use crate::manifest::Commit;
 use crate::metrics::{RepositoryState, State};
 use crate::progress::Progress;
 use crate::recovery::{TargetTimeline, Window};
 use crate::repository::{Place, Repository};
-use crate::wal::{Then, WalError, WalMap};
+use crate::wal::{self, Then, WalError, WalMap};
 
 /// Longest sleep before the clock is read again, so that a clock step or a suspended host delays
 /// a backup by a minute and not by a day.
@@ -33,6 +36,10 @@ const CLOCK_RECHECK: Duration = Duration::from_mins(1);
 const OBSERVE_EVERY: Duration = Duration::from_mins(1);
 /// Limit on one reading; the next one tries again.
 const OBSERVE_LIMIT: Duration = Duration::from_mins(5);
+/// How long receiving may take to stop when another replica is to have the group.
+const HAND_OVER_LIMIT: Duration = Duration::from_secs(10);
+/// Requests for a backup that wait; one more is dropped, and made again in a minute.
+const WANTED_MAX: usize = 64;
 /// A scheduled backup that fails for a passing reason is tried again.
 const RETRY: Policy = Policy {
     attempts_max: 4,
@@ -47,12 +54,12 @@ const RETRY: Policy = Policy {
 /// The configuration cannot be used, or a task ended.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let stop = shutdown::signalled().context("install signal handlers")?;
-    let settings = config.postgres.settings(&format!("pgmesh/{AGENT}"))?;
-    let repository = Repository::open(&config).await?;
     let memory_bytes_max = config.backup.upload().memory_bytes();
     info!(?config, memory_bytes_max, "agent started");
+    let context = Context::new(config, &format!("pgmesh/{AGENT}")).await?;
+    let config = &context.config;
 
-    let state = State::new(&config.cluster, groups(&config.nodes));
+    let state = State::new(&config.cluster);
     let mut registry = metrics::registry();
     metrics::build_info(&mut registry, AGENT, env!("CARGO_PKG_VERSION"));
     state.register(&mut registry);
@@ -61,12 +68,31 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let admin = Admin::bind(address, registry, move || not_ready(&ready), move || status.status())
         .await
         .with_context(|| format!("listen on {address}"))?;
-    let context = Context { config, settings, repository };
+    let identity = Identity {
+        cluster: config.cluster.clone(),
+        agent: AGENT.to_owned(),
+        replica: replica_name(),
+    };
+    let (known, groups) = watch::channel(BTreeSet::new());
+    let (shares, sharing) =
+        Shares::new(context.etcd.clone(), identity, groups, TTL, HAND_OVER_LIMIT);
+    let (needs_backup, wanted) = mpsc::channel(WANTED_MAX);
+    let topology = context.topology.clone();
 
     let mut tasks = Tasks::default();
     tasks.spawn("admin", |shutdown| admin.serve(shutdown));
-    tasks.spawn("observe", |shutdown| observe(context.clone(), state.clone(), shutdown));
-    tasks.spawn("schedule", |shutdown| schedule(context, state, shutdown));
+    tasks.spawn("topology", |shutdown| topology.clone().follow(shutdown));
+    tasks.spawn("groups", |shutdown| groups::keep_known(topology, known, shutdown));
+    tasks.spawn("share", |shutdown| sharing.run(shutdown));
+    tasks.spawn("observe", |shutdown| {
+        let (context, state, shares) = (context.clone(), state.clone(), shares.clone());
+        observe(context, state, shares, needs_backup.clone(), shutdown)
+    });
+    tasks.spawn("work", |shutdown| {
+        let (context, state, shares) = (context.clone(), state.clone(), shares.clone());
+        groups::work(context, state, shares, needs_backup, shutdown)
+    });
+    tasks.spawn("schedule", |shutdown| schedule(context, state, shares, wanted, shutdown));
     tasks.join(stop, grace).await?;
     info!("agent stopped");
     Ok(())
@@ -85,7 +111,8 @@ fn not_ready(state: &State) -> Vec<String> {
     state.observed_at().iter().filter_map(unread).collect()
 }
 
-/// Takes a backup of every group at each time of the schedule.
+/// Takes a backup of every group at each time of the schedule, and of a group whose WAL has a gap
+/// after its newest backup at once.
 ///
 /// A run under way when `shutdown` comes is dropped: the commit object is written last, so a
 /// dropped run leaves no backup behind, only objects that the next run removes. Times that pass
@@ -93,20 +120,38 @@ fn not_ready(state: &State) -> Vec<String> {
 async fn schedule(
     context: Context,
     state: State,
+    shares: Shares,
+    mut wanted: mpsc::Receiver<u32>,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    let Some(schedule) = context.config.backup.schedule.clone() else {
+    let schedule = context.config.backup.schedule.clone();
+    if schedule.is_none() {
         info!("no backup.schedule: no backups by the clock");
-        shutdown.cancelled().await;
-        return Ok(());
-    };
-    while let Some(due) = schedule.next_after(Utc::now()) {
-        info!(%due, "next backup");
-        tokio::select! {
-            () = shutdown.cancelled() => return Ok(()),
-            () = sleep_until(due) => {}
+    }
+    loop {
+        let due = schedule.as_ref().map(|schedule| schedule.next_after(Utc::now()));
+        let due =
+            due.map(|due| due.with_context(|| format!("schedule {schedule:?} has no more times")));
+        let due = due.transpose()?;
+        if let Some(due) = due {
+            info!(%due, "next backup");
         }
-        for group in groups(&context.config.nodes) {
+        let groups = tokio::select! {
+            () = shutdown.cancelled() => return Ok(()),
+            () = sleep_until_some(due) => shares.held().into_keys().collect(),
+            Some(group) = wanted.recv() => {
+                if !needs_backup(&context, group).await {
+                    continue;
+                }
+                warn!(group, "WAL is missing after the newest backup: a new one is taken now");
+                vec![group]
+            }
+        };
+        for group in groups {
+            // Two replicas that both believe so are kept apart by the lock on the primary.
+            if shares.claim(group).is_none() {
+                continue;
+            }
             let span = info_span!("backup", group);
             let run = scheduled_run(&context, &state, group, &shutdown).instrument(span);
             tokio::select! {
@@ -115,7 +160,20 @@ async fn schedule(
             }
         }
     }
-    anyhow::bail!("schedule {schedule} has no more times")
+}
+
+/// Whether a group's WAL has a gap after its newest backup, by now. Unknown is no: it is asked
+/// again in a minute.
+async fn needs_backup(context: &Context, group: u32) -> bool {
+    let observed = timeout(OBSERVE_LIMIT, observe_group(&context.repository, group)).await;
+    observed.is_ok_and(|observed| observed.is_ok_and(|state| state.needs_backup))
+}
+
+async fn sleep_until_some(due: Option<DateTime<Utc>>) {
+    match due {
+        Some(due) => sleep_until(due).await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn sleep_until(due: DateTime<Utc>) {
@@ -168,17 +226,25 @@ async fn expire_after(context: &Context, commit: &Commit) {
 async fn observe(
     context: Context,
     state: State,
+    mut shares: Shares,
+    needs_backup: mpsc::Sender<u32>,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     loop {
-        for group in groups(&context.config.nodes) {
+        for group in shares.held().into_keys() {
             let observed = timeout(OBSERVE_LIMIT, observe_group(&context.repository, group));
             let observed = tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
                 observed = observed => observed,
             };
             match observed {
-                Ok(Ok(observed)) => state.observed(group, observed),
+                Ok(Ok(observed)) => {
+                    if observed.needs_backup {
+                        // If the queue is full, it is asked for already.
+                        needs_backup.try_send(group).ok();
+                    }
+                    state.observed(group, observed);
+                }
                 Ok(Err(failure)) => {
                     warn!(group, error = %chain(&failure), "repository not read");
                 }
@@ -188,6 +254,7 @@ async fn observe(
         tokio::select! {
             () = shutdown.cancelled() => return Ok(()),
             () = sleep(OBSERVE_EVERY) => {}
+            () = shares.changed() => {}
         }
     }
 }
@@ -214,6 +281,7 @@ async fn observe_group(repository: &Repository, group: u32) -> Result<Repository
         reachable_from: None,
         reachable_until: None,
         broken_at: None,
+        needs_backup: false,
     };
     let Some((place, catalog)) = newest else { return Ok(state) };
     state.backups = catalog.backups.len() as u64;
@@ -230,5 +298,8 @@ async fn observe_group(repository: &Repository, group: u32) -> Result<Repository
         Then::End => None,
         Then::Gap { segment } | Then::Conflict { segment } => Some(segment.clone()),
     });
+    let gap_after = wal::gaps(&place).await?.iter().any(|gap| gap.until_lsn > last.end_lsn);
+    let gap_seen = reach.is_some_and(|reach| matches!(reach.then, Then::Gap { .. }));
+    state.needs_backup = gap_after || gap_seen;
     Ok(state)
 }

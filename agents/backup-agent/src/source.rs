@@ -127,14 +127,15 @@ impl RunLock {
         }
     }
 
-    /// The primary's `archive_mode`.
+    /// Whether anything takes the primary's WAL: `archive_command`, or a receiver on `slot`.
     ///
     /// # Errors
     ///
     /// The primary did not answer.
-    pub async fn archive_mode(&self) -> Result<String, QueryError> {
-        let row = self.connection.query_one("SELECT current_setting('archive_mode')", &[]).await?;
-        Ok(row.get(0))
+    pub async fn wal_is_taken(&self, slot: &str) -> Result<bool, QueryError> {
+        let ask = "SELECT current_setting('archive_mode') <> 'off' OR EXISTS \
+                   (SELECT FROM pg_replication_slots WHERE slot_name = $1 AND active)";
+        Ok(self.connection.query_one(ask, &[&slot]).await?.get(0))
     }
 
     /// Ends the current WAL segment, so that it is archived now and not when it is full.

@@ -1,10 +1,15 @@
 //! WAL in the repository: what is there, what may be stored, and what a restore can reach.
 
-use std::collections::BTreeMap;
-use std::io::{self, Read as _};
+pub mod growing;
+pub mod piece;
+pub mod ranges;
 
+use std::collections::BTreeMap;
+use std::io::{self, Read};
+
+use bytes::Bytes;
 use chrono::{DateTime, Utc};
-use sha2::{Digest, Sha256};
+use serde::{Deserialize, Serialize};
 use shared::pg::wal::{
     HistoryEntry, SEGMENT_BYTES_MIN, Segment, WalFile, WalFileError, WalHeader, WalHeaderError,
     parse_history, segment_number,
@@ -13,10 +18,11 @@ use thiserror::Error;
 use tokio_postgres::types::PgLsn;
 
 use crate::container::{Compressed, ContainerError, Kind, open_each};
-use crate::manifest::Commit;
+use crate::manifest::{Commit, lsn};
 use crate::repository::{Place, RepositoryError};
+use piece::Pieces;
 
-/// Hexadecimal digits of the content's SHA-256 in an object's name: 64 bits. It makes names
+/// Hexadecimal digits of the content's hash in an object's name: 64 bits. It makes names
 /// unique by content, so that a store that ignores `If-None-Match` cannot lose one of two.
 const HASH_DIGITS: usize = 16;
 
@@ -132,7 +138,7 @@ pub struct WalObject {
     pub name: String,
     /// PostgreSQL's name for the file.
     pub file: String,
-    /// The first digits of the SHA-256 of its content.
+    /// The first digits of the hash of its content.
     pub hash: String,
     /// Bytes in the store.
     pub object_bytes: u64,
@@ -156,14 +162,29 @@ fn stem(file: &str) -> String {
     }
 }
 
-/// Plaintext bytes of a chunk of WAL.
-const CHUNK_BYTES: u32 = 1 << 20;
+/// Plaintext bytes of a chunk of WAL: what a growing segment is compressed by.
+pub(crate) const CHUNK_BYTES: u32 = 256 << 10;
 
-/// A hash as it stands in names.
-fn in_name(hash: Sha256) -> String {
-    let mut text = hex::encode(hash.finalize());
-    text.truncate(HASH_DIGITS);
-    text
+/// The hash of content whose object is named for it: BLAKE3, for which a segment takes a quarter
+/// of the time of SHA-256.
+#[derive(Debug, Default)]
+struct ContentHash(blake3::Hasher);
+
+impl ContentHash {
+    fn update(&mut self, content: &[u8]) {
+        self.0.update(content);
+    }
+
+    fn finish(&self) -> [u8; 32] {
+        self.0.finalize().into()
+    }
+
+    /// As it stands in names.
+    fn in_name(&self) -> String {
+        let mut text = hex::encode(self.finish());
+        text.truncate(HASH_DIGITS);
+        text
+    }
 }
 
 /// A WAL file that was read once: checked, hashed and compressed, and not sealed yet, because its
@@ -183,56 +204,70 @@ impl Packed {
     /// # Errors
     ///
     /// It cannot be read, or the first thing that differs.
-    pub fn read(file: &str, mut from: impl io::Read, level: i32) -> Result<Self, WalError> {
+    pub fn read(file: &str, mut from: impl Read, level: i32) -> Result<Self, WalError> {
         let unreadable = |source| WalError::Read { name: file.to_owned(), source };
         let mut checked = Checked::new(file)?;
-        let mut content = Compressed::default();
-        let mut chunk = Vec::with_capacity(CHUNK_BYTES as usize);
+        let (mut hash, mut content) = (ContentHash::default(), Compressed::default());
+        let mut buffer = vec![0; CHUNK_BYTES as usize];
         loop {
-            chunk.clear();
-            let limit = u64::from(CHUNK_BYTES);
-            io::Read::by_ref(&mut from).take(limit).read_to_end(&mut chunk).map_err(unreadable)?;
+            let len = fill(&mut from, &mut buffer).map_err(unreadable)?;
+            let chunk = &buffer[..len];
             if chunk.is_empty() {
                 break;
             }
-            checked.take(&chunk)?;
-            content.push(&chunk, level).map_err(|error| unreadable(io::Error::other(error)))?;
+            checked.take(chunk)?;
+            hash.update(&piece::stretch_hash(chunk));
+            content.push(chunk, level).map_err(|error| unreadable(io::Error::other(error)))?;
         }
-        let (hash, system_identifier) = checked.finish()?;
+        let (hash, system_identifier) = (hash.in_name(), checked.finish()?);
         Ok(Self { file: file.to_owned(), hash, content, system_identifier })
     }
 }
 
-/// Checks a WAL file while it passes: its header, its length, its hash.
-struct Checked<'a> {
-    file: &'a str,
+/// Reads until the buffer is full or nothing more comes; returns how much came.
+fn fill(from: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match from.read(&mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(read) => filled += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
+/// Checks a WAL file while it passes: its header and its length.
+#[derive(Debug)]
+struct Checked {
+    file: String,
     /// What a segment's name says; `None` for files that are no segments.
     is_segment: bool,
     header: Option<WalHeader>,
     /// The whole of a file that is no segment: it is small.
     text: Vec<u8>,
     bytes: u64,
-    hash: Sha256,
 }
 
-impl<'a> Checked<'a> {
-    fn new(file: &'a str) -> Result<Self, WalFileError> {
+impl Checked {
+    fn new(file: &str) -> Result<Self, WalFileError> {
         // Any size will do to tell what kind of file it is; 1 MiB allows every number.
         let is_segment = match WalFile::parse(file, SEGMENT_BYTES_MIN)? {
             WalFile::Segment(_) | WalFile::Partial(_) => true,
             WalFile::BackupLabel { .. } | WalFile::History { .. } => false,
         };
         let (header, text) = (None, Vec::new());
-        Ok(Self { file, is_segment, header, text, bytes: 0, hash: Sha256::new() })
+        Ok(Self { file: file.to_owned(), is_segment, header, text, bytes: 0 })
     }
 
     fn take(&mut self, chunk: &[u8]) -> Result<(), WalError> {
         if self.bytes == 0 && self.is_segment {
-            let refuse = |source| WalError::Header { name: self.file.to_owned(), source };
+            let refuse = |source| WalError::Header { name: self.file.clone(), source };
             let header = WalHeader::parse(chunk).map_err(refuse)?;
             let segment_bytes = header.segment_bytes;
             if let WalFile::Segment(segment) | WalFile::Partial(segment) =
-                WalFile::parse(self.file, segment_bytes)?
+                WalFile::parse(&self.file, segment_bytes)?
             {
                 header.check(segment, segment_bytes, header.system_identifier).map_err(refuse)?;
             }
@@ -241,18 +276,17 @@ impl<'a> Checked<'a> {
         if !self.is_segment {
             if self.text.len() + chunk.len() > HISTORY_BYTES_MAX {
                 let reason = format!("longer than {HISTORY_BYTES_MAX} bytes");
-                return Err(WalError::History { name: self.file.to_owned(), reason });
+                return Err(WalError::History { name: self.file.clone(), reason });
             }
             self.text.extend_from_slice(chunk);
         }
-        self.hash.update(chunk);
         self.bytes += chunk.len() as u64;
         Ok(())
     }
 
-    /// Returns the hash, and the system identifier of a segment.
-    fn finish(self) -> Result<(String, Option<u64>), WalError> {
-        let name = self.file.to_owned();
+    /// Returns the system identifier of a segment.
+    fn finish(self) -> Result<Option<u64>, WalError> {
+        let name = self.file;
         if self.is_segment {
             let Some(header) = self.header else {
                 let source = WalHeaderError::Short { found: 0 };
@@ -265,7 +299,7 @@ impl<'a> Checked<'a> {
         } else if name.ends_with(".history") {
             read_history(&name, &self.text)?;
         }
-        Ok((in_name(self.hash), self.header.map(|header| header.system_identifier)))
+        Ok(self.header.map(|header| header.system_identifier))
     }
 }
 
@@ -298,7 +332,8 @@ pub async fn find(place: &Place, file: &str) -> Result<Vec<WalObject>, Repositor
     Ok(listed.into_iter().filter_map(object).collect())
 }
 
-/// Lists the complete segments of a timeline from `first` on: the object names of each.
+/// Lists the complete segments of a timeline from `first` on: the objects of each. Lists at most
+/// `limit` objects, and leaves the last segment out if there may be more of it.
 ///
 /// # Errors
 ///
@@ -306,12 +341,17 @@ pub async fn find(place: &Place, file: &str) -> Result<Vec<WalObject>, Repositor
 pub async fn stored_from(
     place: &Place,
     first: &str,
-) -> Result<BTreeMap<String, Vec<String>>, RepositoryError> {
+    limit: Option<usize>,
+) -> Result<BTreeMap<String, Vec<WalObject>>, RepositoryError> {
     let timeline_prefix = format!("wal/{}/", &first[..8]);
-    let mut stored: BTreeMap<String, Vec<String>> = BTreeMap::new();
-    let listed = place.list(&timeline_prefix, Some(&stem(first)), None).await?;
+    let mut stored: BTreeMap<String, Vec<WalObject>> = BTreeMap::new();
+    let listed = place.list(&timeline_prefix, Some(&stem(first)), limit).await?;
+    let is_cut = Some(listed.len()) == limit;
     for wal in listed.into_iter().filter_map(object) {
-        stored.entry(wal.file).or_default().push(wal.name);
+        stored.entry(wal.file.clone()).or_default().push(wal);
+    }
+    if is_cut {
+        stored.pop_last();
     }
     Ok(stored)
 }
@@ -319,7 +359,8 @@ pub async fn stored_from(
 /// Fetches one file and hands it to `take`, chunk by chunk.
 ///
 /// The content is checked as a whole only at the end: until this returns, what `take` was given
-/// must not be used.
+/// must not be used. It is not hashed again: the name, hash included, went into the key that the
+/// chunks were sealed with, so what opens is what was hashed for this name.
 ///
 /// # Errors
 ///
@@ -338,11 +379,7 @@ pub async fn read(
         checked.take(chunk).map_err(wrong)?;
         take(chunk)
     })?;
-    let (hash, system_identifier) = checked.finish().map_err(wrong)?;
-    if hash != wal.hash {
-        return Err(ContainerError::Misplaced { name: wal.name.clone() }.into());
-    }
-    match system_identifier {
+    match checked.finish().map_err(wrong)? {
         Some(found) if found != place.system_identifier => {
             let (name, expected) = (wal.file.clone(), place.system_identifier);
             Err(wrong(WalError::OtherServer { name, expected, found }))
@@ -370,6 +407,31 @@ pub enum Stored {
 ///
 /// [`WalError::Conflict`]; or the repository failed.
 pub async fn store(place: &Place, packed: Packed) -> Result<Stored, WalError> {
+    store_object(place, packed).await.map(|(stored, _)| stored)
+}
+
+/// Stores a WAL file and reads its object back, so that what else holds it may be given up.
+///
+/// # Errors
+///
+/// As [`store`]; or the store does not give back what it was given.
+pub async fn store_and_compare(place: &Place, packed: Packed) -> Result<Stored, WalError> {
+    let (stored, written) = store_object(place, packed).await?;
+    if let Some((name, object)) = written {
+        let found = place.store().get(&place.key(&name)).await.map_err(RepositoryError::from)?;
+        if found != object {
+            let source = ContainerError::Replaced { name: name.clone() };
+            return Err(WalError::DamagedCopy { name, source: Box::new(source.into()) });
+        }
+    }
+    Ok(stored)
+}
+
+/// Stores a WAL file; returns the object too if it was written now.
+async fn store_object(
+    place: &Place,
+    packed: Packed,
+) -> Result<(Stored, Option<(String, Bytes)>), WalError> {
     let Packed { file, hash, content, system_identifier: _ } = packed;
     let conflict = |found: &[WalObject]| -> Result<(), WalError> {
         let others: Vec<_> =
@@ -383,12 +445,12 @@ pub async fn store(place: &Place, packed: Packed) -> Result<Stored, WalError> {
     conflict(&before)?;
     if let Some(same) = before.first() {
         read_back(place, same).await?;
-        return Ok(Stored::Before);
+        return Ok((Stored::Before, None));
     }
     let name = format!("{}{hash}", stem(&file));
     let kind = kind(&file);
     let (object, _) = content.seal(place.keys(), &place.identity(kind, &name), CHUNK_BYTES)?;
-    let stored = match place.put_sealed(kind, &name, object).await {
+    let stored = match place.put_sealed(kind, &name, object.clone()).await {
         Ok(()) => Stored::Now,
         // Another writer was faster with the same content, sealed with another salt.
         Err(RepositoryError::Conflict { .. }) => Stored::Before,
@@ -401,7 +463,55 @@ pub async fn store(place: &Place, packed: Packed) -> Result<Stored, WalError> {
             read_back(place, same).await?;
         }
     }
-    Ok(stored)
+    Ok((stored, (stored == Stored::Now).then_some((name, object))))
+}
+
+/// WAL that is lost: the server removed it before it was stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gap {
+    /// The timeline.
+    pub timeline: u32,
+    /// The first position that is missing.
+    #[serde(with = "lsn")]
+    pub from_lsn: PgLsn,
+    /// Where the WAL goes on.
+    #[serde(with = "lsn")]
+    pub until_lsn: PgLsn,
+    /// When it was noticed, by the agent's clock.
+    pub noticed_at: DateTime<Utc>,
+    /// The server's words.
+    pub reason: String,
+}
+
+/// Records a gap; the same again is fine.
+///
+/// # Errors
+///
+/// The repository failed.
+pub async fn store_gap(place: &Place, gap: &Gap) -> Result<(), RepositoryError> {
+    let (from, until) = (u64::from(gap.from_lsn), u64::from(gap.until_lsn));
+    let name = format!("gap/{:08X}-{from:016X}-{until:016X}", gap.timeline);
+    let wrong = |source| RepositoryError::Content { name: name.clone(), source };
+    let text = serde_json::to_vec(gap).map_err(wrong)?;
+    match place.put(Kind::Gap, &name, &text, 1).await {
+        Ok(_) | Err(RepositoryError::Conflict { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Reads the recorded gaps, oldest first.
+///
+/// # Errors
+///
+/// The repository failed, or a record is damaged.
+pub async fn gaps(place: &Place) -> Result<Vec<Gap>, RepositoryError> {
+    let mut gaps = Vec::new();
+    for info in place.list("gap/", None, None).await? {
+        let (text, _) = place.get(Kind::Gap, &info.key).await?;
+        let wrong = |source| RepositoryError::Content { name: info.key.clone(), source };
+        gaps.push(serde_json::from_slice(&text).map_err(wrong)?);
+    }
+    Ok(gaps)
 }
 
 /// Reads an object that is to stand for a file that is pushed again: a truncated one must not.
@@ -422,6 +532,8 @@ pub struct WalMap {
     pub segment_bytes: u64,
     /// Per timeline, the segments by number; more than one object is a conflict.
     pub segments: BTreeMap<u32, BTreeMap<u64, Vec<WalObject>>>,
+    /// The pieces of segments that are not complete.
+    pub pieces: Pieces,
     /// Per timeline, where it comes from.
     pub histories: BTreeMap<u32, Vec<HistoryEntry>>,
 }
@@ -464,6 +576,9 @@ impl WalMap {
     /// The store could not be asked, or a history file is damaged.
     pub async fn read(place: &Place, segment_bytes: u64) -> Result<Self, WalError> {
         let mut map = Self { segment_bytes, ..Self::default() };
+        // Before the complete segments, which take their place: what is completed meanwhile is in
+        // one of the two lists.
+        map.pieces = piece::list(place, segment_bytes).await?;
         for wal in place.list("wal/", None, None).await?.into_iter().filter_map(object) {
             if let Ok(WalFile::Segment(segment)) = WalFile::parse(&wal.file, segment_bytes) {
                 let timeline = map.segments.entry(segment.timeline).or_default();
@@ -472,6 +587,45 @@ impl WalMap {
         }
         map.histories = histories(place).await?;
         Ok(map)
+    }
+
+    /// How much of a segment is stored, from its first byte on: all of it if it is complete.
+    pub fn covered(&self, segment: Segment) -> u64 {
+        let complete = self.segments.get(&segment.timeline);
+        if complete.is_some_and(|timeline| timeline.contains_key(&segment.number)) {
+            return self.segment_bytes;
+        }
+        self.pieces.get(&segment).map_or(0, |pieces| piece::cover(pieces).to)
+    }
+
+    /// Complete segments of which there are pieces still: whoever stored them was stopped there.
+    pub fn superseded(&self) -> impl Iterator<Item = Segment> {
+        let complete = |segment: &Segment| {
+            let timeline = self.segments.get(&segment.timeline);
+            timeline.is_some_and(|timeline| timeline.contains_key(&segment.number))
+        };
+        self.pieces.keys().copied().filter(complete)
+    }
+
+    /// The numbers of the segments of a timeline of which anything is stored, not in order.
+    pub fn numbers(&self, timeline: u32) -> impl Iterator<Item = u64> {
+        let complete = self.segments.get(&timeline).into_iter().flat_map(BTreeMap::keys).copied();
+        let of_timeline = move |segment: &&Segment| segment.timeline == timeline;
+        complete.chain(self.pieces.keys().filter(of_timeline).map(|segment| segment.number))
+    }
+
+    /// Where the stored WAL of a timeline ends, gaps or not; `None` if there is none.
+    pub fn end_of(&self, timeline: u32) -> Option<PgLsn> {
+        let number = self.numbers(timeline).max()?;
+        let covered = self.covered(Segment { timeline, number });
+        Some((number * self.segment_bytes + covered).into())
+    }
+
+    /// The newest timeline of which WAL or a history is stored.
+    pub fn newest_stored(&self) -> Option<u32> {
+        let histories = self.histories.keys().copied().max();
+        let complete = self.segments.keys().copied().max();
+        histories.max(complete).max(self.pieces.keys().map(|segment| segment.timeline).max())
     }
 
     /// The newest timeline that a recovery which started on `timeline` at `lsn` can follow.
@@ -506,7 +660,10 @@ impl WalMap {
                 .find(|entry| number < segment_number(entry.switch_lsn, self.segment_bytes))
                 .map_or(target, |entry| entry.timeline);
             let found = self.segments.get(&on).and_then(|timeline| timeline.get(&number));
-            let name = || Segment { timeline: on, number }.name(self.segment_bytes);
+            let segment = Segment { timeline: on, number };
+            let name = || segment.name(self.segment_bytes);
+            let pieces = self.pieces.get(&segment).map_or(&[][..], Vec::as_slice);
+            let cover = piece::cover(pieces);
             let then = match found.map(Vec::as_slice) {
                 Some([wal]) => {
                     until = until.max(Some(wal.stored_at));
@@ -514,10 +671,12 @@ impl WalMap {
                     continue;
                 }
                 Some([_, _, ..]) => Then::Conflict { segment: name() },
-                Some([]) | None if self.is_beyond(target, history, on, number) => Then::End,
+                Some([]) | None if cover.furthest > cover.to => Then::Gap { segment: name() },
+                Some([]) | None if self.is_beyond(target, history, segment) => Then::End,
                 Some([]) | None => Then::Gap { segment: name() },
             };
-            let until_lsn = PgLsn::from(number * self.segment_bytes);
+            until = until.max(cover.chain.iter().map(|piece| piece.stored_at).max());
+            let until_lsn = PgLsn::from(number * self.segment_bytes + cover.to);
             return Some(Reach { timeline: target, until_lsn, until, then });
         }
     }
@@ -537,13 +696,16 @@ impl WalMap {
         goes_on.collect()
     }
 
-    /// Tells whether nothing is stored at or after a segment on the way to `target`.
-    fn is_beyond(&self, target: u32, history: &[HistoryEntry], on: u32, number: u64) -> bool {
-        let newest = |timeline: u32| {
-            self.segments.get(&timeline).and_then(|it| it.keys().next_back().copied())
-        };
+    /// Tells whether nothing is stored after a segment, which is not complete, on the way to
+    /// `target`.
+    fn is_beyond(&self, target: u32, history: &[HistoryEntry], segment: Segment) -> bool {
+        let Segment { timeline: on, number } = segment;
         let later = history.iter().map(|entry| entry.timeline).chain([target]);
-        later.filter(|timeline| *timeline >= on).all(|timeline| newest(timeline) < Some(number))
+        let last_allowed =
+            |timeline| if timeline == on { number } else { number.saturating_sub(1) };
+        later
+            .filter(|timeline| *timeline >= on)
+            .all(|timeline| self.numbers(timeline).all(|it| it <= last_allowed(timeline)))
     }
 }
 
@@ -604,14 +766,22 @@ pub async fn absence(place: &Place, file: &str, segment_bytes: u64) -> Result<Ab
     }
     let timeline_prefix = format!("wal/{}/", &file[..8]);
     let later = place.list(&timeline_prefix, Some(&stem(file)), Some(1)).await?;
-    if let Some(later) = later.into_iter().find_map(object) {
-        return Ok(Absence::Missing {
-            reason: format!("{} is stored, which is after it", later.file),
-        });
+    let pieces = piece::list(place, segment_bytes).await?;
+    let later_piece =
+        pieces.keys().find(|it| it.timeline == segment.timeline && it.number >= segment.number);
+    let later = later.into_iter().find_map(object).map(|later| later.file);
+    if let Some(later) = later.or(later_piece.map(|later| later.name(segment_bytes))) {
+        let reason = if later == file {
+            "its first piece is missing, and a later one is stored".to_owned()
+        } else {
+            format!("{later} is stored, which is after it")
+        };
+        return Ok(Absence::Missing { reason });
     }
     // The end of the WAL comes after something. Without it, this may as well be a hole.
-    let before = Segment { timeline: before_is_on, ..before }.name(segment_bytes);
-    if find(place, &before).await?.is_empty() {
+    let before_segment = Segment { timeline: before_is_on, ..before };
+    let before = before_segment.name(segment_bytes);
+    if !pieces.contains_key(&before_segment) && find(place, &before).await?.is_empty() {
         let reason = format!("{before}, which is before it, is missing too");
         return Ok(Absence::Missing { reason });
     }

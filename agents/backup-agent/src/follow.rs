@@ -1,0 +1,610 @@
+//! Follows a group's primary wherever it goes, and stores its WAL.
+//!
+//! One part watches the servers: who is primary, what the slot costs it, and whether every standby
+//! has the slot. The other streams from the primary that the first has found, over timelines.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use serde_json::json;
+use shared::lease::Claim;
+use shared::pg::connect::connect;
+use shared::pg::wal::{HistoryEntry, parse_history};
+use shared::pg::{ConnectError, Node, QueryError, Settings};
+use shared::telemetry::chain;
+use shared::topology::{self, Group, NodeState, Role};
+use thiserror::Error;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::{Instant, sleep};
+use tokio_postgres::types::PgLsn;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
+
+use crate::backup::Context;
+use crate::config::WalConfig;
+use crate::heartbeat;
+use crate::receive::{ReceiveError, Received, Receiver, Shipping};
+use crate::replication::{Replication, ReplicationError};
+use crate::repository::{Place, RepositoryError};
+use crate::resume::{self, Position, Refusal, Server, Start};
+use crate::slots::{self, Alarm, Burden};
+use crate::wal::{self, Gap, Packed, WalError, WalMap, piece};
+
+/// How often the servers are asked while nothing fails.
+const WATCH_EVERY: Duration = Duration::from_secs(10);
+/// The first wait after a failure; each further one doubles it.
+const RETRY_FIRST: Duration = Duration::from_secs(1);
+/// The longest wait between two attempts.
+const RETRY_LONGEST: Duration = Duration::from_secs(30);
+/// The server may be silent this long while it is not streaming.
+const STALL_LIMIT: Duration = Duration::from_mins(1);
+
+/// Why WAL is not being received.
+#[derive(Debug, Error)]
+pub enum FollowError {
+    /// A server cannot be reached.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// A server did not answer or refused.
+    #[error(transparent)]
+    Query(#[from] QueryError),
+    /// The replication connection failed.
+    #[error(transparent)]
+    Replication(#[from] ReplicationError),
+    /// Receiving stopped.
+    #[error(transparent)]
+    Receive(#[from] ReceiveError),
+    /// The WAL in the repository is not what it should be, or the repository failed.
+    #[error(transparent)]
+    Wal(#[from] WalError),
+    /// The repository failed.
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
+    /// Nothing may be stored from this primary.
+    #[error("nothing is stored from {node}: {source}")]
+    Refused {
+        /// The primary.
+        node: String,
+        /// Why.
+        source: Refusal,
+    },
+    /// The replication connection leads to another database cluster.
+    #[error("{node} has system identifier {found} for replication and {expected} for queries")]
+    OtherServer {
+        /// The server.
+        node: String,
+        /// What it said for queries.
+        expected: u64,
+        /// What it said for replication.
+        found: u64,
+    },
+    /// The server removed WAL that the slot should have held back.
+    #[error(
+        "{node} no longer has the WAL from {at} on timeline {timeline}, which its slot held back"
+    )]
+    Removed {
+        /// The server.
+        node: String,
+        /// The timeline.
+        timeline: u32,
+        /// Where the WAL was asked for.
+        at: PgLsn,
+    },
+}
+
+/// The primary that is followed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Primary {
+    /// The server.
+    pub node: Node,
+    /// The timeline it writes.
+    pub timeline: u32,
+    /// The database cluster.
+    pub system_identifier: u64,
+    /// `wal_segment_size`.
+    pub segment_bytes: u64,
+}
+
+/// What is known about receiving the WAL of a group.
+#[derive(Clone, Debug, Default)]
+pub struct Following {
+    /// The primary; `None` if there is none, or none that can be told from another.
+    pub primary: Option<Primary>,
+    /// Why there is no primary.
+    pub no_primary: Option<String>,
+    /// What the slot costs the primary; `None` if it did not say.
+    pub burden: Option<Burden>,
+    /// What an operator must know.
+    pub alarms: Vec<Alarm>,
+    /// How far receiving is; `None` while nothing is being received.
+    pub received: Option<Received>,
+    /// The last moment at which everything that the primary had was stored.
+    pub caught_up_at: Option<DateTime<Utc>>,
+    /// Why nothing is being received.
+    pub failure: Option<String>,
+    /// When the last heartbeat was read back from the repository.
+    pub heartbeat_at: Option<DateTime<Utc>>,
+    /// Why the last heartbeat was not.
+    pub heartbeat_failure: Option<String>,
+}
+
+impl Following {
+    /// What `/status` shows.
+    pub fn status(&self) -> serde_json::Value {
+        let received = self.received.map(|it| {
+            json!({
+                "timeline": it.timeline,
+                "received_lsn": it.received_lsn.to_string(),
+                "stored_lsn": it.stored_lsn.to_string(),
+                "server_lsn": it.server_lsn.to_string(),
+                "lag_bytes": it.lag_bytes(),
+            })
+        });
+        json!({
+            "primary": self.primary.as_ref().map(|primary| &primary.node.name),
+            "no_primary": self.no_primary,
+            "received": received,
+            "failure": self.failure,
+            "caught_up_at": self.caught_up_at,
+            "heartbeat_at": self.heartbeat_at,
+            "heartbeat_failure": self.heartbeat_failure,
+            "alarms": self.alarms.iter().map(|alarm| format!("{alarm:?}")).collect::<Vec<_>>(),
+            "slot_retained_bytes": self.burden.and_then(|it| it.retained_bytes),
+            "commits_wait": self.burden.map(|it| it.commits_wait),
+        })
+    }
+}
+
+/// One group's follower.
+#[derive(Debug)]
+pub struct Follower {
+    /// What it needs.
+    pub context: Context,
+    /// The group.
+    pub group: u32,
+    /// Where others read what it knows.
+    pub state: watch::Sender<Following>,
+    /// Where it asks for a base backup.
+    needs_backup: mpsc::Sender<u32>,
+    /// Wakes the part that asks the servers.
+    look: Notify,
+}
+
+impl Follower {
+    /// A follower that knows nothing yet.
+    pub fn new(context: Context, group: u32, needs_backup: mpsc::Sender<u32>) -> Self {
+        Self { context, group, state: watch::Sender::default(), needs_backup, look: Notify::new() }
+    }
+
+    /// Follows until `shutdown`, or until the claim on the group is over.
+    pub async fn run(&self, claim: &Claim, shutdown: CancellationToken) {
+        let may_write = || claim.is_valid();
+        tokio::select! {
+            // In this order: a process that was stopped learns first that its claim is over.
+            biased;
+            () = shutdown.cancelled() => {}
+            () = claim.ended() => warn!("the claim on the group is over"),
+            () = self.watch() => {}
+            () = self.stream(&may_write) => {}
+            () = self.heartbeat() => {}
+        }
+        self.state.send_replace(Following::default());
+    }
+
+    fn wal(&self) -> &WalConfig {
+        &self.context.config.wal
+    }
+
+    /// Asks the servers every few seconds.
+    async fn watch(&self) {
+        let mut told = Vec::new();
+        loop {
+            let began_at = Instant::now();
+            let nodes = match self.context.topology.nodes().await {
+                Ok(nodes) => nodes,
+                Err(failure) => {
+                    let reason = chain(&failure).to_string();
+                    warn!(error = reason, "servers unknown");
+                    self.state.send_modify(|state| state.no_primary = Some(reason));
+                    self.pause(began_at).await;
+                    continue;
+                }
+            };
+            let observed =
+                topology::observe_group(&self.context.settings, &nodes, self.group).await;
+            let (primary, no_primary) = match leading(&observed) {
+                Ok((node, state)) => (Some(Primary::new(node, state)), None),
+                Err(reason) => (None, Some(reason)),
+            };
+            self.state.send_if_modified(|state| {
+                let changed = state.primary != primary || state.no_primary != no_primary;
+                (state.primary, state.no_primary) = (primary.clone(), no_primary.clone());
+                changed
+            });
+            if let Some(primary) = primary {
+                self.watch_slots(&observed, &primary, &mut told).await;
+            }
+            self.pause(began_at).await;
+        }
+    }
+
+    /// Waits until the servers are to be asked again.
+    async fn pause(&self, began_at: Instant) {
+        let every = WATCH_EVERY.saturating_sub(began_at.elapsed());
+        tokio::select! {
+            () = sleep(every) => {}
+            () = self.look.notified() => {}
+        }
+    }
+
+    /// Sends a heartbeat every so often, as long as WAL is being received.
+    async fn heartbeat(&self) {
+        let every = self.wal().heartbeat;
+        if every.is_zero() {
+            return std::future::pending().await;
+        }
+        let mut changes = self.state.subscribe();
+        loop {
+            if changes.wait_for(|state| state.received.is_some()).await.is_err() {
+                return;
+            }
+            let primary = self.state.borrow().primary.clone();
+            if let Some(primary) = primary {
+                let place = self.context.repository.place(self.group, primary.system_identifier);
+                let settings = &self.context.settings;
+                let beat = heartbeat::beat(settings, &place, &primary, self.state.subscribe());
+                let failure = match beat.await {
+                    Ok(took) => {
+                        debug!(elapsed_ms = took.as_millis(), "heartbeat read back");
+                        self.state.send_modify(|state| state.heartbeat_at = Some(Utc::now()));
+                        None
+                    }
+                    Err(failure) => {
+                        let text = chain(&failure).to_string();
+                        warn!(error = text, "heartbeat not read back from the repository");
+                        Some(text)
+                    }
+                };
+                self.state.send_modify(|state| state.heartbeat_failure = failure);
+            }
+            sleep(every).await;
+        }
+    }
+
+    /// Looks after the slots: what it costs on the primary, that it exists on the standbys.
+    async fn watch_slots(&self, observed: &Group, primary: &Primary, told: &mut Vec<Alarm>) {
+        let slot = &self.wal().slot;
+        let asked = async {
+            let connection = connect(&self.context.settings, &primary.node).await?;
+            Ok::<_, FollowError>(slots::burden(&connection, slot).await?)
+        };
+        let burden = match asked.await {
+            Ok(burden) => Some(burden),
+            Err(failure) => {
+                warn!(node = primary.node.name, error = %chain(&failure), "slot not observed");
+                None
+            }
+        };
+        if let Some(burden) = burden {
+            let alarms = slots::alarms(&burden, self.wal().pg_wal_bytes_max);
+            tell(&alarms, told, &burden, primary);
+            self.state.send_modify(|state| state.alarms = alarms);
+        }
+        self.state.send_modify(|state| state.burden = burden);
+
+        let received = self.state.borrow().received;
+        for (node, state) in observed.standbys() {
+            let moved = async {
+                let connection = connect(&self.context.settings, node).await?;
+                if slots::ensure(&connection, slot).await?.is_new {
+                    info!(node = node.name, slot, "replication slot created on a standby");
+                }
+                // Only what is stored of the timeline that this standby is on.
+                if let Some(received) = received.filter(|it| it.timeline == state.timeline) {
+                    slots::advance(&connection, slot, received.stored_lsn).await?;
+                }
+                Ok::<_, FollowError>(())
+            };
+            if let Err(failure) = moved.await {
+                let error = chain(&failure);
+                warn!(node = node.name, slot, %error, "replication slot of a standby not kept");
+            }
+        }
+    }
+
+    /// Streams from whichever server is the primary; tries again for ever.
+    async fn stream(&self, may_write: &(dyn Fn() -> bool + Sync)) {
+        let mut changes = self.state.subscribe();
+        let mut wait = RETRY_FIRST;
+        let mut said = String::new();
+        while may_write() {
+            let primary = changes.borrow_and_update().primary.clone();
+            let Some(primary) = primary else {
+                if changes.changed().await.is_err() {
+                    return;
+                }
+                continue;
+            };
+            let began_at = Instant::now();
+            let outcome = tokio::select! {
+                failure = Box::pin(self.stream_from(&primary, may_write)) => failure,
+                () = other_primary(self.state.subscribe(), &primary) => {
+                    info!(node = primary.node.name, "another server is the primary now");
+                    wait = RETRY_FIRST;
+                    self.stopped(None);
+                    continue;
+                }
+            };
+            let Err(failure) = outcome;
+            let text = chain(&failure).to_string();
+            // The same trouble again is told once.
+            if text != said {
+                error!(node = primary.node.name, error = text, "WAL is not being received");
+                said.clone_from(&text);
+            }
+            self.stopped(Some(text));
+            if began_at.elapsed() > RETRY_LONGEST {
+                (wait, said) = (RETRY_FIRST, String::new());
+            }
+            sleep(wait).await;
+            wait = (wait * 2).min(RETRY_LONGEST);
+        }
+    }
+
+    fn stopped(&self, failure: Option<String>) {
+        // Perhaps another server is the primary by now.
+        self.look.notify_one();
+        self.state.send_modify(|state| (state.received, state.failure) = (None, failure));
+    }
+
+    /// Streams from one primary, over all timelines that it has, until something fails.
+    async fn stream_from(
+        &self,
+        primary: &Primary,
+        may_write: &(dyn Fn() -> bool + Sync),
+    ) -> Result<std::convert::Infallible, FollowError> {
+        let slot_name = &self.wal().slot;
+        let settings =
+            Settings { application_name: slot_name.clone(), ..self.context.settings.clone() };
+        let connection = connect(&self.context.settings, &primary.node).await?;
+        // The lease says that nobody but we may use it.
+        if self.context.etcd.is_some() && slots::free(&connection, slot_name).await? {
+            warn!(node = primary.node.name, slot = slot_name, "another connection had the slot");
+        }
+        let slot = slots::ensure(&connection, slot_name).await?;
+        if slot.is_new {
+            let restart_lsn = slot.restart_lsn;
+            info!(node = primary.node.name, slot = slot_name, %restart_lsn, "replication slot created");
+        }
+        drop(connection);
+        let place = self.context.repository.place(self.group, primary.system_identifier);
+        let receiver = Receiver {
+            place: &place,
+            segment_bytes: primary.segment_bytes,
+            shipping: &|| self.shipping(),
+            may_write,
+            on_progress: &|received| self.progressed(received),
+        };
+        let mut replication = Replication::connect(&settings, &primary.node, STALL_LIMIT).await?;
+        let mut slot_lsn = slot.restart_lsn;
+        let mut after_gap = None;
+        loop {
+            let identity = replication.identify_system().await?;
+            if identity.system_identifier != primary.system_identifier {
+                return Err(FollowError::OtherServer {
+                    node: primary.node.to_string(),
+                    expected: primary.system_identifier,
+                    found: identity.system_identifier,
+                });
+            }
+            let (files, history) = histories(&mut replication, identity.timeline).await?;
+            let stored = WalMap::read(&place, primary.segment_bytes).await?;
+            let server =
+                Server { timeline: identity.timeline, flush_lsn: identity.lsn, history, slot_lsn };
+            let start =
+                resume::start(&stored, &server, self.wal().on_divergence).map_err(|source| {
+                    FollowError::Refused { node: primary.node.to_string(), source }
+                })?;
+            if let Some(it) = start.diverged {
+                error!(
+                    node = primary.node.name, timeline = it.timeline, from_lsn = %it.from_lsn,
+                    until_lsn = %it.until_lsn, bytes = it.bytes(),
+                    "the new primary lacks WAL that is stored; the commits in it can only be \
+                     restored on the old timeline"
+                );
+            }
+            for segment in stored.superseded() {
+                let removed = piece::remove(&place, segment, primary.segment_bytes).await;
+                if let Err(failure) = removed {
+                    warn!(error = %chain(&failure), "pieces of a stored segment not removed");
+                    break;
+                }
+            }
+            for (name, text) in files {
+                wal::store(&place, Packed::read(&name, text.as_bytes(), 1)?).await?;
+            }
+            let at = after_gap.take().unwrap_or(start.at);
+            let segment = at.segment(primary.segment_bytes);
+            let lsn = PgLsn::from(segment.number * primary.segment_bytes);
+            let pieces = stored.pieces.get(&segment).cloned().unwrap_or_default();
+            info!(
+                node = primary.node.name, timeline = at.timeline, stored_lsn = %at.lsn,
+                "receiving WAL"
+            );
+            let mut stream = replication.start_replication(slot_name, at.timeline, lsn).await?;
+            match receiver.run(&mut stream, segment, pieces).await {
+                Ok(()) => {}
+                Err(ReceiveError::Replication(failure)) if failure.is_removed() => {
+                    let after = self.gap(primary, &place, &start, at, &failure).await?;
+                    after_gap = Some(after);
+                    replication =
+                        Replication::connect(&settings, &primary.node, STALL_LIMIT).await?;
+                    continue;
+                }
+                Err(failure) => return Err(failure.into()),
+            }
+            let (connection, ended) = stream.finish().await?;
+            info!(
+                timeline = at.timeline, next_timeline = ended.next_timeline,
+                switch_lsn = %ended.switch_lsn, "timeline ended"
+            );
+            (replication, slot_lsn) = (connection, ended.switch_lsn);
+        }
+    }
+
+    /// Records that the server has removed WAL before it was stored; returns where it goes on.
+    async fn gap(
+        &self,
+        primary: &Primary,
+        place: &Place,
+        start: &Start,
+        at: Position,
+        removed: &ReplicationError,
+    ) -> Result<Position, FollowError> {
+        let Some(after) = start.or_else.filter(|_| at == start.at) else {
+            let (node, timeline) = (primary.node.to_string(), at.timeline);
+            return Err(FollowError::Removed { node, timeline, at: at.lsn });
+        };
+        let gap = Gap {
+            timeline: at.timeline,
+            from_lsn: at.lsn,
+            until_lsn: after.lsn,
+            noticed_at: Utc::now(),
+            reason: chain(removed).to_string(),
+        };
+        error!(
+            node = primary.node.name, timeline = gap.timeline, from_lsn = %gap.from_lsn,
+            until_lsn = %gap.until_lsn, reason = gap.reason,
+            "GAP: WAL was removed before it was stored; a new base backup is needed"
+        );
+        wal::store_gap(place, &gap).await?;
+        // If the queue is full, it is asked for already.
+        self.needs_backup.try_send(self.group).ok();
+        Ok(after)
+    }
+
+    /// How to ship just now: at once if commits wait for it.
+    fn shipping(&self) -> Shipping {
+        let wal = self.wal();
+        let commits_wait = self.state.borrow().burden.is_some_and(|burden| burden.commits_wait);
+        Shipping {
+            interval: if commits_wait { Duration::ZERO } else { wal.ship_interval },
+            bytes: wal.ship_bytes,
+            level: wal.compression_level,
+        }
+    }
+
+    fn progressed(&self, received: Received) {
+        self.state.send_if_modified(|state| {
+            let changed = state.received != Some(received);
+            (state.received, state.failure) = (Some(received), None);
+            if received.stored_lsn >= received.server_lsn && u64::from(received.server_lsn) > 0 {
+                state.caught_up_at = Some(Utc::now());
+            }
+            changed
+        });
+    }
+}
+
+impl Primary {
+    fn new(node: &Node, state: &NodeState) -> Self {
+        Self {
+            node: node.clone(),
+            timeline: state.timeline,
+            system_identifier: state.system_identifier,
+            segment_bytes: state.wal_segment_bytes,
+        }
+    }
+}
+
+/// The primary to follow: after a failover an old one may be back, on a lower timeline.
+fn leading(group: &Group) -> Result<(&Node, &NodeState), String> {
+    let primaries = group.nodes.iter().filter_map(|it| Some((&it.node, it.state.as_ref().ok()?)));
+    let primaries = primaries.filter(|(_, state)| state.role == Role::Primary);
+    let newest = primaries.clone().map(|(_, state)| state.timeline).max();
+    let mut newest = primaries.filter(|(_, state)| Some(state.timeline) == newest);
+    match (newest.next(), newest.next()) {
+        (Some(primary), None) => Ok(primary),
+        _ => match group.primary() {
+            Err(reason) => Err(reason.to_string()),
+            Ok(primary) => Ok(primary),
+        },
+    }
+}
+
+/// Resolves when a server other than `primary`, or the same on another timeline, is the primary.
+/// That none is seen is no reason to give a stream up that works.
+async fn other_primary(mut changes: watch::Receiver<Following>, primary: &Primary) {
+    let other = |state: &Following| {
+        state.primary.as_ref().is_some_and(|it| {
+            it.node != primary.node || it.system_identifier != primary.system_identifier
+        })
+    };
+    if changes.wait_for(other).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Fetches the histories of a timeline and of those before it: the file of each, and the history
+/// of the last.
+async fn histories(
+    replication: &mut Replication,
+    timeline: u32,
+) -> Result<(Vec<(String, String)>, Vec<HistoryEntry>), FollowError> {
+    if timeline == 1 {
+        return Ok((Vec::new(), Vec::new()));
+    }
+    let newest = replication.timeline_history(timeline).await?;
+    let history = parse_history(&newest.1)
+        .map_err(|error| WalError::History { name: newest.0.clone(), reason: error.to_string() })?;
+    let mut files = Vec::new();
+    // A recovery looks for one timeline after the other and stops at the first it does not find.
+    for entry in history.iter().filter(|entry| entry.timeline > 1) {
+        match replication.timeline_history(entry.timeline).await {
+            Ok(file) => files.push(file),
+            Err(failure) if failure.is_removed() => {
+                let timeline = entry.timeline;
+                warn!(timeline, error = %chain(&failure), "the server has no history of a timeline");
+            }
+            Err(failure) => return Err(failure.into()),
+        }
+    }
+    files.push(newest);
+    Ok((files, history))
+}
+
+/// Says which alarms are new and which are over.
+fn tell(alarms: &[Alarm], told: &mut Vec<Alarm>, burden: &Burden, primary: &Primary) {
+    let node = &primary.node.name;
+    for alarm in alarms.iter().filter(|alarm| !told.contains(alarm)) {
+        let (retained_bytes, limit_bytes) = (burden.retained_bytes, burden.limit_bytes);
+        match alarm {
+            Alarm::SlotHalf => warn!(
+                node,
+                retained_bytes,
+                limit_bytes,
+                "half of max_slot_wal_keep_size is used: WAL reaches the repository too slowly"
+            ),
+            Alarm::SlotNearlyLost => error!(
+                node,
+                retained_bytes,
+                limit_bytes,
+                "three quarters of max_slot_wal_keep_size are used: beyond it the slot is lost and \
+                 WAL is missing. Mend the way to the repository, or raise the limit now"
+            ),
+            Alarm::DiskNearlyFull => error!(
+                node,
+                pg_wal_bytes = burden.pg_wal_bytes,
+                "three quarters of the room for pg_wal are used: when it is full, PostgreSQL stops"
+            ),
+            Alarm::CommitsWaitForUsAlone => warn!(
+                node,
+                "commits wait for the repository alone: no other synchronous standby is streaming"
+            ),
+        }
+    }
+    if alarms.is_empty() && !told.is_empty() {
+        info!(node, "alarms about the slot are over");
+    }
+    *told = alarms.to_vec();
+}

@@ -1,0 +1,234 @@
+//! The `START_REPLICATION` command for physical replication: WAL as it is written.
+//!
+//! Source: PostgreSQL manual, "Streaming Replication Protocol"; `walsender.c`.
+
+use std::time::Duration;
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use chrono::{DateTime, Utc};
+use postgres_protocol::message::backend::Message;
+use postgres_protocol::message::frontend::{self, CopyData};
+use tokio_postgres::types::PgLsn;
+
+use super::{Replication, ReplicationError};
+
+/// The message that answers `START_REPLICATION`, which `postgres-protocol` does not know …
+const COPY_BOTH_TAG: u8 = b'W';
+/// … and the one with the same content that it knows.
+const COPY_OUT_TAG: u8 = b'H';
+/// SQLSTATE of "requested WAL segment … has already been removed" and of a missing history file.
+/// Source: `WalSndErrorFile` and `SendTimeLineHistory` in `walsender.c`.
+const UNDEFINED_FILE: &str = "58P01";
+/// Seconds from 1970-01-01 to 2000-01-01, from which PostgreSQL counts. Source: `timestamp.h`.
+const POSTGRES_EPOCH: i64 = 946_684_800;
+
+/// WAL that a server sends, on one timeline.
+#[derive(Debug)]
+pub struct WalStream {
+    connection: Replication,
+    /// Set when the server had nothing to send on the timeline, because it ends there.
+    ended: Option<Ended>,
+}
+
+/// What a server sends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum WalEvent {
+    /// WAL, which is on the server's disk.
+    Data {
+        /// The position of its first byte.
+        lsn: PgLsn,
+        /// The bytes.
+        data: Bytes,
+        /// How far the server's disk has WAL.
+        server_lsn: PgLsn,
+    },
+    /// A sign of life.
+    Keepalive {
+        /// How far the server's disk has WAL.
+        server_lsn: PgLsn,
+        /// The server asks for [`WalStream::report`] at once.
+        reply: bool,
+    },
+    /// The server has no more on this timeline, because it is on a later one.
+    Ended,
+}
+
+/// Where the timeline that was asked for ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// The timeline after it.
+    pub next_timeline: u32,
+    /// Where that begins.
+    pub switch_lsn: PgLsn,
+}
+
+impl Replication {
+    /// Asks for the history file of a timeline: its name and content.
+    ///
+    /// # Errors
+    ///
+    /// The connection broke, or the server has no such file: see [`ReplicationError::is_removed`].
+    pub async fn timeline_history(
+        &mut self,
+        timeline: u32,
+    ) -> Result<(String, String), ReplicationError> {
+        self.query(&format!("TIMELINE_HISTORY {timeline}")).await?;
+        let rows = self.rows().await?;
+        self.ready().await?;
+        let [row] = rows.as_slice() else {
+            return Err(self.unexpected("TIMELINE_HISTORY gave no row"));
+        };
+        Ok((self.field(row, 0)?, self.field(row, 1)?))
+    }
+
+    /// Starts to stream from `lsn` on `timeline`; the slot holds back what is not yet reported as
+    /// flushed. `slot` must be letters, digits and underscores.
+    ///
+    /// # Errors
+    ///
+    /// The connection broke; or the server refused, because the WAL was removed
+    /// ([`ReplicationError::is_removed`]) or the slot is in use or gone.
+    pub async fn start_replication(
+        mut self,
+        slot: &str,
+        timeline: u32,
+        lsn: PgLsn,
+    ) -> Result<WalStream, ReplicationError> {
+        let command = format!("START_REPLICATION SLOT {slot} PHYSICAL {lsn} TIMELINE {timeline}");
+        self.query(&command).await?;
+        while self.buffer.is_empty() {
+            self.fill().await?;
+        }
+        if self.buffer.first() == Some(&COPY_BOTH_TAG) {
+            self.buffer[0] = COPY_OUT_TAG;
+        }
+        let ended = match self.message().await? {
+            Message::CopyOutResponse(_) => None,
+            // Nothing to copy: the answer is at once where the timeline ended.
+            Message::RowDescription(_) => Some(self.ended().await?),
+            _ => return Err(self.unexpected("START_REPLICATION did not begin to copy")),
+        };
+        Ok(WalStream { connection: self, ended })
+    }
+
+    /// Reads where the timeline ended, up to the server's readiness for the next command.
+    async fn ended(&mut self) -> Result<Ended, ReplicationError> {
+        let rows = self.rows().await?;
+        let [row] = rows.as_slice() else {
+            return Err(self.unexpected("the stream ended without a next timeline"));
+        };
+        let ended = Ended { next_timeline: self.field(row, 0)?, switch_lsn: self.field(row, 1)? };
+        self.ready().await?;
+        Ok(ended)
+    }
+}
+
+impl WalStream {
+    /// Returns what comes next. Dropping the future loses nothing.
+    ///
+    /// # Errors
+    ///
+    /// The connection broke, the server said nothing for too long, or it ended the stream.
+    pub async fn next(&mut self) -> Result<WalEvent, ReplicationError> {
+        if self.ended.is_some() {
+            return Ok(WalEvent::Ended);
+        }
+        let message = self.connection.message().await?;
+        self.event(message)
+    }
+
+    /// Returns what has come already; `None` if the rest must be waited for.
+    ///
+    /// # Errors
+    ///
+    /// As [`WalStream::next`].
+    pub fn next_here(&mut self) -> Result<Option<WalEvent>, ReplicationError> {
+        let message = self.connection.message_here()?;
+        message.map(|message| self.event(message)).transpose()
+    }
+
+    fn event(&self, message: Message) -> Result<WalEvent, ReplicationError> {
+        let connection = &self.connection;
+        let mut data = match message {
+            Message::CopyData(body) => body.into_bytes(),
+            Message::CopyDone => return Ok(WalEvent::Ended),
+            Message::CommandComplete(_) => {
+                return Err(connection.unexpected("the end of the stream: it is shutting down"));
+            }
+            _ => return Err(connection.unexpected("a message within the stream")),
+        };
+        match data.try_get_u8() {
+            Ok(b'w') if data.len() >= 24 => {
+                let (lsn, server_lsn) = (data.get_u64().into(), data.get_u64().into());
+                data.advance(8);
+                Ok(WalEvent::Data { lsn, data, server_lsn })
+            }
+            Ok(b'k') if data.len() >= 17 => {
+                let server_lsn = data.get_u64().into();
+                data.advance(8);
+                Ok(WalEvent::Keepalive { server_lsn, reply: data.get_u8() == 1 })
+            }
+            _ => Err(connection.unexpected("a message of unknown type within the stream")),
+        }
+    }
+
+    /// Reports how far WAL was received and how far it is safe; the slot moves to the latter, and
+    /// commits that wait for this standby go on up to it. Nothing is reported as applied.
+    ///
+    /// With `ask`, the server answers with a keepalive.
+    ///
+    /// # Errors
+    ///
+    /// The connection broke, or the server takes nothing for too long.
+    pub async fn report(
+        &mut self,
+        received: PgLsn,
+        safe: PgLsn,
+        ask: bool,
+    ) -> Result<(), ReplicationError> {
+        let connection = &mut self.connection;
+        let mut status = BytesMut::with_capacity(34);
+        status.put_u8(b'r');
+        status.put_u64(received.into());
+        status.put_u64(safe.into());
+        status.put_u64(0);
+        status.put_i64(postgres_micros(Utc::now()));
+        status.put_u8(ask.into());
+        let mut out = BytesMut::with_capacity(64);
+        CopyData::new(status).map_err(|e| connection.broken(e))?.write(&mut out);
+        connection.send(&out).await
+    }
+
+    /// The error of a server that says nothing although it was asked.
+    pub fn silent(&self, limit: Duration) -> ReplicationError {
+        ReplicationError::Stalled { node: self.connection.node.clone(), limit }
+    }
+
+    /// After [`WalEvent::Ended`]: ends the copy, and returns the connection for the next one.
+    ///
+    /// # Errors
+    ///
+    /// The connection broke, or the server does not say where the timeline ended.
+    pub async fn finish(mut self) -> Result<(Replication, Ended), ReplicationError> {
+        if let Some(ended) = self.ended {
+            return Ok((self.connection, ended));
+        }
+        let mut out = BytesMut::new();
+        frontend::copy_done(&mut out);
+        self.connection.send(&out).await?;
+        let ended = self.connection.ended().await?;
+        Ok((self.connection, ended))
+    }
+}
+
+impl ReplicationError {
+    /// Tells whether the server says that the WAL or history file asked for is no longer there.
+    pub fn is_removed(&self) -> bool {
+        matches!(self, Self::Server { message, .. } if message.code == UNDEFINED_FILE)
+    }
+}
+
+/// A time as PostgreSQL counts it: microseconds since 2000.
+fn postgres_micros(at: DateTime<Utc>) -> i64 {
+    at.timestamp_micros() - POSTGRES_EPOCH * 1_000_000
+}

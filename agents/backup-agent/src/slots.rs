@@ -1,0 +1,186 @@
+//! The replication slot: on the primary it holds back what the repository does not have yet, on
+//! each standby it waits for the day that standby is promoted. PostgreSQL 17 does not copy
+//! physical slots to standbys.
+
+use shared::pg::{Connection, QueryError};
+use tokio_postgres::types::PgLsn;
+
+/// A slot that can be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// From where it holds WAL back.
+    pub restart_lsn: PgLsn,
+    /// Whether it was made just now: what came before is held back by nobody.
+    pub is_new: bool,
+}
+
+/// What a slot costs its server, and what depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Burden {
+    /// WAL that the slot holds back, in bytes; `None` if it holds nothing.
+    pub retained_bytes: Option<u64>,
+    /// `max_slot_wal_keep_size` in bytes: beyond it the server gives the slot up. `None` for no
+    /// limit: then the disk is.
+    pub limit_bytes: Option<u64>,
+    /// What all files in `pg_wal` take, in bytes.
+    pub pg_wal_bytes: u64,
+    /// Commits wait for what the slot's user reports.
+    pub commits_wait: bool,
+    /// How many other standbys are streaming for which commits may wait.
+    pub other_synchronous: u64,
+}
+
+/// Makes sure that a server has the slot and that WAL is held back by it. One that the server gave
+/// up, or that holds nothing, is made anew.
+///
+/// # Errors
+///
+/// The server did not answer or refused: no free slot (`max_replication_slots`), no right to
+/// (`REPLICATION`), or the slot is in use.
+pub async fn ensure(connection: &Connection, slot: &str) -> Result<Slot, QueryError> {
+    let find = "SELECT restart_lsn, coalesce(wal_status, 'lost') FROM pg_replication_slots \
+                WHERE slot_name = $1";
+    let found = connection.query(find, &[&slot]).await?;
+    if let Some(row) = found.first() {
+        let (restart_lsn, status): (Option<PgLsn>, String) = (row.get(0), row.get(1));
+        match restart_lsn {
+            Some(restart_lsn) if status != "lost" => {
+                return Ok(Slot { restart_lsn, is_new: false });
+            }
+            Some(_) | None => {
+                connection.query_one("SELECT pg_drop_replication_slot($1)", &[&slot]).await?;
+            }
+        }
+    }
+    let create = "SELECT lsn FROM pg_create_physical_replication_slot($1, true)";
+    let row = connection.query_one(create, &[&slot]).await?;
+    Ok(Slot { restart_lsn: row.get(0), is_new: true })
+}
+
+/// Ends the connection that uses a slot, and tells whether there was one: of a replica that was
+/// responsible before, and was stopped or cut off. The server would notice by itself only after
+/// `wal_sender_timeout`, 60 s by default.
+///
+/// # Errors
+///
+/// The server did not answer or refused.
+pub async fn free(connection: &Connection, slot: &str) -> Result<bool, QueryError> {
+    let end = "SELECT pg_terminate_backend(active_pid, 5000) FROM pg_replication_slots \
+               WHERE slot_name = $1 AND active_pid IS NOT NULL";
+    Ok(!connection.query(end, &[&slot]).await?.is_empty())
+}
+
+/// Moves a standby's slot up to what the repository holds, and no further than it has replayed.
+///
+/// # Errors
+///
+/// The server did not answer or refused.
+pub async fn advance(
+    connection: &Connection,
+    slot: &str,
+    stored_lsn: PgLsn,
+) -> Result<(), QueryError> {
+    let advance = "SELECT pg_replication_slot_advance(slot_name, \
+                   least($2::pg_lsn, pg_last_wal_replay_lsn())) FROM pg_replication_slots \
+                   WHERE slot_name = $1 AND NOT active \
+                   AND restart_lsn < least($2::pg_lsn, pg_last_wal_replay_lsn())";
+    connection.query(advance, &[&slot, &stored_lsn]).await?;
+    Ok(())
+}
+
+/// Asks a primary what the slot costs it. `slot` is also the name of the receiver's connection.
+///
+/// # Errors
+///
+/// The server did not answer or refused (`pg_monitor` is needed).
+pub async fn burden(connection: &Connection, slot: &str) -> Result<Burden, QueryError> {
+    let ask = "SELECT (SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::bigint \
+               FROM pg_replication_slots WHERE slot_name = $1), \
+               (SELECT setting::bigint << 20 FROM pg_settings \
+                WHERE name = 'max_slot_wal_keep_size' AND setting::bigint >= 0), \
+               (SELECT coalesce(sum(size), 0)::bigint FROM pg_ls_waldir()), \
+               EXISTS (SELECT FROM pg_stat_replication WHERE application_name = $1 \
+                       AND state = 'streaming' AND sync_state IN ('sync', 'quorum')), \
+               (SELECT count(*) FROM pg_stat_replication WHERE application_name <> $1 \
+                AND state = 'streaming' AND sync_state IN ('sync', 'quorum', 'potential'))";
+    let row = connection.query_one(ask, &[&slot]).await?;
+    let bytes = |column| row.get::<_, Option<i64>>(column).map(|it| u64::try_from(it).unwrap_or(0));
+    Ok(Burden {
+        retained_bytes: bytes(0),
+        limit_bytes: bytes(1),
+        pg_wal_bytes: bytes(2).unwrap_or(0),
+        commits_wait: row.get(3),
+        other_synchronous: bytes(4).unwrap_or(0),
+    })
+}
+
+/// Something that an operator must know before it is too late. In the order of urgency.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Alarm {
+    /// Half of `max_slot_wal_keep_size` is used.
+    SlotHalf,
+    /// Three quarters of `max_slot_wal_keep_size` are used.
+    SlotNearlyLost,
+    /// Three quarters of the room for `pg_wal` are used.
+    DiskNearlyFull,
+    /// Commits wait for the repository and for nobody else.
+    CommitsWaitForUsAlone,
+}
+
+/// Decides which alarms hold. `room_bytes` is the room there is for `pg_wal`, where it is known.
+pub fn alarms(burden: &Burden, room_bytes: Option<u64>) -> Vec<Alarm> {
+    let quarters = |used: u64, of: u64| used.saturating_mul(4) / of.max(1);
+    let slot =
+        burden.retained_bytes.zip(burden.limit_bytes).and_then(|(retained, limit)| match quarters(
+            retained, limit,
+        ) {
+            0 | 1 => None,
+            2 => Some(Alarm::SlotHalf),
+            _ => Some(Alarm::SlotNearlyLost),
+        });
+    let disk = room_bytes.filter(|room| quarters(burden.pg_wal_bytes, *room) >= 3);
+    let alone = burden.commits_wait && burden.other_synchronous == 0;
+    slot.into_iter()
+        .chain(disk.map(|_| Alarm::DiskNearlyFull))
+        .chain(alone.then_some(Alarm::CommitsWaitForUsAlone))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn alarms_come_at_half_and_at_three_quarters() {
+        let calm = Burden {
+            retained_bytes: Some(0),
+            limit_bytes: Some(100),
+            pg_wal_bytes: 10,
+            commits_wait: false,
+            other_synchronous: 0,
+        };
+        let retained = |bytes| Burden { retained_bytes: Some(bytes), ..calm };
+        let waits = Burden { commits_wait: true, ..calm };
+        let cases = [
+            ("nothing held back", calm, None, vec![]),
+            ("nothing known", Burden { retained_bytes: None, ..calm }, None, vec![]),
+            ("just below half", retained(49), None, vec![]),
+            ("half", retained(50), None, vec![Alarm::SlotHalf]),
+            ("three quarters", retained(75), None, vec![Alarm::SlotNearlyLost]),
+            ("beyond the limit", retained(1000), None, vec![Alarm::SlotNearlyLost]),
+            ("no limit", Burden { limit_bytes: None, ..retained(1 << 40) }, None, vec![]),
+            ("room on the disk", calm, Some(14), vec![]),
+            ("the disk fills", calm, Some(13), vec![Alarm::DiskNearlyFull]),
+            (
+                "one of two that commits wait for",
+                Burden { other_synchronous: 1, ..waits },
+                None,
+                vec![],
+            ),
+            ("the only one", waits, None, vec![Alarm::CommitsWaitForUsAlone]),
+        ];
+        for (case, burden, room, expected) in cases {
+            assert_eq!(alarms(&burden, room), expected, "{case}");
+        }
+    }
+}

@@ -1,0 +1,337 @@
+//! The segment that is being received: compressed as it grows, cut into pieces, and packed when it
+//! is complete. No I/O.
+//!
+//! Each stretch of 256 KiB is compressed once: the piece that has it and the complete
+//! segment share the result. Only what is shipped before its stretch is full costs twice.
+
+use shared::pg::wal::Segment;
+
+use super::piece::{Cut, Piece, cover, hash, index, stretch_hash};
+use super::{CHUNK_BYTES, Checked, ContentHash, Packed, WalError};
+use crate::container::Compressed;
+
+const CHUNK: u64 = CHUNK_BYTES as u64;
+
+/// A segment under way.
+#[derive(Debug)]
+pub struct Growing {
+    segment: Segment,
+    segment_bytes: u64,
+    level: i32,
+    checked: Checked,
+    /// The full chunks.
+    chunks: Compressed,
+    /// The hash of each.
+    hashes: Vec<[u8; 32]>,
+    /// What is after them.
+    tail: Vec<u8>,
+    /// The chunk in which `shipped` lies, if it is full by now.
+    half_shipped: Option<Vec<u8>>,
+    /// How far the repository has it, in bytes.
+    shipped: u64,
+    /// What the repository has and the server sends again, until the two have been compared.
+    resumed: Option<Resumed>,
+}
+
+#[derive(Debug)]
+struct Resumed {
+    pieces: Vec<Piece>,
+    content: Vec<u8>,
+}
+
+impl Growing {
+    /// Begins a segment of which the repository has `pieces`.
+    ///
+    /// # Errors
+    ///
+    /// The segment's name cannot be one.
+    pub fn new(
+        segment: Segment,
+        segment_bytes: u64,
+        level: i32,
+        pieces: Vec<Piece>,
+    ) -> Result<Self, WalError> {
+        let shipped = cover(&pieces).to;
+        let resumed = (shipped > 0).then_some(Resumed { pieces, content: Vec::new() });
+        Ok(Self {
+            segment,
+            segment_bytes,
+            level,
+            checked: Checked::new(&segment.name(segment_bytes))?,
+            chunks: Compressed::default(),
+            hashes: Vec::new(),
+            tail: Vec::new(),
+            half_shipped: None,
+            shipped,
+            resumed,
+        })
+    }
+
+    /// The segment.
+    pub fn segment(&self) -> Segment {
+        self.segment
+    }
+
+    /// Bytes received.
+    pub fn at(&self) -> u64 {
+        self.hashes.len() as u64 * CHUNK + self.tail.len() as u64
+    }
+
+    /// Bytes that the repository has.
+    pub fn shipped(&self) -> u64 {
+        self.shipped
+    }
+
+    /// Whether what the repository had at the start is what the server has.
+    pub fn is_compared(&self) -> bool {
+        self.resumed.is_none()
+    }
+
+    /// Bytes received that the repository has not.
+    pub fn waiting(&self) -> u64 {
+        self.at().saturating_sub(self.shipped)
+    }
+
+    /// Whether all of it was received.
+    pub fn is_complete(&self) -> bool {
+        self.at() == self.segment_bytes
+    }
+
+    /// Takes what belongs to this segment off the front of `data`; returns how much that was.
+    ///
+    /// # Errors
+    ///
+    /// The content is not of this segment, or not what the repository has of it.
+    pub fn take(&mut self, data: &[u8]) -> Result<usize, WalError> {
+        let room = index(self.segment_bytes - self.at());
+        let (taken, _) = data.split_at(data.len().min(room));
+        let mut rest = taken;
+        while !rest.is_empty() {
+            let room = CHUNK_BYTES as usize - self.tail.len();
+            let (part, after) = rest.split_at(rest.len().min(room));
+            self.tail.extend_from_slice(part);
+            if self.tail.len() == CHUNK_BYTES as usize {
+                self.end_chunk()?;
+            }
+            rest = after;
+        }
+        self.compare(taken)?;
+        Ok(taken.len())
+    }
+
+    fn end_chunk(&mut self) -> Result<(), WalError> {
+        let start = self.hashes.len() as u64 * CHUNK;
+        self.checked.take(&self.tail)?;
+        self.push_chunk()?;
+        self.hashes.push(stretch_hash(&self.tail));
+        if start < self.shipped && self.shipped < start + CHUNK {
+            self.half_shipped = Some(std::mem::take(&mut self.tail));
+        }
+        self.tail.clear();
+        Ok(())
+    }
+
+    fn push_chunk(&mut self) -> Result<(), WalError> {
+        self.chunks.push(&self.tail, self.level).map_err(|reason| self.failed(reason))
+    }
+
+    /// Compares what comes again with what the repository has of it.
+    fn compare(&mut self, taken: &[u8]) -> Result<(), WalError> {
+        let at = self.at();
+        let Some(resumed) = &mut self.resumed else { return Ok(()) };
+        resumed.content.extend_from_slice(taken);
+        if at < self.shipped {
+            return Ok(());
+        }
+        let differs = |piece: &&Piece| {
+            let content = resumed.content.get(index(piece.from)..index(piece.to));
+            content.is_some_and(|content| hash(piece.from, content) != piece.hash)
+        };
+        if let Some(piece) = resumed.pieces.iter().find(differs) {
+            let name = self.segment.name(self.segment_bytes);
+            return Err(WalError::Conflict { name, found: piece.name.clone() });
+        }
+        self.resumed = None;
+        Ok(())
+    }
+
+    /// Cuts the next piece; `None` if nothing waits, or only an unfinished chunk and not `all`.
+    ///
+    /// # Errors
+    ///
+    /// What zstd said.
+    pub fn cut(&self, all: bool) -> Result<Option<Cut>, WalError> {
+        let full = self.hashes.len() as u64 * CHUNK;
+        let from = self.shipped;
+        if from >= self.at() || self.resumed.is_some() {
+            return Ok(None);
+        }
+        if from < full && !from.is_multiple_of(CHUNK) {
+            // The rest of a chunk that was half shipped.
+            let chunk = self.half_shipped.as_deref().unwrap_or_default();
+            let rest = chunk.get(index(from % CHUNK)..).unwrap_or_default();
+            return self.cut_raw(from, rest).map(Some);
+        }
+        if from < full {
+            let first = index(from / CHUNK);
+            let mut of_hashes = ContentHash::default();
+            for hash in &self.hashes[first..] {
+                of_hashes.update(hash);
+            }
+            let (hash, content) = (of_hashes.in_name(), self.chunks.after(first, CHUNK));
+            return Ok(Some(Cut { from, to: full, hash, content }));
+        }
+        if !all {
+            return Ok(None);
+        }
+        self.cut_raw(from, &self.tail[index(from - full)..]).map(Some)
+    }
+
+    fn cut_raw(&self, from: u64, raw: &[u8]) -> Result<Cut, WalError> {
+        let mut content = Compressed::default();
+        content.push(raw, self.level).map_err(|reason| self.failed(reason))?;
+        Ok(Cut { from, to: from + raw.len() as u64, hash: hash(from, raw), content })
+    }
+
+    /// Notes that a piece is stored.
+    pub fn ship(&mut self, to: u64) {
+        self.shipped = self.shipped.max(to);
+        let full = self.hashes.len() as u64 * CHUNK;
+        if self.shipped.is_multiple_of(CHUNK) || self.shipped >= full {
+            self.half_shipped = None;
+        }
+    }
+
+    /// Packs the complete segment.
+    ///
+    /// # Errors
+    ///
+    /// It is not complete, or its header and its name differ.
+    pub fn pack(self) -> Result<Packed, WalError> {
+        let file = self.segment.name(self.segment_bytes);
+        let mut hash = ContentHash::default();
+        self.hashes.iter().for_each(|of_chunk| hash.update(of_chunk));
+        let (hash, system_identifier) = (hash.in_name(), self.checked.finish()?);
+        Ok(Packed { file, hash, content: self.chunks, system_identifier })
+    }
+
+    fn failed(&self, reason: String) -> WalError {
+        let name = self.segment.name(self.segment_bytes);
+        WalError::Read { name, source: std::io::Error::other(reason) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use chrono::DateTime;
+
+    use super::*;
+
+    const SEGMENT_BYTES: u64 = 1 << 20;
+    const SEGMENT: Segment = Segment { timeline: 1, number: 2 };
+
+    /// A segment with the header of a real one.
+    fn content() -> Vec<u8> {
+        let mut content: Vec<u8> = (0_u32..1 << 18).flat_map(|n| (n / 7).to_le_bytes()).collect();
+        let (magic, long_header) = (0xD116_u16, 2_u16);
+        content[..2].copy_from_slice(&magic.to_le_bytes());
+        content[2..4].copy_from_slice(&long_header.to_le_bytes());
+        content[4..8].copy_from_slice(&SEGMENT.timeline.to_le_bytes());
+        content[8..16].copy_from_slice(&(SEGMENT.number * SEGMENT_BYTES).to_le_bytes());
+        content[16..24].fill(0);
+        content[24..32].copy_from_slice(&7_u64.to_le_bytes());
+        content[32..36].copy_from_slice(&(1_u32 << 20).to_le_bytes());
+        content[36..40].copy_from_slice(&8192_u32.to_le_bytes());
+        content
+    }
+
+    fn piece(cut: &Cut) -> Piece {
+        Piece {
+            segment: SEGMENT,
+            from: cut.from,
+            to: cut.to,
+            hash: cut.hash.clone(),
+            name: format!("{}-{}", cut.from, cut.to),
+            object_bytes: 1,
+            stored_at: DateTime::UNIX_EPOCH,
+        }
+    }
+
+    /// Feeds `content` from the start, `step` bytes at a time, and ships what is due after each.
+    fn grow(growing: &mut Growing, content: &[u8], step: usize, all: bool) -> Vec<Piece> {
+        let mut pieces = Vec::new();
+        for data in content.chunks(step) {
+            assert_eq!(growing.take(data).unwrap(), data.len());
+            while let Some(cut) = growing.cut(all).unwrap() {
+                growing.ship(cut.to);
+                pieces.push(piece(&cut));
+            }
+        }
+        pieces
+    }
+
+    fn empty(pieces: Vec<Piece>) -> Growing {
+        Growing::new(SEGMENT, SEGMENT_BYTES, 1, pieces).unwrap()
+    }
+
+    fn name_of(growing: Growing) -> String {
+        growing.pack().unwrap().hash
+    }
+
+    #[test]
+    fn pieces_follow_each_other_and_the_whole_is_what_the_file_would_be() {
+        let content = content();
+        let file = SEGMENT.name(SEGMENT_BYTES);
+        let expected = Packed::read(&file, content.as_slice(), 1).unwrap().hash;
+        for (step, all) in [(1000, true), (1000, false), (200_000, true), (300_000, false)] {
+            let mut growing = empty(Vec::new());
+            let pieces = grow(&mut growing, &content, step, all);
+            let mut at = 0;
+            for piece in &pieces {
+                assert_eq!(piece.from, at, "step {step}, all {all}");
+                let raw = &content[index(piece.from)..index(piece.to)];
+                assert_eq!(piece.hash, hash(piece.from, raw), "step {step}, all {all}");
+                at = piece.to;
+            }
+            assert_eq!(at, SEGMENT_BYTES, "step {step}, all {all}");
+            assert!(growing.is_complete() && growing.waiting() == 0);
+            assert_eq!(name_of(growing), expected, "step {step}, all {all}");
+        }
+    }
+
+    #[test]
+    fn what_is_sent_again_is_compared_and_not_shipped_again() {
+        let content = content();
+        let (first, _) = content.split_at(600_000);
+        let stored = grow(&mut empty(Vec::new()), first, 70_000, true);
+        let mut growing = empty(stored.clone());
+        assert!(!growing.is_compared());
+        assert!(grow(&mut growing, &first[..500_000], 9_999, true).is_empty());
+        let pieces = grow(&mut growing, &content[500_000..], 9_999, true);
+        assert!(growing.is_compared());
+        assert_eq!(pieces[0].from, 600_000);
+        assert_eq!(
+            name_of(growing),
+            name_of({
+                let mut whole = empty(Vec::new());
+                grow(&mut whole, &content, 1 << 20, false);
+                whole
+            })
+        );
+
+        let mut other = content;
+        other[599_999] ^= 1;
+        let mut growing = empty(stored);
+        let refused = other.chunks(9_999).find_map(|data| growing.take(data).err()).unwrap();
+        assert!(refused.to_string().starts_with("CONFLICT"), "{refused}");
+    }
+
+    #[test]
+    fn a_segment_takes_no_more_than_is_its_own() {
+        let mut data = content();
+        data.extend([1; 100]);
+        let mut growing = empty(Vec::new());
+        assert_eq!(growing.take(&data).unwrap(), 1 << 20);
+        assert_eq!(growing.take(&data[1 << 20..]).unwrap(), 0);
+    }
+}

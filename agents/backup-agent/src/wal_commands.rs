@@ -1,0 +1,207 @@
+//! `list --wal` and `verify --wal`: what WAL there is, and whether it can be read.
+
+use std::io::{self, Write as _};
+
+use anyhow::{Context as _, bail};
+use futures_util::{StreamExt, stream};
+use serde_json::{Value, json};
+use shared::telemetry::chain;
+
+use crate::catalog;
+use crate::progress::Progress;
+use crate::repository::{Place, RepositoryError};
+use crate::table::{Table, bytes, time};
+use crate::wal::piece::{self, Piece};
+use crate::wal::ranges::{Next, Range, ranges};
+use crate::wal::{self, WalError, WalMap, WalObject};
+
+/// `wal_segment_size` where no backup says it.
+const SEGMENT_BYTES: u64 = 16 << 20;
+/// Objects that are read at once.
+const AT_ONCE: usize = 4;
+
+async fn read(place: &Place) -> Result<(WalMap, Vec<Range>), WalError> {
+    let segment_bytes = catalog::wal_segment_bytes(place).await?.unwrap_or(SEGMENT_BYTES);
+    let map = WalMap::read(place, segment_bytes).await?;
+    let ranges = ranges(&map, &wal::gaps(place).await?);
+    Ok((map, ranges))
+}
+
+/// Lists the stored WAL of some places as ranges without a gap; fails if there is a gap.
+///
+/// # Errors
+///
+/// There is a gap; or the repository could not be read.
+pub async fn list(places: &[Place], as_json: bool) -> anyhow::Result<()> {
+    let header = [
+        "GROUP",
+        "TIMELINE",
+        "FROM",
+        "UNTIL",
+        "SEGMENTS",
+        "STORED",
+        "STORED FROM",
+        "STORED UNTIL",
+        "THEN",
+    ];
+    let mut table = Table::new(&header);
+    let (mut values, mut gaps) = (Vec::new(), 0);
+    for place in places {
+        for range in read(place).await?.1 {
+            gaps += usize::from(matches!(range.next, Next::Gap { .. }));
+            values.push(to_json(place, &range));
+            table.row([
+                place.group.to_string(),
+                range.timeline.to_string(),
+                range.from_lsn.to_string(),
+                range.until_lsn.to_string(),
+                range.segments.to_string(),
+                bytes(range.object_bytes),
+                time(range.from),
+                time(range.until),
+                then(&range.next),
+            ]);
+        }
+    }
+    print(as_json, &values, &table, "no WAL is stored")?;
+    if gaps > 0 {
+        bail!(
+            "{gaps} gap{} in the WAL: no recovery goes across one",
+            if gaps == 1 { "" } else { "s" }
+        );
+    }
+    Ok(())
+}
+
+fn then(next: &Next) -> String {
+    match next {
+        Next::Newest => "newest".to_owned(),
+        Next::Timeline { timeline, switch_lsn } => format!("timeline {timeline} from {switch_lsn}"),
+        Next::Gap { until_lsn, reason: Some(reason) } => format!("GAP until {until_lsn}: {reason}"),
+        Next::Gap { until_lsn, reason: None } => format!("GAP until {until_lsn}"),
+    }
+}
+
+fn to_json(place: &Place, range: &Range) -> Value {
+    json!({
+        "group": place.group,
+        "system_identifier": place.system_identifier.to_string(),
+        "timeline": range.timeline,
+        "from_lsn": range.from_lsn.to_string(),
+        "until_lsn": range.until_lsn.to_string(),
+        "segments": range.segments,
+        "object_bytes": range.object_bytes,
+        "stored_from": range.from,
+        "stored_until": range.until,
+        "then": match &range.next {
+            Next::Newest => json!({ "reason": "newest" }),
+            Next::Timeline { timeline, switch_lsn } => json!({
+                "reason": "timeline", "timeline": timeline, "switch_lsn": switch_lsn.to_string(),
+            }),
+            Next::Gap { until_lsn, reason } => json!({
+                "reason": "gap", "until_lsn": until_lsn.to_string(), "recorded": reason,
+            }),
+        },
+    })
+}
+
+/// One object of WAL.
+enum Object<'a> {
+    Segment(&'a WalObject),
+    Piece(&'a Piece),
+}
+
+impl Object<'_> {
+    /// Reads it back; returns its name too.
+    async fn check(self, place: &Place) -> (String, Result<(), WalError>) {
+        match self {
+            Self::Segment(segment) => {
+                (segment.name.clone(), wal::read(place, segment, |_| Ok(())).await)
+            }
+            Self::Piece(piece) => (piece.name.clone(), piece::read(place, piece).await.map(drop)),
+        }
+    }
+}
+
+/// Reads all stored WAL back; fails if any of it is damaged, ambiguous or missing.
+///
+/// # Errors
+///
+/// Something is wrong; or the repository could not be read.
+pub async fn verify(places: &[Place], as_json: bool, progress: &Progress) -> anyhow::Result<()> {
+    let mut table = Table::new(&["GROUP", "OBJECT", "RESULT"]);
+    let (mut values, mut read_back, mut bad) = (Vec::new(), 0, 0);
+    for place in places {
+        let (map, ranges) = read(place).await?;
+        let segments = map.segments.values().flat_map(|timeline| timeline.values());
+        for several in segments.clone().filter(|several| several.len() > 1) {
+            let problem = "is there with two contents: two servers wrote the same timeline";
+            complain(&mut table, &mut values, place, &several[0].file, problem);
+            bad += 1;
+        }
+        for range in ranges.iter().filter(|range| matches!(range.next, Next::Gap { .. })) {
+            let after = format!("timeline {} after {}", range.timeline, range.until_lsn);
+            complain(&mut table, &mut values, place, &after, &then(&range.next));
+            bad += 1;
+        }
+        for (segment, pieces) in &map.pieces {
+            let cover = piece::cover(pieces);
+            let stitched = piece::stitch(place, *segment, map.segment_bytes, &cover).await;
+            // What else there may be is found, and named, below.
+            if let Err(conflict @ WalError::Conflict { .. }) = stitched {
+                let (file, what) = (segment.name(map.segment_bytes), chain(&conflict).to_string());
+                complain(&mut table, &mut values, place, &file, &what);
+                bad += 1;
+            }
+        }
+        let objects: Vec<Object<'_>> = segments
+            .flatten()
+            .map(Object::Segment)
+            .chain(map.pieces.values().flatten().map(Object::Piece))
+            .collect();
+        progress.begin("reading WAL", objects.len() as u64 * map.segment_bytes);
+        read_back += objects.len();
+        let checks = objects.into_iter().map(|object| object.check(place));
+        let mut checks = stream::iter(checks).buffer_unordered(AT_ONCE);
+        while let Some((name, result)) = checks.next().await {
+            progress.add(map.segment_bytes);
+            match result {
+                Ok(()) => {}
+                Err(WalError::Repository(RepositoryError::Store(error)))
+                    if error.is_transient() =>
+                {
+                    return Err(error).context("read the repository");
+                }
+                Err(error) => {
+                    complain(&mut table, &mut values, place, &name, &chain(&error).to_string());
+                    bad += 1;
+                }
+            }
+        }
+    }
+    let all_good = format!("{read_back} WAL objects read back, all good");
+    print(as_json, &values, &table, &all_good)?;
+    if bad > 0 {
+        bail!("{bad} of {read_back} WAL objects are not as they should be");
+    }
+    Ok(())
+}
+
+fn complain(table: &mut Table, values: &mut Vec<Value>, place: &Place, object: &str, what: &str) {
+    values.push(json!({ "group": place.group, "object": object, "problem": what }));
+    table.row([place.group.to_string(), object.to_owned(), what.to_owned()]);
+}
+
+fn print(as_json: bool, values: &[Value], table: &Table, nothing: &str) -> anyhow::Result<()> {
+    let text = if as_json {
+        format!("{:#}\n", json!(values))
+    } else if table.is_empty() {
+        format!("{nothing}\n")
+    } else {
+        table.to_string()
+    };
+    match io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("write to standard output"),
+    }
+}

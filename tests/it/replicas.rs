@@ -1,0 +1,221 @@
+//! Replicas of the agent with one configuration and one etcd: each group's WAL is received by one
+//! of them at a time, whatever becomes of the other.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::time::Duration;
+
+use harness::postgres::postgres_is_missing;
+use harness::{Agent, Effect, Fault, Refusal};
+use harness::{
+    EtcdCluster, Finished, Operation, PgServer, RunningAgent, etcd_is_missing, eventually,
+};
+use serde_json::Value;
+use shared::lease::TTL;
+use shared::pg::wal::{Segment, WalFile};
+use tokio::time::Instant;
+use tokio_postgres::types::PgLsn;
+
+use crate::receive::{RECEIVER, WAL, commits, load, reported, stored_up_to};
+use crate::scene::{Kind, Scene, write};
+
+const LIMIT: Duration = Duration::from_mins(1);
+/// What taking over may take beyond the lease's time: the lease ends, the other one notices, asks
+/// the servers, and reads what is stored.
+const SLACK: Duration = Duration::from_secs(10);
+/// As [`WAL`], and nothing is written to the servers.
+const QUIET: &str = "[wal]\nship_interval = \"200ms\"\nheartbeat = \"0s\"\n";
+
+fn something_is_missing() -> bool {
+    postgres_is_missing() || etcd_is_missing()
+}
+
+/// The section `[etcd]`.
+fn section(etcd: &EtcdCluster) -> String {
+    format!("[etcd]\nendpoints = [\"{}\"]\n", etcd.endpoints().join("\", \""))
+}
+
+/// The groups that an agent says it is responsible for.
+fn held(agent: &RunningAgent) -> BTreeSet<u64> {
+    let mut held = BTreeSet::new();
+    for line in agent.stdout().lines() {
+        let Ok(line) = serde_json::from_str::<Value>(line) else { continue };
+        let mut spans = line["spans"].as_array().into_iter().flatten();
+        let Some(group) = spans.find_map(|span| span["group"].as_u64()) else { continue };
+        match line["message"].as_str() {
+            Some("responsible for the group") => held.insert(group),
+            Some("not responsible for the group any more") => held.remove(&group),
+            _ => false,
+        };
+    }
+    held
+}
+
+async fn holds(agent: &RunningAgent, groups: &[u64]) {
+    let groups: BTreeSet<_> = groups.iter().copied().collect();
+    let what = format!("the agent holds {groups:?}");
+    eventually(&what, LIMIT, async || held(agent) == groups).await;
+}
+
+async fn receivers(primary: &PgServer) -> String {
+    let ask = "SELECT count(*) FROM pg_stat_replication WHERE application_name = ";
+    primary.psql(&format!("{ask}'{RECEIVER}'")).await
+}
+
+/// Commits a mark, waits until it is stored, and returns the time from `since` to then.
+async fn mark(primary: &PgServer, i: u32, since: Instant) -> Duration {
+    primary.psql(&format!("INSERT INTO marks VALUES ({i})")).await;
+    stored_up_to(primary, primary.current_lsn().await).await;
+    since.elapsed()
+}
+
+/// Restores a group to the end of its WAL and starts what comes of it. What fetches the WAL needs a
+/// configuration of that group.
+async fn recover(scene: &Scene, group: &str) -> PgServer {
+    let config = scene.path(&format!("group-{group}.toml"));
+    let text = fs::read_to_string(scene.config()).unwrap();
+    write(&config, &text.replace("[wal]\n", &format!("[wal]\ngroup = {group}\n")));
+    let to = scene.path(&format!("restored-{group}"));
+    let mut restore = vec!["restore", "--group", group, "--target-action", "promote"];
+    restore.extend(["--archive-mode", "off", "--to", to.to_str().unwrap()]);
+    Agent::new(&config).run(&restore).await.assert_success();
+    let restored = PgServer::start_existing(&to).await;
+    restored.recovered().await;
+    restored
+}
+
+async fn no_gap(scene: &Scene) {
+    let listed: Finished = scene.run(&["list", "--wal"]).await;
+    listed.assert_success();
+    scene.run(&["verify", "--wal"]).await.assert_success();
+}
+
+/// Two groups are shared out; when one replica is killed, the other has both within its lease.
+#[tokio::test]
+async fn groups_are_shared_out_and_taken_over() {
+    if something_is_missing() {
+        return;
+    }
+    let etcd = EtcdCluster::start(1).await;
+    let worker = PgServer::builder().name("worker").primary().await;
+    let node = format!(
+        "[[nodes]]\ngroup = 1\nname = \"worker\"\nhost = \"{}\"\nport = {}\n",
+        worker.socket_directory().display(),
+        worker.port()
+    );
+    let scene = Scene::streaming(Kind::S3, &format!("{node}{WAL}{}", section(&etcd))).await;
+    let one = scene.agent().spawn(&["run"]);
+    holds(&one, &[0, 1]).await;
+    let servers = [&scene.primary, &worker];
+    for (group, server) in ["0", "1"].iter().zip(servers) {
+        server.psql("CREATE TABLE marks (i int)").await;
+        mark(server, 1, Instant::now()).await;
+        scene.run(&["backup", "--group", group]).await.assert_success();
+    }
+
+    let two = scene.agent().spawn(&["run"]);
+    let shared = async || held(&one).len() == 1 && held(&two).len() == 1;
+    eventually("each has one group", LIMIT, shared).await;
+    assert!(held(&one).is_disjoint(&held(&two)), "{:?} {:?}", held(&one), held(&two));
+    for server in servers {
+        mark(server, 2, Instant::now()).await;
+        assert_eq!(receivers(server).await, "1");
+    }
+
+    let taken = servers[usize::try_from(*held(&one).first().unwrap()).unwrap()];
+    let killed_at = Instant::now();
+    one.kill9().await;
+    load(taken, 50_000).await;
+    let took = mark(taken, 3, killed_at).await;
+    assert!(took < TTL + SLACK, "it took {took:?}");
+    holds(&two, &[0, 1]).await;
+    for server in servers {
+        mark(server, 4, Instant::now()).await;
+        assert_eq!(receivers(server).await, "1");
+    }
+    no_gap(&scene).await;
+    for (group, server) in ["0", "1"].iter().zip(servers) {
+        let restored = recover(&scene, group).await;
+        assert_eq!(commits(&restored).await, commits(server).await, "group {group}");
+    }
+}
+
+/// The WAL before `lsn` that a request writes or deletes: pieces by their place, others by their
+/// segment.
+fn is_before(key: &str, lsn: PgLsn) -> bool {
+    const SEGMENT_BYTES: u64 = 16 << 20;
+    let name = key.rsplit('/').next().unwrap_or_default();
+    let Ok(WalFile::Segment(Segment { number, .. })) =
+        WalFile::parse(name.get(..24).unwrap_or_default(), SEGMENT_BYTES)
+    else {
+        return true;
+    };
+    let place = name[24..].strip_prefix('.').and_then(|place| place.split('-').next());
+    let from = place.map_or(0, |from| u64::from_str_radix(from, 16).unwrap());
+    number * SEGMENT_BYTES + from < u64::from(lsn)
+}
+
+/// A replica is stopped in the middle of storing, for longer than its lease. The other takes over,
+/// although the server still has the stopped one's connection; and when that one goes on, it
+/// writes nothing of what it has.
+async fn a_stopped_replica_writes_nothing_after_its_lease(fault: Fault) {
+    let etcd = EtcdCluster::start(1).await;
+    let scene = Scene::streaming(Kind::S3, &format!("{QUIET}{}", section(&etcd))).await;
+    let primary = &scene.primary;
+    let faults = scene.s3.as_ref().unwrap().faults();
+    let mut one = scene.agent().spawn(&["run"]);
+    holds(&one, &[0]).await;
+    primary.psql("CREATE TABLE marks (i int)").await;
+    mark(primary, 1, Instant::now()).await;
+    scene.run(&["backup"]).await.assert_success();
+    let two = scene.agent().spawn(&["run"]);
+
+    let fault = faults.add(fault.on(Operation::PutObject));
+    load(primary, 30_000).await;
+    let under_way = async || faults.hits(fault) > 0;
+    eventually("it is storing", LIMIT, under_way).await;
+    one.sigstop();
+    let stopped_at = Instant::now();
+    faults.remove(fault);
+    let took = mark(primary, 2, stopped_at).await;
+    assert!(took < TTL + SLACK, "it took {took:?}");
+    assert_eq!(held(&two), BTreeSet::from([0]));
+    assert_eq!(receivers(primary).await, "1");
+
+    let lsn = reported(primary).await.unwrap();
+    faults.forget_requests();
+    one.sigcont();
+    one.logged("not responsible for the group any more", LIMIT).await;
+    // Whatever it would do, it would have done before this is stored.
+    mark(primary, 3, Instant::now()).await;
+    let writes = [Operation::PutObject, Operation::UploadPart, Operation::DeleteObject];
+    let late: Vec<_> = faults
+        .record()
+        .into_iter()
+        .filter(|request| writes.contains(&request.operation) && is_before(&request.key, lsn))
+        .collect();
+    assert!(late.is_empty(), "written after the lease was over: {late:?}");
+    assert_eq!(held(&two), BTreeSet::from([0]));
+    no_gap(&scene).await;
+    let restored = recover(&scene, "0").await;
+    assert_eq!(commits(&restored).await, "1,2,3");
+    assert_eq!(restored.psql("SELECT count(*) FROM load").await, "30000");
+}
+
+/// It waits for an answer.
+#[tokio::test]
+async fn a_replica_that_was_stopped_while_it_stored_writes_nothing_after_its_lease() {
+    if !something_is_missing() {
+        let fault = Fault::new(Effect::Delay(Duration::from_millis(500)));
+        Box::pin(a_stopped_replica_writes_nothing_after_its_lease(fault)).await;
+    }
+}
+
+/// It is about to try again.
+#[tokio::test]
+async fn a_replica_that_was_stopped_between_attempts_writes_nothing_after_its_lease() {
+    if !something_is_missing() {
+        let fault = Fault::new(Effect::Refuse(Refusal::SlowDown));
+        Box::pin(a_stopped_replica_writes_nothing_after_its_lease(fault)).await;
+    }
+}
