@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use shared::pg::wal::WalFile;
+use shared::pg::wal::{Segment, WalFile};
 use shared::store::StoreErrorKind;
 use shared::telemetry::chain;
 use thiserror::Error;
@@ -13,7 +13,7 @@ use tracing::{debug, error, info, warn};
 use crate::catalog;
 use crate::config::Config;
 use crate::repository::{OpenError, Place, Repository, RepositoryError};
-use crate::wal::{self, Absence, Packed, Stored, WalError, piece};
+use crate::wal::{self, Absence, Packed, Stored, WalError, WalMap, piece};
 
 /// Where a server keeps its system identifier, below the data directory: the first eight bytes.
 /// Source: `ControlFileData` in `src/include/catalog/pg_control.h`.
@@ -174,32 +174,80 @@ async fn fetch_from(place: &Place, file: &str, path: &Path) -> Result<Fetched, A
     Ok(Fetched::Done)
 }
 
-/// Fetches a segment of which only pieces are stored, because it was still growing.
+/// Fetches a segment of which only pieces are stored, because it was still growing; or only the
+/// beginning that it has in common with the timeline before, because nothing came after.
 async fn fetch_growing(place: &Place, file: &str, path: &Path) -> Result<Fetched, ArchiveError> {
     let segment_bytes = catalog::wal_segment_bytes(place).await?.unwrap_or(16 << 20);
     let Ok(WalFile::Segment(segment)) = WalFile::parse(file, segment_bytes) else {
         return absent(place, file, segment_bytes).await;
     };
-    let pieces = piece::list_of(place, segment, segment_bytes).await?;
-    let cover = piece::cover(&pieces);
-    if cover.to == 0 {
-        // It may have been completed, and its pieces removed, since it was looked for.
-        return match wal::find(place, file).await?.as_slice() {
-            [] => absent(place, file, segment_bytes).await,
-            _ => Box::pin(fetch_from(place, file, path)).await,
-        };
+    let stored = WalMap::around(place, segment, segment_bytes).await?;
+    // Complete segments are stored before their pieces are removed: it is one by now if the list of
+    // pieces was read while they were.
+    if !wal::find(place, file).await?.is_empty() {
+        return Box::pin(fetch_from(place, file, path)).await;
     }
-    if cover.furthest > cover.to {
-        let reason = format!("a piece of it is missing after {} bytes", cover.to);
-        return Err(ArchiveError::Missing { file: file.to_owned(), reason });
+    let missing = |reason| Err(ArchiveError::Missing { file: file.to_owned(), reason });
+    let pieces = stored.pieces.get(&segment).map_or(&[][..], Vec::as_slice);
+    let cover = piece::cover(pieces);
+    let covered = stored.within_reach(segment);
+    if covered == 0 {
+        return absent(place, file, segment_bytes).await;
     }
-    let content = piece::stitch(place, segment, segment_bytes, &cover).await?;
+    if cover.furthest > covered {
+        return missing(format!("a piece of it is missing after {covered} bytes"));
+    }
+    if let Some(reason) = stored.goes_on(segment, covered) {
+        return missing(format!("only {covered} bytes of it are stored, and {reason}"));
+    }
+    let content = match beginning(place, &stored, segment, covered).await {
+        Err(WalError::Repository(RepositoryError::Store(error)))
+            if error.kind == StoreErrorKind::NotFound =>
+        {
+            if wal::find(place, file).await?.is_empty() {
+                return missing("a piece of it was listed a moment ago".to_owned());
+            }
+            return Box::pin(fetch_from(place, file, path)).await;
+        }
+        content => content?,
+    };
     let failed = |source| ArchiveError::Write { path: path.to_owned(), source };
     let provisional = path.with_extension("pgmesh");
     fs::write(&provisional, content).map_err(failed)?;
     fs::rename(&provisional, path).map_err(failed)?;
-    info!(segment = file, bytes = cover.to, "WAL segment put together from its pieces");
+    info!(segment = file, bytes = covered, "WAL segment put together from its pieces");
     Ok(Fetched::Done)
+}
+
+/// The first `covered` bytes of a segment and zeros after them: from its own pieces, or, if those
+/// do not go so far, from the same segment of the timeline before.
+async fn beginning(
+    place: &Place,
+    stored: &WalMap,
+    segment: Segment,
+    covered: u64,
+) -> Result<Vec<u8>, WalError> {
+    let bytes = stored.segment_bytes;
+    let own = stored.pieces.get(&segment).map_or(&[][..], Vec::as_slice);
+    let own = piece::cover(own);
+    if own.to >= covered {
+        return piece::stitch(place, segment, bytes, &own).await;
+    }
+    let mut content = Vec::new();
+    let Some((parent, _)) = stored.parent(segment) else { return Ok(content) };
+    if let [complete] = stored.objects(parent) {
+        wal::read(place, complete, |chunk| {
+            content.extend_from_slice(chunk);
+            Ok(())
+        })
+        .await?;
+    } else {
+        let pieces = stored.pieces.get(&parent).map_or(&[][..], Vec::as_slice);
+        content = piece::stitch(place, parent, bytes, &piece::cover(pieces)).await?;
+    }
+    let end = usize::try_from(covered).unwrap_or(usize::MAX).min(content.len());
+    content[end..].fill(0);
+    Ok(content)
 }
 
 async fn absent(place: &Place, file: &str, segment_bytes: u64) -> Result<Fetched, ArchiveError> {

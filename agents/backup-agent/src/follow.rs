@@ -398,9 +398,13 @@ impl Follower {
                 });
             }
             let (files, history) = histories(&mut replication, identity.timeline).await?;
-            let stored = WalMap::read(&place, primary.segment_bytes).await?;
-            let server =
-                Server { timeline: identity.timeline, flush_lsn: identity.lsn, history, slot_lsn };
+            let mut stored = WalMap::read(&place, primary.segment_bytes).await?;
+            require(&place, may_write)?;
+            remove_superseded(&place, &mut stored).await?;
+            // Once more, so that the position is not older than what was stored by others meanwhile.
+            let flush_lsn = replication.identify_system().await?.lsn;
+            let timeline = identity.timeline;
+            let server = Server { timeline, flush_lsn, history, slot_lsn };
             let start =
                 resume::start(&stored, &server, self.wal().on_divergence).map_err(|source| {
                     FollowError::Refused { node: primary.node.to_string(), source }
@@ -413,13 +417,7 @@ impl Follower {
                      restored on the old timeline"
                 );
             }
-            for segment in stored.superseded() {
-                let removed = piece::remove(&place, segment, primary.segment_bytes).await;
-                if let Err(failure) = removed {
-                    warn!(error = %chain(&failure), "pieces of a stored segment not removed");
-                    break;
-                }
-            }
+            require(&place, may_write)?;
             for (name, text) in files {
                 wal::store(&place, Packed::read(&name, text.as_bytes(), 1)?).await?;
             }
@@ -543,6 +541,41 @@ async fn other_primary(mut changes: watch::Receiver<Following>, primary: &Primar
     if changes.wait_for(other).await.is_err() {
         std::future::pending::<()>().await;
     }
+}
+
+/// Nothing is written or removed without a claim.
+fn require(place: &Place, may_write: &(dyn Fn() -> bool + Sync)) -> Result<(), ReceiveError> {
+    if may_write() { Ok(()) } else { Err(ReceiveError::LeaseLost { group: place.group }) }
+}
+
+/// Removes the pieces of segments that are complete: whoever stored them was stopped before. If a
+/// complete one cannot be read back, its pieces are what there is.
+async fn remove_superseded(place: &Place, stored: &mut WalMap) -> Result<(), WalError> {
+    for segment in stored.superseded().collect::<Vec<_>>() {
+        let mut is_good = true;
+        for object in stored.objects(segment) {
+            match wal::read(place, object, |_| Ok(())).await {
+                Ok(()) => {}
+                Err(WalError::Repository(failure)) if failure.is_transient() => {
+                    return Err(failure.into());
+                }
+                Err(failure) => {
+                    error!(
+                        segment = object.name, error = %chain(&failure),
+                        "a complete WAL segment is damaged; its pieces stand for it"
+                    );
+                    is_good = false;
+                }
+            }
+        }
+        if !is_good {
+            stored.disregard(segment);
+        } else if let Err(failure) = piece::remove(place, segment, stored.segment_bytes).await {
+            warn!(error = %chain(&failure), "pieces of a stored segment not removed");
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// Fetches the histories of a timeline and of those before it: the file of each, and the history

@@ -96,8 +96,10 @@ pub struct RepositoryState {
     pub reachable_until: Option<DateTime<Utc>>,
     /// The first WAL segment that is missing or ambiguous after the newest backup.
     pub broken_at: Option<String>,
-    /// Whether a new backup is needed, because WAL is missing after the newest.
+    /// Whether a new backup is needed, because WAL is lost after the newest.
     pub needs_backup: bool,
+    /// Whether WAL after the newest backup is missing.
+    pub gap_seen: bool,
 }
 
 /// The state of all groups, shared between the loops and the admin server.
@@ -172,6 +174,12 @@ impl State {
     /// The repository was read.
     pub fn observed(&self, group: u32, repository: RepositoryState) {
         self.change(group, |state| state.repository = Some(repository));
+    }
+
+    /// Whether WAL was missing when the repository was last read.
+    pub fn gap_seen(&self, group: u32) -> bool {
+        let snapshot = self.snapshot();
+        snapshot.get(&group).and_then(|it| it.repository.as_ref()).is_some_and(|it| it.gap_seen)
     }
 
     /// When the repository was last read, for each group.

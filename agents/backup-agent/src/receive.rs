@@ -207,7 +207,8 @@ impl Receiver<'_> {
                     if state.heard_at.elapsed() > SILENCE_MAX {
                         return Err(stream.silent(SILENCE_MAX).into());
                     }
-                    stream.report(self.received_lsn(&state), state.stored_lsn, true).await?;
+                    let ask = !state.ended;
+                    stream.report(self.received_lsn(&state), state.stored_lsn, ask).await?;
                     report_at = Instant::now() + REPORT_EVERY;
                 }
                 () = sleep_until(ship_at.unwrap_or_else(Instant::now)),
@@ -244,7 +245,8 @@ impl Receiver<'_> {
                 return Ok(bytes);
             }
             WalEvent::Keepalive { server_lsn, reply } => {
-                state.server_lsn = server_lsn;
+                // This is how far it has sent, which may be less.
+                state.server_lsn = state.server_lsn.max(server_lsn);
                 state.reply |= reply;
             }
             WalEvent::Ended => state.ended = true,

@@ -133,6 +133,8 @@ pub fn start(
     if newest > server.timeline {
         return Err(Refusal::OldTimeline { found: server.timeline, stored: newest });
     }
+    // A history alone, which the new primary's archiver may have stored before us, is no WAL.
+    let newest = stored.newest_with_wal().unwrap_or(0);
     let end = stored.end_of(newest);
     if let Some(end) = end
         && newest == server.timeline
@@ -373,6 +375,30 @@ mod tests {
         let divergence = Divergence { timeline: 2, from_lsn: lsn(5, 1000), until_lsn: lsn(7, 0) };
         let refused = start(&stored, &other, OnDivergence::Refuse);
         assert_eq!(refused, Err(Refusal::Diverged(divergence)));
+    }
+
+    /// A recovery needs the beginning of a timeline's first segment, which the timeline before has.
+    #[test]
+    fn the_beginning_of_a_timeline_is_what_it_has_in_common_with_the_one_before() {
+        let segment = |timeline| Segment { timeline, number: 5 };
+        let cases = [
+            ("only the parent, beyond the branch", stored(&[], &[(1, 5, 1800)], &[2]), 1000),
+            ("only the parent, short of the branch", stored(&[], &[(1, 5, 700)], &[2]), 700),
+            ("its own is shorter", stored(&[], &[(1, 5, 1000), (2, 5, 256)], &[2]), 1000),
+            ("its own is longer", stored(&[], &[(1, 5, 1000), (2, 5, 1500)], &[2]), 1500),
+            ("a complete parent", stored(&[(1, 5)], &[], &[2]), 1000),
+            ("nothing", stored(&[], &[], &[2]), 0),
+        ];
+        for (name, stored, expected) in cases {
+            assert_eq!(stored.within_reach(segment(2)), expected, "{name}");
+        }
+        let alone = stored(&[], &[(1, 5, 700)], &[]);
+        assert_eq!(alone.goes_on(segment(1), 700), None);
+        let branched = stored(&[], &[(1, 5, 700)], &[2]);
+        assert!(branched.goes_on(segment(1), 700).unwrap().contains("timeline 2 branched off"));
+        assert_eq!(branched.goes_on(segment(1), 1000), None);
+        let later = stored(&[(1, 7)], &[(1, 5, 700)], &[]);
+        assert!(later.goes_on(segment(1), 700).unwrap().contains("000000010000000000000007"));
     }
 
     #[test]

@@ -13,6 +13,7 @@ use shared::telemetry::chain;
 use shared::{metrics, shutdown};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
+use tokio_postgres::types::PgLsn;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, error, info, info_span, warn};
 
@@ -166,7 +167,7 @@ async fn schedule(
 /// again in a minute.
 async fn needs_backup(context: &Context, group: u32) -> bool {
     let observed = timeout(OBSERVE_LIMIT, observe_group(&context.repository, group)).await;
-    observed.is_ok_and(|observed| observed.is_ok_and(|state| state.needs_backup))
+    observed.is_ok_and(|observed| observed.is_ok_and(|it| it.needs_backup || it.gap_seen))
 }
 
 async fn sleep_until_some(due: Option<DateTime<Utc>>) {
@@ -239,7 +240,9 @@ async fn observe(
             };
             match observed {
                 Ok(Ok(observed)) => {
-                    if observed.needs_backup {
+                    // What is on its way out of order looks like a gap, for a moment.
+                    let lasting = observed.gap_seen && state.gap_seen(group);
+                    if observed.needs_backup || lasting {
                         // If the queue is full, it is asked for already.
                         needs_backup.try_send(group).ok();
                     }
@@ -282,6 +285,7 @@ async fn observe_group(repository: &Repository, group: u32) -> Result<Repository
         reachable_until: None,
         broken_at: None,
         needs_backup: false,
+        gap_seen: false,
     };
     let Some((place, catalog)) = newest else { return Ok(state) };
     state.backups = catalog.backups.len() as u64;
@@ -298,8 +302,9 @@ async fn observe_group(repository: &Repository, group: u32) -> Result<Repository
         Then::End => None,
         Then::Gap { segment } | Then::Conflict { segment } => Some(segment.clone()),
     });
-    let gap_after = wal::gaps(&place).await?.iter().any(|gap| gap.until_lsn > last.end_lsn);
-    let gap_seen = reach.is_some_and(|reach| matches!(reach.then, Then::Gap { .. }));
-    state.needs_backup = gap_after || gap_seen;
+    let good = catalog.backups.iter().rfind(|backup| backup.suspect.is_none());
+    let end_lsn = good.map_or(PgLsn::from(0), |backup| backup.end_lsn);
+    state.needs_backup = wal::gaps(&place).await?.iter().any(|gap| gap.until_lsn > end_lsn);
+    state.gap_seen = reach.is_some_and(|reach| matches!(reach.then, Then::Gap { .. }));
     Ok(state)
 }

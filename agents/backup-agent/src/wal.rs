@@ -14,6 +14,7 @@ use shared::pg::wal::{
     HistoryEntry, SEGMENT_BYTES_MIN, Segment, WalFile, WalFileError, WalHeader, WalHeaderError,
     parse_history, segment_number,
 };
+use shared::store::StoreErrorKind;
 use thiserror::Error;
 use tokio_postgres::types::PgLsn;
 
@@ -416,15 +417,32 @@ pub async fn store(place: &Place, packed: Packed) -> Result<Stored, WalError> {
 ///
 /// As [`store`]; or the store does not give back what it was given.
 pub async fn store_and_compare(place: &Place, packed: Packed) -> Result<Stored, WalError> {
-    let (stored, written) = store_object(place, packed).await?;
-    if let Some((name, object)) = written {
-        let found = place.store().get(&place.key(&name)).await.map_err(RepositoryError::from)?;
-        if found != object {
+    let name = format!("{}{}", stem(&packed.file), packed.hash);
+    let error = match store_object(place, packed).await {
+        Ok((stored, None)) => return Ok(stored),
+        Ok((stored, Some((name, object)))) => {
+            let found =
+                place.store().get(&place.key(&name)).await.map_err(RepositoryError::from)?;
+            if found == object {
+                return Ok(stored);
+            }
             let source = ContainerError::Replaced { name: name.clone() };
-            return Err(WalError::DamagedCopy { name, source: Box::new(source.into()) });
+            WalError::DamagedCopy { name, source: Box::new(source.into()) }
         }
+        Err(error) => error,
+    };
+    let is_damaged = match &error {
+        WalError::DamagedCopy { .. } => true,
+        WalError::Repository(RepositoryError::Store(error)) => {
+            error.kind == StoreErrorKind::Corrupt
+        }
+        _ => false,
+    };
+    if is_damaged {
+        // Its name would stand for what the server still has, and sends again.
+        place.store().delete(&place.key(&name)).await.map_err(RepositoryError::from)?;
     }
-    Ok(stored)
+    Err(error)
 }
 
 /// Stores a WAL file; returns the object too if it was written now.
@@ -580,13 +598,43 @@ impl WalMap {
         // one of the two lists.
         map.pieces = piece::list(place, segment_bytes).await?;
         for wal in place.list("wal/", None, None).await?.into_iter().filter_map(object) {
-            if let Ok(WalFile::Segment(segment)) = WalFile::parse(&wal.file, segment_bytes) {
-                let timeline = map.segments.entry(segment.timeline).or_default();
-                timeline.entry(segment.number).or_default().push(wal);
-            }
+            map.add(wal);
         }
         map.histories = histories(place).await?;
         Ok(map)
+    }
+
+    /// Lists what tells about one segment: its own objects, those of the timeline before, a few that
+    /// come after, and all pieces and histories.
+    ///
+    /// # Errors
+    ///
+    /// As [`WalMap::read`].
+    pub async fn around(
+        place: &Place,
+        segment: Segment,
+        segment_bytes: u64,
+    ) -> Result<Self, WalError> {
+        let pieces = piece::list(place, segment_bytes).await?;
+        let histories = histories(place).await?;
+        let mut map = Self { segment_bytes, pieces, histories, ..Self::default() };
+        let parent = map.parent(segment).map(|(parent, _)| parent);
+        for near in [Some(segment), parent].into_iter().flatten() {
+            let prefix = format!("wal/{:08X}/", near.timeline);
+            let listed =
+                place.list(&prefix, Some(&stem(&near.name(segment_bytes))), Some(4)).await?;
+            for wal in listed.into_iter().filter_map(object) {
+                map.add(wal);
+            }
+        }
+        Ok(map)
+    }
+
+    fn add(&mut self, wal: WalObject) {
+        if let Ok(WalFile::Segment(segment)) = WalFile::parse(&wal.file, self.segment_bytes) {
+            let timeline = self.segments.entry(segment.timeline).or_default();
+            timeline.entry(segment.number).or_default().push(wal);
+        }
     }
 
     /// How much of a segment is stored, from its first byte on: all of it if it is complete.
@@ -605,6 +653,61 @@ impl WalMap {
             timeline.is_some_and(|timeline| timeline.contains_key(&segment.number))
         };
         self.pieces.keys().copied().filter(complete)
+    }
+
+    /// The objects of a complete segment.
+    pub fn objects(&self, segment: Segment) -> &[WalObject] {
+        let timeline = self.segments.get(&segment.timeline);
+        timeline.and_then(|it| it.get(&segment.number)).map_or(&[], Vec::as_slice)
+    }
+
+    /// Takes a complete segment for one that is not there, because it is damaged.
+    pub fn disregard(&mut self, segment: Segment) {
+        if let Some(timeline) = self.segments.get_mut(&segment.timeline) {
+            timeline.remove(&segment.number);
+        }
+    }
+
+    /// How much of a segment a recovery can have: what is stored of it; or, of the segment in which
+    /// its timeline began, the beginning that it has in common with the timeline before.
+    pub fn within_reach(&self, segment: Segment) -> u64 {
+        let own = self.covered(segment);
+        let Some((parent, common)) = self.parent(segment).filter(|(_, common)| own < *common)
+        else {
+            return own;
+        };
+        own.max(self.covered(parent).min(common))
+    }
+
+    /// The same segment on the timeline before, if `segment` is the one in which its timeline
+    /// began, and how many bytes the two have in common.
+    pub fn parent(&self, segment: Segment) -> Option<(Segment, u64)> {
+        let entry = self.histories.get(&segment.timeline)?.last()?;
+        let begins_here = segment_number(entry.switch_lsn, self.segment_bytes) == segment.number;
+        let parent = Segment { timeline: entry.timeline, ..segment };
+        begins_here.then_some((parent, u64::from(entry.switch_lsn) % self.segment_bytes))
+    }
+
+    /// What proves that a segment, of which the first `covered` bytes are stored, was longer.
+    pub fn goes_on(&self, segment: Segment, covered: u64) -> Option<String> {
+        let Segment { timeline, number } = segment;
+        if let Some(later) = self.numbers(timeline).filter(|later| *later > number).min() {
+            let later = Segment { timeline, number: later }.name(self.segment_bytes);
+            return Some(format!("{later} is stored, which is after it"));
+        }
+        let end = number * self.segment_bytes + covered;
+        let left =
+            |entry: &&HistoryEntry| entry.timeline == timeline && u64::from(entry.switch_lsn) > end;
+        self.histories.iter().find_map(|(child, history)| {
+            let entry = history.iter().find(left)?;
+            Some(format!("timeline {child} branched off it at {}", entry.switch_lsn))
+        })
+    }
+
+    /// The newest timeline of which WAL is stored.
+    pub fn newest_with_wal(&self) -> Option<u32> {
+        let complete = self.segments.keys().copied().max();
+        complete.max(self.pieces.keys().map(|segment| segment.timeline).max())
     }
 
     /// The numbers of the segments of a timeline of which anything is stored, not in order.
@@ -676,7 +779,9 @@ impl WalMap {
                 Some([]) | None => Then::Gap { segment: name() },
             };
             until = until.max(cover.chain.iter().map(|piece| piece.stored_at).max());
-            let until_lsn = PgLsn::from(number * self.segment_bytes + cover.to);
+            let conflict = matches!(then, Then::Conflict { .. });
+            let more = if conflict { 0 } else { self.within_reach(segment) };
+            let until_lsn = PgLsn::from(number * self.segment_bytes + more);
             return Some(Reach { timeline: target, until_lsn, until, then });
         }
     }

@@ -144,15 +144,9 @@ pub async fn verify(places: &[Place], as_json: bool, progress: &Progress) -> any
             complain(&mut table, &mut values, place, &after, &then(&range.next));
             bad += 1;
         }
-        for (segment, pieces) in &map.pieces {
-            let cover = piece::cover(pieces);
-            let stitched = piece::stitch(place, *segment, map.segment_bytes, &cover).await;
-            // What else there may be is found, and named, below.
-            if let Err(conflict @ WalError::Conflict { .. }) = stitched {
-                let (file, what) = (segment.name(map.segment_bytes), chain(&conflict).to_string());
-                complain(&mut table, &mut values, place, &file, &what);
-                bad += 1;
-            }
+        for (file, conflict) in conflicts(place, &map).await {
+            complain(&mut table, &mut values, place, &file, &chain(&conflict).to_string());
+            bad += 1;
         }
         let objects: Vec<Object<'_>> = segments
             .flatten()
@@ -185,6 +179,20 @@ pub async fn verify(places: &[Place], as_json: bool, progress: &Progress) -> any
         bail!("{bad} of {read_back} WAL objects are not as they should be");
     }
     Ok(())
+}
+
+/// Segments of which pieces overlap and differ. What else there may be to pieces is found, and named,
+/// when each is read.
+async fn conflicts(place: &Place, map: &WalMap) -> Vec<(String, WalError)> {
+    let mut found = Vec::new();
+    for (segment, pieces) in &map.pieces {
+        let cover = piece::cover(pieces);
+        let stitched = piece::stitch(place, *segment, map.segment_bytes, &cover).await;
+        if let Err(conflict @ WalError::Conflict { .. }) = stitched {
+            found.push((segment.name(map.segment_bytes), conflict));
+        }
+    }
+    found
 }
 
 fn complain(table: &mut Table, values: &mut Vec<Value>, place: &Place, object: &str, what: &str) {

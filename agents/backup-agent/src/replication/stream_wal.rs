@@ -216,6 +216,14 @@ impl WalStream {
         let mut out = BytesMut::new();
         frontend::copy_done(&mut out);
         self.connection.send(&out).await?;
+        loop {
+            match self.connection.message().await? {
+                // Answers to reports that crossed the end of the copy.
+                Message::CopyData(_) | Message::CopyDone => {}
+                Message::RowDescription(_) => break,
+                _ => return Err(self.connection.unexpected("the end of the stream")),
+            }
+        }
         let ended = self.connection.ended().await?;
         Ok((self.connection, ended))
     }

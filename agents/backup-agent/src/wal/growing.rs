@@ -124,7 +124,8 @@ impl Growing {
         self.checked.take(&self.tail)?;
         self.push_chunk()?;
         self.hashes.push(stretch_hash(&self.tail));
-        if start < self.shipped && self.shipped < start + CHUNK {
+        // Also if nothing of it is shipped yet: a piece of its beginning may be under way.
+        if start <= self.shipped && self.shipped < start + CHUNK {
             self.half_shipped = Some(std::mem::take(&mut self.tail));
         }
         self.tail.clear();
@@ -170,6 +171,9 @@ impl Growing {
             // The rest of a chunk that was half shipped.
             let chunk = self.half_shipped.as_deref().unwrap_or_default();
             let rest = chunk.get(index(from % CHUNK)..).unwrap_or_default();
+            if rest.is_empty() {
+                return Err(self.failed("the rest of a half shipped chunk is gone".to_owned()));
+            }
             return self.cut_raw(from, rest).map(Some);
         }
         if from < full {
@@ -296,6 +300,27 @@ mod tests {
             assert_eq!(at, SEGMENT_BYTES, "step {step}, all {all}");
             assert!(growing.is_complete() && growing.waiting() == 0);
             assert_eq!(name_of(growing), expected, "step {step}, all {all}");
+        }
+    }
+
+    /// A piece of a chunk's beginning was under way when the chunk became full.
+    #[test]
+    fn what_comes_while_a_piece_is_under_way_is_cut_next() {
+        let content = content();
+        for (first, second) in [(100, 300_000), (262_144, 262_244), (262_244, 600_000)] {
+            let mut growing = empty(Vec::new());
+            growing.take(&content[..first]).unwrap();
+            let mut at = 0;
+            let mut under_way = growing.cut(true).unwrap();
+            growing.take(&content[first..second]).unwrap();
+            while let Some(cut) = under_way {
+                assert_eq!(cut.from, at);
+                assert_eq!(cut.hash, hash(at, &content[index(at)..index(cut.to)]));
+                at = cut.to;
+                growing.ship(cut.to);
+                under_way = growing.cut(true).unwrap();
+            }
+            assert_eq!(index(at), second);
         }
     }
 
