@@ -252,7 +252,7 @@ run_tests() {
         "${terminal[@]}" \
         --volume "$root:$root:ro" --volume "$target:$target:ro" --volume "$results:$target/nextest" \
         --volume "$(command -v cargo-nextest):/usr/local/bin/cargo-nextest:ro" \
-        --volume /tmp --tmpfs /small-disk:size=32m,mode=1777 --workdir "$root" \
+        --volume /tmp --tmpfs /small-disk:size=48m,mode=1777 --workdir "$root" \
         --env PGMESH_TEST_MOTO="$moto_url" --env PGMESH_TEST_GARAGE="$garage_url" \
         --env PGMESH_TEST_SMALL_DISK=/small-disk \
         --env PGMESH_TESTS_SKIP_FILE="$target/nextest/skipped" \
