@@ -115,7 +115,8 @@ impl<'a> Consumer<'a> {
         let source = self.scene.primary.data_directory().join("pg_wal");
         let fetched = self.data.join("pg_wal/RECOVERYXLOG");
         for name in names {
-            self.fetch(name).await.assert_success();
+            let fetched_now = self.fetch(name).await;
+            assert!(fetched_now.is_success(), "{name}: {fetched_now}\n{}", self.log());
             let right = fs::read(source.join(name)).unwrap();
             assert!(fs::read(&fetched).unwrap() == right, "{name}\n{}", self.log());
             fs::remove_file(&fetched).unwrap();
