@@ -272,6 +272,7 @@ async fn a_full_disk_stops_a_restore_with_its_name() {
     assert!(full.stderr.contains(small.to_str().unwrap()), "{full}");
     assert!(full.stderr.contains("No space left on device"), "{full}");
     assert!(!data.join("global/pg_control").exists(), "the copy could start");
+    fs::remove_dir_all(small.join("big")).unwrap();
 }
 
 #[tokio::test]
