@@ -1,6 +1,7 @@
 //! A real etcd cluster on loopback, whose members can be killed and frozen one by one.
 
 use std::env;
+use std::path::Path;
 use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
@@ -12,6 +13,7 @@ use tokio::process::Command;
 use crate::daemon::{Daemon, server_port};
 use crate::program::{self, Finished, as_server_user};
 use crate::skip::Skip;
+use crate::tls::{Authority, Identity};
 use crate::{eventually, run};
 
 /// Longest wait for a cluster to elect a leader and serve.
@@ -22,6 +24,10 @@ const START_LIMIT: Duration = Duration::from_mins(1);
 pub struct EtcdCluster {
     members: Vec<Member>,
     directory: TempDir,
+    scheme: &'static str,
+    /// More arguments of `etcd`, and of `etcdctl`.
+    options: Vec<String>,
+    ctl_options: Vec<String>,
 }
 
 #[derive(Debug)]
@@ -51,6 +57,39 @@ pub(crate) fn program_is_missing(program: &str) -> bool {
 impl EtcdCluster {
     /// Starts that many members and waits until they serve.
     pub async fn start(count: usize) -> Self {
+        Self::start_with(count, "http", Vec::new(), Vec::new()).await
+    }
+
+    /// One member with more arguments.
+    pub async fn start_one(options: &[&str]) -> Self {
+        let options = options.iter().map(ToString::to_string).collect();
+        Self::start_with(1, "http", options, Vec::new()).await
+    }
+
+    /// One member that speaks TLS with clients that have a certificate of the same authority;
+    /// `operator` is that of `etcdctl`.
+    pub async fn start_with_tls(authority: &Authority, operator: &Identity) -> Self {
+        let pairs = |pairs: [(&str, &Path); 3]| {
+            pairs.map(|(name, path)| format!("--{name}={}", path.display())).to_vec()
+        };
+        let (ca, own) = (authority.ca_file(), authority.issue("etcd"));
+        let mut options = pairs([
+            ("trusted-ca-file", &ca),
+            ("cert-file", &own.certificate),
+            ("key-file", &own.key),
+        ]);
+        options.push("--client-cert-auth".to_owned());
+        let ctl_options =
+            pairs([("cacert", &ca), ("cert", &operator.certificate), ("key", &operator.key)]);
+        Self::start_with(1, "https", options, ctl_options).await
+    }
+
+    async fn start_with(
+        count: usize,
+        scheme: &'static str,
+        options: Vec<String>,
+        ctl_options: Vec<String>,
+    ) -> Self {
         let directory = program::directory();
         let member = |number: usize| {
             let name = format!("etcd-{}", number + 1);
@@ -58,7 +97,7 @@ impl EtcdCluster {
             Member { name, client_port: server_port(), peer_port: server_port(), daemon }
         };
         let members = (0..count).map(member).collect();
-        let mut cluster = Self { members, directory };
+        let mut cluster = Self { members, directory, scheme, options, ctl_options };
         for index in 0..count {
             cluster.start_member(index);
         }
@@ -68,7 +107,11 @@ impl EtcdCluster {
 
     /// The members' client addresses.
     pub fn endpoints(&self) -> Vec<String> {
-        self.members.iter().map(|it| format!("http://127.0.0.1:{}", it.client_port)).collect()
+        self.members.iter().map(|it| self.endpoint(it)).collect()
+    }
+
+    fn endpoint(&self, member: &Member) -> String {
+        format!("{}://127.0.0.1:{}", self.scheme, member.client_port)
     }
 
     /// Starts a member that was killed. Does not wait until it serves.
@@ -78,8 +121,8 @@ impl EtcdCluster {
             .iter()
             .map(|it| format!("{}=http://127.0.0.1:{}", it.name, it.peer_port))
             .collect();
+        let client = self.endpoint(&self.members[index]);
         let member = &mut self.members[index];
-        let client = format!("http://127.0.0.1:{}", member.client_port);
         let peer = format!("http://127.0.0.1:{}", member.peer_port);
         let mut command = as_server_user("etcd");
         command
@@ -88,23 +131,32 @@ impl EtcdCluster {
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
             // Written often, as the members of a test do not survive it.
             .args(["--unsafe-no-fsync", "--log-level", "warn"])
+            .args(&self.options)
             .arg("--data-dir")
             .arg(self.directory.path().join(&member.name));
         member.daemon.start(command);
     }
 
+    /// Lets only those in who log in, as user `root` with the password `root` from now on.
+    pub async fn enable_auth(&mut self) {
+        self.etcdctl(&["user", "add", "root:root"]).await;
+        self.etcdctl(&["user", "grant-role", "root", "root"]).await;
+        self.etcdctl(&["auth", "enable"]).await;
+        self.ctl_options.push("--user=root:root".to_owned());
+    }
+
     /// Waits until every member that runs serves.
     pub async fn serves(&mut self) {
-        let running: Vec<_> = self
-            .members
-            .iter_mut()
-            .filter_map(|it| it.daemon.is_running().then_some(it.client_port))
-            .map(|port| format!("http://127.0.0.1:{port}"))
-            .collect();
+        let mut running = Vec::new();
+        for (endpoint, member) in self.endpoints().into_iter().zip(&mut self.members) {
+            if member.daemon.is_running() {
+                running.push(endpoint);
+            }
+        }
         assert!(!running.is_empty(), "no etcd member runs");
         let endpoints = running.join(",");
         eventually("etcd serves", START_LIMIT, async || {
-            let mut health = etcdctl(&endpoints, &["endpoint", "health"]);
+            let mut health = self.ctl(&endpoints, &["endpoint", "health"]);
             health.stdin(Stdio::null()).output().await.is_ok_and(|it| it.status.success())
         })
         .await;
@@ -128,7 +180,7 @@ impl EtcdCluster {
     /// The number of the member that leads.
     pub async fn leader(&self) -> usize {
         for (index, endpoint) in self.endpoints().iter().enumerate() {
-            let status = run(&mut etcdctl(endpoint, &["endpoint", "status", "-w", "json"])).await;
+            let status = run(&mut self.ctl(endpoint, &["endpoint", "status", "-w", "json"])).await;
             let status: serde_json::Value = serde_json::from_str(&status.stdout).unwrap();
             let status = &status[0]["Status"];
             if status["leader"] == status["header"]["member_id"] {
@@ -140,14 +192,15 @@ impl EtcdCluster {
 
     /// Runs `etcdctl` with the endpoints of all members.
     pub async fn etcdctl(&self, arguments: &[&str]) -> Finished {
-        run(&mut etcdctl(&self.endpoints().join(","), arguments)).await
+        run(&mut self.ctl(&self.endpoints().join(","), arguments)).await
     }
-}
 
-fn etcdctl(endpoints: &str, arguments: &[&str]) -> Command {
-    let mut command = as_server_user("etcdctl");
-    command.env("ETCDCTL_API", "3").args(["--endpoints", endpoints]).args(arguments);
-    command
+    fn ctl(&self, endpoints: &str, arguments: &[&str]) -> Command {
+        let mut command = as_server_user("etcdctl");
+        let command_line = command.env("ETCDCTL_API", "3").args(["--endpoints", endpoints]);
+        command_line.args(&self.ctl_options).args(arguments);
+        command
+    }
 }
 
 impl Drop for EtcdCluster {

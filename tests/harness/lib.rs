@@ -7,6 +7,8 @@
 //! | [`network`] | [`Proxy`]: a connection that is slow, stalls, or breaks |
 //! | [`etcd`] | [`EtcdCluster`]: an etcd cluster, its members killed and frozen one by one |
 //! | [`patroni`] | [`PatroniCluster`]: servers whose leader Patroni chooses; switchover, failover |
+//! | [`tls`] | [`Authority`], and [`TlsFront`]: TLS in front of a server that has none |
+//! | [`metadata`] | [`MetadataService`]: hands out the credentials of an instance's or container's role |
 //! | [`agent`] | [`Agent`]: runs the built agent, and kills it |
 //! | [`program`] | PostgreSQL's programs, run as the servers' operating system user |
 //! | [`skip`](mod@skip) | a test that needs something absent says so |
@@ -24,12 +26,14 @@
 
 pub mod agent;
 pub mod etcd;
+pub mod metadata;
 pub mod network;
 pub mod patroni;
 pub mod postgres;
 pub mod program;
 pub mod s3;
 pub mod skip;
+pub mod tls;
 
 mod background;
 mod daemon;
@@ -40,6 +44,7 @@ use tokio::time::{Instant, sleep};
 
 pub use agent::{Agent, RunningAgent};
 pub use etcd::{EtcdCluster, etcd_is_missing};
+pub use metadata::MetadataService;
 pub use network::{Proxy, Upstream};
 pub use patroni::{PatroniCluster, patroni_is_missing};
 pub use postgres::{Mode, PgServer};
@@ -48,6 +53,7 @@ pub use s3::endpoint::S3Endpoint;
 pub use s3::faults::{At, Effect, Fault, Faults, Operation, Refusal};
 pub use s3::{S3Server, garage_endpoint, moto_endpoint};
 pub use skip::{Skip, skip};
+pub use tls::{Authority, Identity, TlsFront};
 
 /// Between two looks at a condition.
 const POLL: Duration = Duration::from_millis(20);

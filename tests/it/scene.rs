@@ -52,6 +52,16 @@ impl Scene {
     pub(crate) async fn streaming(kind: Kind, extra: &str) -> Self {
         let directory = directory();
         let (s3, repository) = store(kind, directory.path()).await;
+        Self::start_streaming(directory, s3, repository, extra).await
+    }
+
+    /// The same with that `[repository.…]` section, made in `directory`.
+    pub(crate) async fn start_streaming(
+        directory: TempDir,
+        s3: Option<S3Server>,
+        repository: String,
+        extra: &str,
+    ) -> Self {
         let key = directory.path().join("key");
         Agent::without_config().run(&["new-key", key.to_str().unwrap()]).await.assert_success();
         let primary = PgServer::primary().await;

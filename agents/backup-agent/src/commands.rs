@@ -8,6 +8,7 @@ use chrono::Utc;
 use serde_json::{Value, json};
 use shared::cli::WrongUse;
 use shared::config;
+use shared::etcd::Etcd;
 use shared::topology::groups;
 
 use crate::archive;
@@ -19,7 +20,7 @@ use crate::cli::{
 };
 use crate::config::Config;
 use crate::expire;
-use crate::keys::{KeyRing, new_key, new_key_file};
+use crate::keys::{new_key, new_key_file};
 use crate::manifest::Commit;
 use crate::prefetch;
 use crate::progress::{Progress, drawn};
@@ -56,7 +57,7 @@ pub async fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::WalFetch { .. } => bail!("wal-fetch has its own way out"),
         Command::WalPrefetch { path: wanted } => prefetch::run(&load(&path)?, &wanted).await,
-        Command::CheckConfig => check_config(&path),
+        Command::CheckConfig => check_config(&path).await,
         Command::NewKey { file } => make_key(file),
     }
 }
@@ -413,10 +414,13 @@ async fn check_command(context: &Context, args: &JsonArgs) -> anyhow::Result<()>
     Ok(())
 }
 
-fn check_config(path: &Path) -> anyhow::Result<()> {
+async fn check_config(path: &Path) -> anyhow::Result<()> {
     let config = load(path)?;
     config.postgres.settings(AGENT)?;
-    KeyRing::read(&config.encryption)?;
+    Repository::open(&config).await?;
+    if let Some(etcd) = &config.etcd {
+        Etcd::new(etcd)?;
+    }
     let memory = bytes(config.backup.upload().memory_bytes() as u64);
     print(format!("{} is fine; a base backup takes up to {memory} of memory\n", path.display()))
 }

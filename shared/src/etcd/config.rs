@@ -10,6 +10,7 @@ use thiserror::Error;
 
 use crate::config::{Check, Problems};
 use crate::secret::{Secret, SecretError};
+use crate::tls::{self, TlsError};
 
 /// The `[etcd]` table of an agent's configuration.
 #[derive(Clone, Debug, Deserialize)]
@@ -39,6 +40,12 @@ pub enum EtcdSetupError {
     /// The private key could not be read.
     #[error("etcd.key_file")]
     Key(#[source] SecretError),
+    /// There is nobody to trust.
+    #[error("etcd.ca_file")]
+    Authority(#[source] TlsError),
+    /// Our own certificate cannot be used.
+    #[error("etcd.certificate_file and key_file")]
+    Identity(#[source] TlsError),
     /// A certificate could not be read.
     #[error("read certificates from {}", path.display())]
     Certificates {
@@ -99,12 +106,15 @@ impl EtcdConfig {
         if !self.has_tls() {
             return Ok(None);
         }
+        // The client would take a file without certificates, and trust nobody.
+        tls::client_config(self.ca_file.as_deref()).map_err(EtcdSetupError::Authority)?;
         let mut tls = match &self.ca_file {
             Some(file) => TlsOptions::new().ca_certificate(Certificate::from_pem(read(file)?)),
             None => TlsOptions::new().with_native_roots(),
         };
         if let (Some(certificate), Some(key)) = (&self.certificate_file, &self.key_file) {
             let key = Secret::read(key).map_err(EtcdSetupError::Key)?;
+            tls::check_identity(certificate, &key).map_err(EtcdSetupError::Identity)?;
             tls = tls.identity(Identity::from_pem(read(certificate)?, key.expose()));
         }
         Ok(Some(tls))

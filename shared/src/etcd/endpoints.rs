@@ -9,7 +9,7 @@ use etcd_client::{Client, ConnectOptions, Error, TlsOptions};
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 
-use super::error::{EtcdError, code, code_of, is_final, reason};
+use super::error::{EtcdError, code, code_of, is_final, reason, tls_trouble};
 use crate::secret::Secret;
 
 /// Limit on one attempt at one endpoint: what a frozen endpoint costs, once. An election takes
@@ -90,11 +90,14 @@ impl Endpoints {
     {
         let deadline = Instant::now() + CALL_LIMIT;
         let mut failures = vec![None; self.urls.len()];
+        // A handshake that fails looks different each time: what names the cause is kept.
+        let mut causes = failures.clone();
         loop {
             let order = self.lock().order(Instant::now());
             for index in order {
                 let left = deadline.saturating_duration_since(Instant::now());
                 if left.is_zero() {
+                    let failures = causes.into_iter().zip(failures).map(|(cause, it)| cause.or(it));
                     return Err(self.unreachable(what, failures));
                 }
                 let attempt = async { operation(self.client(index).await?).await };
@@ -106,7 +109,10 @@ impl Endpoints {
                     Ok(Err(error)) if is_final(&error) => {
                         return Err(self.refused(what, index, &error));
                     }
-                    Ok(Err(error)) => reason(&error),
+                    Ok(Err(error)) => match tls_trouble(&error) {
+                        Some(cause) => causes[index].insert(cause).clone(),
+                        None => reason(&error),
+                    },
                     Err(_) => "no answer in time".to_owned(),
                 };
                 self.failed(index, &failure);
@@ -166,7 +172,11 @@ impl Endpoints {
         Ok(client)
     }
 
-    fn unreachable(&self, what: &'static str, failures: Vec<Option<String>>) -> EtcdError {
+    fn unreachable(
+        &self,
+        what: &'static str,
+        failures: impl Iterator<Item = Option<String>>,
+    ) -> EtcdError {
         let describe = |(url, failure): (&String, Option<String>)| {
             format!("{url}: {}", failure.as_deref().unwrap_or("not asked in time"))
         };

@@ -3,6 +3,9 @@
 use etcd_client::Error;
 use thiserror::Error;
 
+use crate::telemetry::chain;
+use crate::tls;
+
 /// Codes of gRPC, as numbers: the crate that names them is not ours to import.
 ///
 /// Source: gRPC's documentation, "Status codes and their use in gRPC".
@@ -100,13 +103,36 @@ pub(super) fn is_final(error: &Error) -> bool {
     }
 }
 
-/// What went wrong, without the metadata that the client prints too.
-pub(super) fn reason(error: &Error) -> String {
+/// What is wrong with TLS, if that is the reason.
+pub(super) fn tls_trouble(error: &Error) -> Option<String> {
     match error {
-        Error::GRpcStatus(status) => status.message().to_owned(),
-        Error::WatchError(reason) => reason.clone(),
-        other => other.to_string(),
+        Error::GRpcStatus(status) => tls::explain(status),
+        Error::TransportError(error) => tls::explain(error),
+        _ => None,
     }
+}
+
+/// What went wrong, without the metadata that the client prints too, and what to do about it.
+pub(super) fn reason(error: &Error) -> String {
+    let said = match error {
+        Error::GRpcStatus(status) => status.message(),
+        Error::TransportError(error) => return chain(error).to_string(),
+        Error::WatchError(reason) => reason,
+        other => return other.to_string(),
+    };
+    // Source: `error.go` of etcd's `rpctypes`.
+    let advice = if said.contains("user name is empty") {
+        "set etcd.user and etcd.password_file"
+    } else if said.contains("invalid user ID or password") {
+        "see etcd.user and etcd.password_file"
+    } else if said.contains("authentication is not enabled") {
+        "take out etcd.user and etcd.password_file"
+    } else if said.contains("permission denied") {
+        "grant the role of etcd.user this key or its prefix"
+    } else {
+        return said.to_owned();
+    };
+    format!("{said} ({advice})")
 }
 
 #[cfg(test)]

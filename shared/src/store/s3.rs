@@ -1,9 +1,11 @@
-//! An S3 bucket as a store: the only file that knows the AWS SDK.
+//! An S3 bucket as a store: the only module that knows the AWS SDK.
+
+mod config;
+mod failure;
 
 use std::error::Error;
 use std::fs;
 use std::ops::Range;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -25,11 +27,13 @@ use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore};
 use aws_smithy_runtime::client::retries::classifiers::HttpStatusCodeClassifier;
 use bytes::{Bytes, BytesMut};
 use chrono::{DateTime, Utc};
-use serde::Deserialize;
 
 use super::{ObjectInfo, Put, StoreError, StoreErrorKind, Unfinished, UploadedPart};
-use crate::config::Problems;
 use crate::secret::Secret;
+use crate::tls;
+
+pub use config::S3Config;
+use failure::{HopelessHandshake, failure, status};
 
 /// Time for the TCP and TLS handshakes of one connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -39,91 +43,13 @@ const STALL_GRACE: Duration = Duration::from_secs(20);
 const BACKOFF_MAX: Duration = Duration::from_secs(20);
 /// Answers after which the same request may succeed; the SDK leaves 408 and 429 out.
 const PASSING_STATUS: &[u16] = &[408, 429, 500, 502, 503, 504];
+/// Where credentials come from that are configured.
+const FROM_FILES: &str = "repository.s3.access_key_id_file and secret_access_key_file";
+/// Where credentials come from otherwise.
+const FROM_SURROUNDINGS: &str =
+    "the AWS_… environment variables, the profile, or the role of this container or instance";
 /// The most keys one `ListObjectsV2` answer holds (S3 limit).
 const LIST_PAGE: i32 = 1000;
-
-/// A bucket.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct S3Config {
-    /// The bucket's name; it must exist.
-    pub bucket: String,
-    /// The region; servers that have none take any word.
-    #[serde(default = "default_region")]
-    pub region: String,
-    /// `http(s)://host[:port]` of an S3 server other than AWS.
-    pub endpoint: Option<String>,
-    /// Ask for `endpoint/bucket/key` instead of `bucket.endpoint/key`; most servers other than
-    /// AWS need it.
-    #[serde(default)]
-    pub path_style: bool,
-    /// A PEM file with the certificate authority of the endpoint; system roots otherwise.
-    pub ca_file: Option<PathBuf>,
-    /// The file with the access key id. Without it: `AWS_…` environment variables, profile, web
-    /// identity or the instance's role, in the order the AWS SDK has.
-    pub access_key_id_file: Option<PathBuf>,
-    /// The file with the secret access key.
-    pub secret_access_key_file: Option<PathBuf>,
-    /// Server-side encryption asked for on every object: `AES256`, `aws:kms` or `aws:kms:dsse`.
-    pub server_side_encryption: Option<String>,
-    /// The KMS key for `aws:kms`; the account's default key otherwise.
-    pub kms_key_id: Option<String>,
-    /// How often one request is tried, the first attempt included.
-    #[serde(default = "default_attempts")]
-    pub attempts: u32,
-    /// Time for one attempt of one request, body included.
-    #[serde(default = "default_attempt_timeout", with = "humantime_serde")]
-    pub attempt_timeout: Duration,
-}
-
-fn default_region() -> String {
-    "us-east-1".to_owned()
-}
-
-fn default_attempts() -> u32 {
-    8
-}
-
-fn default_attempt_timeout() -> Duration {
-    Duration::from_mins(2)
-}
-
-impl S3Config {
-    pub(super) fn check(&self, problems: &mut Problems) {
-        if self.bucket.is_empty() {
-            problems.add("repository.s3.bucket", "must not be empty");
-        }
-        if let Some(endpoint) = &self.endpoint
-            && !endpoint.starts_with("http://")
-            && !endpoint.starts_with("https://")
-        {
-            problems.add("repository.s3.endpoint", "must begin with http:// or https://");
-        }
-        if self.access_key_id_file.is_some() != self.secret_access_key_file.is_some() {
-            problems.add(
-                "repository.s3.access_key_id_file",
-                "needs secret_access_key_file beside it, and the other way round",
-            );
-        }
-        if self.kms_key_id.is_some() && self.server_side_encryption.is_none() {
-            problems.add("repository.s3.kms_key_id", "needs server_side_encryption = \"aws:kms\"");
-        }
-        if let Some(sse) = &self.server_side_encryption
-            && !["AES256", "aws:kms", "aws:kms:dsse"].contains(&sse.as_str())
-        {
-            problems.add(
-                "repository.s3.server_side_encryption",
-                "must be AES256, aws:kms or aws:kms:dsse",
-            );
-        }
-        if self.attempts == 0 {
-            problems.add("repository.s3.attempts", "must be at least 1");
-        }
-        if self.attempt_timeout.is_zero() {
-            problems.add("repository.s3.attempt_timeout", "must be longer than 0s");
-        }
-    }
-}
 
 #[derive(Clone, Debug)]
 pub(super) struct S3 {
@@ -133,6 +59,8 @@ pub(super) struct S3 {
     prefix: String,
     encryption: Option<ServerSideEncryption>,
     kms_key_id: Option<String>,
+    /// Where the credentials come from, for people.
+    credentials: &'static str,
 }
 
 impl S3 {
@@ -156,6 +84,7 @@ impl S3 {
                     .with_max_backoff(BACKOFF_MAX),
             )
             .retry_classifier(HttpStatusCodeClassifier::new_from_codes(PASSING_STATUS))
+            .retry_classifier(HopelessHandshake)
             .retry_partition(retries)
             .stalled_stream_protection(
                 StalledStreamProtectionConfig::enabled().grace_period(STALL_GRACE).build(),
@@ -163,31 +92,32 @@ impl S3 {
         if let Some(endpoint) = &config.endpoint {
             builder = builder.endpoint_url(endpoint);
         }
+        if config.has_tls() {
+            // The SDK panics at certificates that it cannot use.
+            tls::client_config(config.ca_file.as_deref()).context("repository.s3.ca_file")?;
+        }
         if let Some(path) = &config.ca_file {
-            let pem = fs::read(path)
-                .with_context(|| format!("read repository.s3.ca_file {}", path.display()))?;
+            let pem = fs::read(path).context("repository.s3.ca_file")?;
             let trust = TrustStore::empty().with_pem_certificate(pem);
-            let context = TlsContext::builder()
-                .with_trust_store(trust)
-                .build()
-                .with_context(|| format!("use repository.s3.ca_file {}", path.display()))?;
+            let context = TlsContext::builder().with_trust_store(trust).build()?;
             let client = Builder::new()
                 .tls_provider(Provider::Rustls(CryptoMode::AwsLc))
                 .tls_context(context)
                 .build_https();
             builder = builder.http_client(client);
         }
-        builder = if let (Some(id), Some(secret)) =
+        let (builder, credentials) = if let (Some(id), Some(secret)) =
             (&config.access_key_id_file, &config.secret_access_key_file)
         {
             let id = Secret::read(id).context("repository.s3.access_key_id_file")?;
             let secret = Secret::read(secret).context("repository.s3.secret_access_key_file")?;
             let (id, secret) = (id.expose(), secret.expose());
-            builder.credentials_provider(Credentials::new(id, secret, None, None, "secret files"))
+            let credentials = Credentials::new(id, secret, None, None, "secret files");
+            (builder.credentials_provider(credentials), FROM_FILES)
         } else {
             let region = Region::new(config.region.clone());
             let chain = DefaultCredentialsChain::builder().region(region).build().await;
-            builder.credentials_provider(chain)
+            (builder.credentials_provider(chain), FROM_SURROUNDINGS)
         };
         Ok(Self {
             client: Client::from_conf(builder.build()),
@@ -195,11 +125,19 @@ impl S3 {
             prefix: if prefix.is_empty() { String::new() } else { format!("{prefix}/") },
             encryption: config.server_side_encryption.as_deref().map(ServerSideEncryption::from),
             kms_key_id: config.kms_key_id.clone(),
+            credentials,
         })
     }
 
     pub(super) fn location(&self) -> String {
         format!("s3://{}/{}", self.bucket, self.prefix.trim_end_matches('/'))
+    }
+
+    fn failed<E>(&self, operation: &'static str, key: &str, error: SdkError<E>) -> StoreError
+    where
+        E: Error + ProvideErrorMetadata + Send + Sync + 'static,
+    {
+        failure(operation, key, error, self.credentials)
     }
 
     fn full(&self, key: &str) -> String {
@@ -233,7 +171,7 @@ impl S3 {
         match put {
             Ok(_) => {}
             Err(error) if status(&error) == Some(412) => return Ok(Put::Exists),
-            Err(error) => return Err(failed("put", key, error)),
+            Err(error) => return Err(self.failed("put", key, error)),
         }
         // A server that answers 200 and keeps something else is found out now and not at restore.
         match self.head(key).await?.map(|info| info.bytes) {
@@ -277,7 +215,7 @@ impl S3 {
                         source: "the object ends before the range asked for".into(),
                     });
                 }
-                Err(error) => return Err(failed("get", key, error)),
+                Err(error) => return Err(self.failed("get", key, error)),
             };
             // The SDK retries a request, but not a body that broke off on its way.
             if attempt == GET_BODY_ATTEMPTS {
@@ -297,7 +235,7 @@ impl S3 {
                 modified_at: moment(output.last_modified()).unwrap_or_default(),
             })),
             Err(error) if status(&error) == Some(404) => Ok(None),
-            Err(error) => Err(failed("head", key, error)),
+            Err(error) => Err(self.failed("head", key, error)),
         }
     }
 
@@ -320,7 +258,7 @@ impl S3 {
             .send();
         let mut found = Vec::new();
         while let Some(page) = pages.next().await {
-            for object in page.map_err(|error| failed("list", prefix, error))?.contents() {
+            for object in page.map_err(|error| self.failed("list", prefix, error))?.contents() {
                 found.push(ObjectInfo {
                     key: self.own(object.key().unwrap_or_default()),
                     bytes: bytes_of(object.size()),
@@ -347,7 +285,9 @@ impl S3 {
             .send();
         let mut names = Vec::new();
         while let Some(page) = pages.next().await {
-            for folder in page.map_err(|error| failed("list", prefix, error))?.common_prefixes() {
+            for folder in
+                page.map_err(|error| self.failed("list", prefix, error))?.common_prefixes()
+            {
                 let name = folder.prefix().unwrap_or_default();
                 let name = name.strip_prefix(&full).unwrap_or(name);
                 names.push(name.trim_end_matches('/').to_owned());
@@ -360,7 +300,7 @@ impl S3 {
         let done =
             self.client.delete_object().bucket(&self.bucket).key(self.full(key)).send().await;
         match done {
-            Err(error) if status(&error) != Some(404) => Err(failed("delete", key, error)),
+            Err(error) if status(&error) != Some(404) => Err(self.failed("delete", key, error)),
             _ => Ok(()),
         }
     }
@@ -377,7 +317,7 @@ impl S3 {
             .set_ssekms_key_id(self.kms_key_id.clone())
             .send()
             .await
-            .map_err(|error| failed("begin upload of", key, error))?;
+            .map_err(|error| self.failed("begin upload of", key, error))?;
         output.upload_id().map(str::to_owned).ok_or_else(|| StoreError {
             operation: "begin upload of",
             key: key.to_owned(),
@@ -405,7 +345,7 @@ impl S3 {
             .body(ByteStream::from(body))
             .send()
             .await
-            .map_err(|error| failed("upload part of", key, error))?;
+            .map_err(|error| self.failed("upload part of", key, error))?;
         Ok(UploadedPart {
             number,
             bytes,
@@ -440,7 +380,7 @@ impl S3 {
             .multipart_upload(completed)
             .send()
             .await
-            .map_err(|error| failed("complete", key, error))?;
+            .map_err(|error| self.failed("complete", key, error))?;
         Ok(())
     }
 
@@ -457,7 +397,7 @@ impl S3 {
                 .set_upload_id_marker(upload_marker)
                 .send()
                 .await
-                .map_err(|error| failed("list uploads below", prefix, error))?;
+                .map_err(|error| self.failed("list uploads below", prefix, error))?;
             for upload in output.uploads() {
                 found.push(Unfinished {
                     key: self.own(upload.key().unwrap_or_default()),
@@ -483,7 +423,7 @@ impl S3 {
             .send()
             .await;
         match done {
-            Err(error) if status(&error) != Some(404) => Err(failed("abort", key, error)),
+            Err(error) if status(&error) != Some(404) => Err(self.failed("abort", key, error)),
             _ => Ok(()),
         }
     }
@@ -525,44 +465,4 @@ fn bytes_of(length: Option<i64>) -> u64 {
 
 fn moment(at: Option<&S3DateTime>) -> Option<DateTime<Utc>> {
     at.and_then(|at| DateTime::from_timestamp(at.secs(), at.subsec_nanos()))
-}
-
-fn status<E>(error: &SdkError<E>) -> Option<u16> {
-    error.raw_response().map(|response| response.status().as_u16())
-}
-
-/// Sorts an SDK error into the kinds a caller decides by.
-fn failed<E>(operation: &'static str, key: &str, error: SdkError<E>) -> StoreError
-where
-    E: Error + ProvideErrorMetadata + Send + Sync + 'static,
-{
-    let code = error.as_service_error().and_then(|error| error.code()).unwrap_or_default();
-    let kind = match (status(&error), code) {
-        (_, "NoSuchKey" | "NoSuchBucket" | "NoSuchUpload") | (Some(404), _) => {
-            StoreErrorKind::NotFound
-        }
-        (_, "BadDigest" | "XAmzContentChecksumMismatch" | "IncompleteBody") => {
-            StoreErrorKind::Corrupt
-        }
-        (_, "QuotaExceeded" | "InsufficientStorage") | (Some(507), _) => StoreErrorKind::Full,
-        (Some(501), _) | (_, "NotImplemented") => StoreErrorKind::Unsupported,
-        (Some(401 | 403), _) => StoreErrorKind::Denied,
-        (Some(408 | 429 | 500..=599), _) => StoreErrorKind::Unavailable,
-        (Some(_), _) => StoreErrorKind::Refused,
-        (None, _) => match &error {
-            SdkError::ConstructionFailure(_) => StoreErrorKind::Refused,
-            _ => StoreErrorKind::Unavailable,
-        },
-    };
-    // The service's own words say more than the SDK's wrapper round them.
-    let words = match error.as_service_error().map(|error| (error.code(), error.message())) {
-        Some((Some(code), Some(message))) => Some(format!("{code}: {message}")),
-        Some((Some(words), None) | (None, Some(words))) => Some(words.to_owned()),
-        Some((None, None)) | None => None,
-    };
-    let source: Box<dyn Error + Send + Sync> = match words {
-        Some(words) => words.into(),
-        None => Box::new(error),
-    };
-    StoreError { operation, key: key.to_owned(), kind, source }
 }

@@ -18,6 +18,8 @@ use serde_json::Value;
 /// The client's metadata in which the storage class is kept: `s3s-fs` refuses classes, and keeps
 /// metadata, from the beginning of a multipart upload to its end too.
 pub(super) const STORAGE_CLASS: &str = "pgmesh-tests-storage-class";
+/// The same for the server-side encryption that was asked for, which `s3s-fs` forgets.
+pub(super) const ENCRYPTION: &str = "pgmesh-tests-encryption";
 /// Stands in the place of a bucket for objects that are not complete. No bucket has such a name.
 pub(super) const STAGING: &str = ".staging";
 
@@ -127,7 +129,12 @@ impl Bucket {
 
     /// The storage class an object was written with.
     pub fn storage_class(&self, key: &str) -> Option<String> {
-        class_in(&self.metadata(key))
+        kept_in(&self.metadata(key), STORAGE_CLASS)
+    }
+
+    /// The server-side encryption that was asked for an object, and the key after a space.
+    pub fn encryption(&self, key: &str) -> Option<String> {
+        kept_in(&self.metadata(key), ENCRYPTION)
     }
 
     /// Sets when an object was written, as the server will tell.
@@ -206,7 +213,7 @@ impl Bucket {
                 key,
                 upload_id,
                 started_at: about.modified()?,
-                storage_class: class_in(&entry.path()),
+                storage_class: kept_in(&entry.path(), STORAGE_CLASS),
             });
         }
         uploads.sort_unstable_by(|one, other| {
@@ -237,9 +244,9 @@ pub(super) fn remove_if_there(path: &Path) -> io::Result<()> {
     }
 }
 
-fn class_in(metadata: &Path) -> Option<String> {
+fn kept_in(metadata: &Path, name: &str) -> Option<String> {
     let metadata: Value = serde_json::from_slice(&fs::read(metadata).ok()?).ok()?;
-    metadata.get("user_metadata")?.get(STORAGE_CLASS)?.as_str().map(str::to_owned)
+    metadata.get("user_metadata")?.get(name)?.as_str().map(str::to_owned)
 }
 
 fn set_modified(path: &Path, modified_at: SystemTime) {

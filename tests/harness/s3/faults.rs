@@ -52,6 +52,8 @@ pub enum Refusal {
     ServiceUnavailable,
     /// 403, as for missing permissions.
     AccessDenied,
+    /// 501, as for server-side encryption where the server has no keys.
+    NotImplemented,
 }
 
 /// A place in a body.

@@ -1,6 +1,6 @@
 //! The operations: `s3s-fs` does the work, and this adds what it lacks and what is to go wrong.
 //!
-//! Beyond `s3s-fs`: storage classes, `ListMultipartUploads`, checksums of parts, conditions that
+//! Beyond `s3s-fs`: storage classes and the encryption asked for, `ListMultipartUploads`, checksums of parts, conditions that
 //! hold against two writers at once, an object that appears only when its checksum was right, and
 //! the answers S3 gives for buckets, keys and uploads that are not there.
 
@@ -19,8 +19,8 @@ use s3s::dto::{
     GetObjectInput, GetObjectOutput, HeadBucketInput, HeadBucketOutput, HeadObjectInput,
     HeadObjectOutput, ListMultipartUploadsInput, ListMultipartUploadsOutput, ListObjectsV2Input,
     ListObjectsV2Output, ListPartsInput, ListPartsOutput, Metadata, MultipartUpload,
-    ObjectStorageClass, PutObjectInput, PutObjectOutput, Range, StorageClass, StreamingBlob,
-    Timestamp, UploadPartInput, UploadPartOutput,
+    ObjectStorageClass, PutObjectInput, PutObjectOutput, Range, ServerSideEncryption, StorageClass,
+    StreamingBlob, Timestamp, UploadPartInput, UploadPartOutput,
 };
 use s3s::{S3, S3Error, S3ErrorCode, S3Request, S3Response, S3Result, s3_error};
 use s3s_fs::FileSystem;
@@ -29,7 +29,7 @@ use tokio::time::sleep;
 
 use super::body;
 use super::checksum::PartChecksum;
-use super::disk::{Bucket, STAGING, STORAGE_CLASS, remove_if_there};
+use super::disk::{Bucket, ENCRYPTION, STAGING, STORAGE_CLASS, remove_if_there};
 use super::faults::{Faults, Operation, Plan, Refusal, Store};
 
 /// How often a listing is repeated when a file vanished while `s3s-fs` looked at it, which it
@@ -261,6 +261,8 @@ impl S3 for Storage {
             return Err(error);
         }
         keep_class(&mut input.metadata, input.storage_class.take());
+        let encryption = (input.server_side_encryption.take(), input.ssekms_key_id.take());
+        keep_encryption(&mut input.metadata, encryption);
         input.body = input.body.take().map(|body| body::of_request(body, plan.body, |_| {}));
         let (staging, staged) = self.staging();
         STAGING.clone_into(&mut input.bucket);
@@ -397,6 +399,8 @@ impl S3 for Storage {
         let plan = self.admit(Operation::CreateMultipartUpload, &input.key).await?;
         self.existing(&input.bucket)?;
         keep_class(&mut input.metadata, input.storage_class.take());
+        let encryption = (input.server_side_encryption.take(), input.ssekms_key_id.take());
+        keep_encryption(&mut input.metadata, encryption);
         let (algorithm, kind) = (input.checksum_algorithm.clone(), input.checksum_type.clone());
         let mut response = self.files.create_multipart_upload(request).await?;
         response.output.checksum_algorithm = algorithm;
@@ -574,6 +578,7 @@ fn refused(refusal: Refusal) -> S3Error {
         Refusal::ServiceUnavailable => s3_error!(ServiceUnavailable, "{on_purpose}"),
         Refusal::InternalError => s3_error!(InternalError, "{on_purpose}"),
         Refusal::AccessDenied => s3_error!(AccessDenied, "{on_purpose}"),
+        Refusal::NotImplemented => s3_error!(NotImplemented, "{on_purpose}"),
         Refusal::TooManyRequests => {
             let code = S3ErrorCode::Custom("TooManyRequests".into());
             let mut error = S3Error::with_message(code, on_purpose);
@@ -587,6 +592,18 @@ fn keep_class(metadata: &mut Option<Metadata>, class: Option<StorageClass>) {
     if let Some(class) = class {
         let metadata = metadata.get_or_insert_with(Metadata::new);
         metadata.insert(STORAGE_CLASS.to_owned(), class.as_str().to_owned());
+    }
+}
+
+fn keep_encryption(
+    metadata: &mut Option<Metadata>,
+    (encryption, key): (Option<ServerSideEncryption>, Option<String>),
+) {
+    if let Some(encryption) = encryption {
+        let words: Vec<_> =
+            [Some(encryption.as_str()), key.as_deref()].into_iter().flatten().collect();
+        let metadata = metadata.get_or_insert_with(Metadata::new);
+        metadata.insert(ENCRYPTION.to_owned(), words.join(" "));
     }
 }
 
