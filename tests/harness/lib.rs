@@ -46,7 +46,7 @@ pub use agent::{Agent, RunningAgent};
 pub use etcd::{EtcdCluster, etcd_is_missing};
 pub use metadata::MetadataService;
 pub use network::{Proxy, Upstream};
-pub use patroni::{PatroniCluster, patroni_is_missing};
+pub use patroni::{PatroniBuilder, PatroniCluster, patroni_is_missing};
 pub use postgres::{Mode, PgServer};
 pub use program::{Finished, directory, run};
 pub use s3::endpoint::S3Endpoint;

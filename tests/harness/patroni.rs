@@ -185,6 +185,13 @@ impl PatroniCluster {
         self.kill_postgres(index);
     }
 
+    /// Kills a member as [`kill9`](Self::kill9), while others use the cluster, and does not wait; call
+    /// that before the member is started again.
+    pub fn kill9_at_once(&self, index: usize) {
+        self.members[index].daemon.signal(Signal::KILL);
+        self.kill_postgres(index);
+    }
+
     /// Starts a member's Patroni, which starts the server. Does not wait.
     pub fn start_member(&mut self, index: usize) {
         let mut command = as_server_user("patroni");

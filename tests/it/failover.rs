@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use harness::postgres::postgres_is_missing;
 use harness::{
-    Agent, Finished, Mode, PatroniCluster, PgServer, RunningAgent, eventually, patroni_is_missing,
+    Agent, Finished, Mode, PatroniBuilder, PatroniCluster, PgServer, RunningAgent, eventually,
+    patroni_is_missing,
 };
 use serde_json::Value;
 use tempfile::TempDir;
@@ -34,15 +35,62 @@ struct Mesh {
 
 /// What a writer has done.
 #[derive(Default)]
-struct Written {
+pub(crate) struct Written {
     /// Every mark that was acknowledged, and a position at or after its commit.
-    acknowledged: RefCell<Vec<(i32, PgLsn)>>,
+    pub(crate) acknowledged: RefCell<Vec<(i32, PgLsn)>>,
     stop: Cell<bool>,
+}
+
+impl Written {
+    /// Commits one mark after the other on whichever of two servers takes it, and notes each that was
+    /// acknowledged. `connect` connects to one of them.
+    async fn write<E>(&self, connect: impl AsyncFn(usize) -> Result<Client, E>) {
+        let mut i = 0;
+        while !self.stop.get() {
+            for index in 0..2 {
+                let Ok(client) = connect(index).await else { continue };
+                while !self.stop.get() {
+                    i += 1;
+                    let insert = "INSERT INTO marks VALUES ($1)";
+                    let acknowledged = async {
+                        client.execute(insert, &[&i]).await?;
+                        client.query_one("SELECT pg_current_wal_flush_lsn()", &[]).await
+                    };
+                    // One that hangs is no worse than one that broke.
+                    match timeout(Duration::from_secs(5), acknowledged).await {
+                        Ok(Ok(row)) => self.acknowledged.borrow_mut().push((i, row.get(0))),
+                        Ok(Err(_)) | Err(_) => break,
+                    }
+                }
+            }
+        }
+    }
+
+    /// Writes marks while `change` runs, and until there are some more after it.
+    pub(crate) async fn while_writing<E>(
+        &self,
+        connect: impl AsyncFn(usize) -> Result<Client, E>,
+        change: impl Future<Output = ()>,
+    ) {
+        let change = async {
+            let count = || self.acknowledged.borrow().len();
+            eventually("marks are written", LIMIT, async || count() > 50).await;
+            change.await;
+            let before = count();
+            eventually("marks are written again", LIMIT, async || count() > before + 50).await;
+            self.stop.set(true);
+        };
+        tokio::join!(self.write(connect), change);
+    }
 }
 
 impl Mesh {
     async fn start() -> Self {
-        let builder = PatroniCluster::builder().slot(RECEIVER);
+        Self::with(PatroniCluster::builder()).await
+    }
+
+    async fn with(builder: PatroniBuilder) -> Self {
+        let builder = builder.slot(RECEIVER);
         let cluster = builder.parameter("wal_keep_size", "0").start(2).await;
         let directory = harness::directory();
         let key = directory.path().join("key");
@@ -94,41 +142,10 @@ impl Mesh {
         pgbench.spawn().unwrap()
     }
 
-    /// Commits one mark after the other on whichever member takes it, and notes each that was
-    /// acknowledged.
-    async fn write_marks(&self, written: &Written) {
-        let mut i = 0;
-        while !written.stop.get() {
-            for index in 0..2 {
-                let Ok(client) = self.cluster.try_connect(index).await else { continue };
-                while !written.stop.get() {
-                    i += 1;
-                    let insert = "INSERT INTO marks VALUES ($1)";
-                    let acknowledged = async {
-                        client.execute(insert, &[&i]).await?;
-                        client.query_one("SELECT pg_current_wal_flush_lsn()", &[]).await
-                    };
-                    // One that hangs is no worse than one that broke.
-                    match timeout(Duration::from_secs(5), acknowledged).await {
-                        Ok(Ok(row)) => written.acknowledged.borrow_mut().push((i, row.get(0))),
-                        Ok(Err(_)) | Err(_) => break,
-                    }
-                }
-            }
-        }
-    }
-
     /// Writes marks while `change` runs, and until there are some more after it.
     async fn while_writing(&self, written: &Written, change: impl Future<Output = ()>) {
-        let change = async {
-            let count = || written.acknowledged.borrow().len();
-            eventually("marks are written", LIMIT, async || count() > 50).await;
-            change.await;
-            let before = count();
-            eventually("marks are written again", LIMIT, async || count() > before + 50).await;
-            written.stop.set(true);
-        };
-        tokio::join!(self.write_marks(written), change);
+        let connect = async |index| self.cluster.try_connect(index).await;
+        written.while_writing(connect, change).await;
     }
 
     /// Checks that there is one window over all timelines, up to `timeline`.
@@ -268,6 +285,42 @@ async fn a_failover_under_load_loses_nothing_that_was_stored() {
     mesh.stored_all(&leader).await;
     assert_eq!(reported(&mesh.cluster.connect(from).await).await.unwrap(), None);
     mesh.is_one_window(2).await;
+}
+
+/// Commits wait for a synchronous standby, and the leader dies while they are written.
+#[tokio::test]
+async fn a_failover_to_a_synchronous_standby_under_load_loses_nothing() {
+    if patroni_is_missing() {
+        return;
+    }
+    let mut mesh = Mesh::with(PatroniCluster::builder().synchronous()).await;
+    let from = mesh.cluster.leader().await;
+    let written = Written::default();
+    let change = async {
+        // Only one that Patroni has noted as synchronous is promoted.
+        let is_noted = async || {
+            let cluster = mesh.cluster.get(from, "/cluster").await.unwrap_or_default();
+            let members = cluster["members"].as_array().cloned().unwrap_or_default();
+            members.iter().any(|member| member["role"] == "sync_standby")
+        };
+        eventually("commits wait for a standby", LIMIT, is_noted).await;
+        let count = || written.acknowledged.borrow().len();
+        let before = count();
+        eventually("marks are written", LIMIT, async || count() > before + 50).await;
+        mesh.cluster.kill9_at_once(from);
+        let leads = async || mesh.cluster.leader().await == 1 - from;
+        eventually("the other one leads", LIMIT, leads).await;
+    };
+    mesh.while_writing(&written, change).await;
+    let leader = mesh.leader().await;
+    mesh.stored_all(&leader).await;
+    mesh.is_one_window(2).await;
+    let restored = mesh.restored_marks("latest").await;
+    let acknowledged = written.acknowledged.take();
+    let lost: Vec<_> = acknowledged.iter().filter(|(i, _)| !restored.contains(i)).collect();
+    assert!(lost.is_empty(), "of {} commits {lost:?} are lost", acknowledged.len());
+    assert_eq!(restored, marks(&leader).await);
+    mesh.cluster.kill9(from).await;
 }
 
 /// A standby that lacked WAL which is stored, promoted; the agent's configuration decides.

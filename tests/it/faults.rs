@@ -500,9 +500,20 @@ async fn retention_marks_then_deletes_and_a_mark_can_be_taken_back() {
 
     let text = fs::read_to_string(scene.config()).unwrap();
     crate::scene::write(&scene.config(), &text.replace("\"1h\"", "\"0s\""));
-    for _ in 0..2 {
+    let labels = || {
+        let all = files(&scene.repository());
+        all.iter().filter(|path| path.display().to_string().contains(".backup-")).count()
+    };
+    eventually("the labels are archived", LIMIT, async || labels() == 3).await;
+    for run in 0..2 {
+        let dry = scene.run(&["expire"]).await;
+        dry.assert_success();
+        let says_why = dry.stdout.contains("no kept backup needs the WAL that they go with");
+        assert_eq!(says_why, run == 1, "{dry}");
         scene.run(&["expire", "--apply"]).await.assert_success();
     }
+    // Labels of archived backups go with the WAL around them.
+    assert_eq!(labels(), 1, "labels of backups");
     let bases = files(&scene.repository());
     let bases = bases.iter().filter(|path| path.display().to_string().contains("/base/"));
     let ids: std::collections::BTreeSet<_> = bases.map(|path| path.parent().unwrap()).collect();

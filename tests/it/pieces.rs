@@ -9,10 +9,10 @@ use backup_agent::repository::{Place, Repository};
 use backup_agent::wal::growing::Growing;
 use backup_agent::wal::piece;
 use harness::postgres::postgres_is_missing;
-use harness::{Agent, PgServer};
+use harness::{Agent, At, Effect, Fault, Operation, PgServer};
 use shared::pg::wal::{Segment, WalFile};
 
-use crate::receive::{Receiving, objects};
+use crate::receive::{RECEIVER, Receiving, objects};
 use crate::scene::{Kind, Scene};
 use crate::wal_files::{data_directory, run_in};
 
@@ -83,7 +83,7 @@ impl Pieces {
         let place = self.place().await;
         let mut growing = Growing::new(segment, SEGMENT_BYTES, 1, Vec::new()).unwrap();
         growing.take(&vec![0; usize::try_from(from).unwrap()]).unwrap();
-        growing.ship(from);
+        growing.ship(0, from);
         growing.take(content).unwrap();
         let cut = growing.cut(true).unwrap().unwrap();
         let name = format!("{from:08X}-{:08X}", from + content.len() as u64);
@@ -226,6 +226,43 @@ async fn pieces_that_overlap_must_agree() {
     let mut running = agent.spawn(&["run"]);
     running.logged("CONFLICT", crate::receive::LIMIT).await;
     assert_eq!(crate::receive::reported(&pieces.scene.primary).await, None);
+}
+
+/// Commits that wait for the repository make a piece each. A larger one takes their place again and
+/// again, and only after it was read back: here the store gives it back damaged once.
+#[tokio::test]
+async fn a_slow_server_does_not_leave_thousands_of_pieces() {
+    const COMMITS: u32 = 300;
+    if postgres_is_missing() {
+        return;
+    }
+    let receiving = Receiving::with(Kind::S3, "[wal]\nship_interval = \"200ms\"\n").await;
+    let primary = receiving.primary();
+    primary.psql("SELECT pg_switch_wal(); CREATE TABLE marks (i int)").await;
+    receiving.stored_all().await;
+    let segment = primary.psql("SELECT pg_walfile_name(pg_current_wal_lsn())").await;
+    let pieces = format!("/partial/{segment}.");
+    let faults = receiving.scene.s3.as_ref().unwrap().faults();
+    let get = Fault::new(Effect::FlipBit(At::Fraction(0.5))).on(Operation::GetObject);
+    faults.add(get.key("/partial/").times(1));
+    primary.set("synchronous_standby_names", &format!("ANY 1 ({RECEIVER})")).await;
+    for i in 1..=COMMITS {
+        primary.psql(&format!("INSERT INTO marks VALUES ({i})")).await;
+        let count = objects(&receiving.scene, &pieces).len();
+        // One that is being replaced is there beside what replaces it.
+        assert!(count <= 2 * 66, "{count} pieces after {i} commits");
+    }
+    assert!(receiving.agent.stdout().contains("cannot be read back"), "nothing was read back");
+    let count = objects(&receiving.scene, &pieces).len();
+    assert!(0 < count && count <= 2 * 66, "{count} pieces");
+    assert_eq!(segment, primary.psql("SELECT pg_walfile_name(pg_current_wal_lsn())").await);
+    let Receiving { scene, agent } = receiving;
+    agent.kill9().await;
+    scene.run(&["verify", "--wal"]).await.assert_success();
+    scene.run(&["list", "--wal"]).await.assert_success();
+    let receiving = Receiving { agent: scene.agent().spawn(&["list"]), scene };
+    let restored = receiving.recover("restored").await;
+    assert_eq!(restored.psql("SELECT count(*) FROM marks").await, COMMITS.to_string());
 }
 
 /// The place of a piece in its segment, as its name has it.

@@ -2,13 +2,14 @@
 //! that fetches it, and nothing is left of it.
 
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use harness::postgres::postgres_is_missing;
 use harness::program::give_to_server_user;
-use harness::{Finished, PgServer, eventually};
+use harness::{Effect, Fault, Finished, Operation, PgServer, eventually};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::time::{interval, sleep};
 
@@ -267,7 +268,7 @@ async fn a_consumer_that_jumps_and_a_killed_process_get_the_right_segments() {
     // In the middle, one that is not what its name says; then one that is cut short.
     let directory = fetched_ahead(&pg_wal).remove(0);
     fs::copy(directory.join(&names[9]), directory.join(&names[5])).unwrap();
-    fs::File::options().write(true).open(directory.join(&names[6])).unwrap().set_len(99).unwrap();
+    File::options().write(true).open(directory.join(&names[6])).unwrap().set_len(99).unwrap();
     consumer.fetch_all(&names[3..8]).await;
 
     for process in prefetchers(&consumer.data) {
@@ -314,6 +315,12 @@ async fn nothing_is_fetched_ahead_where_it_must_not_be() {
         sleep(Duration::from_millis(300)).await;
         assert!(fetched_ahead(&consumer.data.join("pg_wal")).is_empty(), "{case}");
     }
+    // Once in a run of the server, and again in the next.
+    let said = || consumer.log().matches("PostgreSQL is process 1 of its container").count();
+    assert_eq!(said(), 1, "{}", consumer.log());
+    write(&pid_file, "1\n/data\n1790000001\n");
+    consumer.fetch_all(&consumer.names[..2]).await;
+    assert_eq!(said(), 2, "{}", consumer.log());
     // A server that is gone, and files that no recovery asks for.
     fs::remove_file(&pid_file).unwrap();
     consumer.fetch_all(&consumer.names[..4]).await;
@@ -344,6 +351,74 @@ async fn a_disk_with_little_room_is_left_to_the_recovery() {
         consumer.fetch_all(std::slice::from_ref(name)).await;
         assert_eq!(consumer.ready(), Vec::<String>::new());
     }
+    consumer.end().await;
+    fs::remove_dir_all(pg_wal).unwrap();
+}
+
+/// Takes all the room that a file system has.
+fn fill(disk: &Path) -> PathBuf {
+    let filler = disk.join("filler");
+    let mut file = File::options().create(true).append(true).open(&filler).unwrap();
+    let block = vec![1; 1 << 16];
+    while file.write_all(&block).is_ok() {}
+    filler
+}
+
+/// The disk fills up while segments are fetched ahead, and by itself: what is there is whole, what is
+/// not is refused with the reason, and with room again the recovery goes on.
+#[tokio::test]
+async fn a_disk_that_fills_up_never_gives_a_part_of_a_segment() {
+    if postgres_is_missing() {
+        return;
+    }
+    let Some(small) = std::env::var_os("PGMESH_TEST_SMALL_DISK").map(PathBuf::from) else {
+        return harness::skip("no small file system (PGMESH_TEST_SMALL_DISK is not set)");
+    };
+    let scene = scene_with_segments(Kind::S3, 8).await;
+    let text = fs::read_to_string(scene.config()).unwrap();
+    write(&scene.config(), &format!("{text}[wal]\nprefetch_segments = 1\n"));
+    let pg_wal = small.join("pg_wal");
+    fs::create_dir(&pg_wal).unwrap();
+    give_to_server_user(&pg_wal);
+    let consumer = Consumer::new(&scene, "fetching", Some(&pg_wal));
+    let names = &consumer.names;
+
+    // What lies ready needs no more room.
+    consumer.fetch_all(&names[..1]).await;
+    eventually("the next is ready", LIMIT, async || consumer.ready() == names[1..2]).await;
+    let filler = fill(&small);
+    consumer.fetch_all(&names[1..2]).await;
+    fs::remove_file(&filler).unwrap();
+
+    // In the middle of fetching one ahead.
+    let faults = scene.s3.as_ref().unwrap().faults();
+    let part =
+        || files(&pg_wal).into_iter().find(|path| path.display().to_string().contains(".part"));
+    let slow = Fault::new(Effect::Delay(Duration::from_secs(2))).on(Operation::GetObject);
+    faults.add(slow.key(&names[3]));
+    consumer.fetch_all(&names[2..3]).await;
+    eventually("one is begun", LIMIT, async || part().is_some()).await;
+    let filler = fill(&small);
+    let refused = async || consumer.log().contains("WAL not fetched ahead");
+    eventually("it is given up", LIMIT, refused).await;
+    faults.clear();
+    assert_eq!(consumer.ready(), Vec::<String>::new());
+    eventually("nothing of it is left", LIMIT, async || part().is_none()).await;
+    fill(&small);
+    for (signal, code) in [("recovery.signal", 254), ("standby.signal", 1)] {
+        fs::rename(consumer.data.join("recovery.signal"), consumer.data.join(signal)).unwrap();
+        // A standby asks again when it has streamed, or has not; a recovery must not go on.
+        consumer.fetch(&names[3]).await.assert_code(code);
+        fs::rename(consumer.data.join(signal), consumer.data.join("recovery.signal")).unwrap();
+        let left = files(&pg_wal);
+        let left: Vec<_> =
+            left.iter().filter(|path| path.display().to_string().contains("RECOVERY")).collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+    assert!(consumer.log().contains("No space left on device"), "{}", consumer.log());
+
+    fs::remove_file(&filler).unwrap();
+    consumer.fetch_all(&names[3..]).await;
     consumer.end().await;
     fs::remove_dir_all(pg_wal).unwrap();
 }

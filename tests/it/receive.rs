@@ -48,7 +48,7 @@ impl Receiving {
         stored_up_to(self.primary(), self.primary().current_lsn().await).await;
     }
 
-    async fn restart_agent(&mut self) {
+    pub(crate) async fn restart_agent(&mut self) {
         let fresh = self.scene.agent().spawn(&["run"]);
         std::mem::replace(&mut self.agent, fresh).kill9().await;
     }
@@ -160,6 +160,31 @@ async fn a_commit_that_waits_for_the_repository_is_never_lost() {
     let receiving = Receiving { agent: scene.agent().spawn(&["list"]), scene };
     let restored = receiving.recover("restored").await;
     assert_eq!(commits(&restored).await, "1,2,3,4,5,6,7,8,9,10,11");
+}
+
+/// That commits wait is known when the stream begins: none of them waits for the next look at the
+/// server, or until WAL would be shipped without haste.
+#[tokio::test]
+async fn commits_that_wait_are_stored_at_once_from_the_first_on() {
+    if postgres_is_missing() {
+        return;
+    }
+    let wal = "[wal]\nship_interval = \"8s\"\nheartbeat = \"0s\"\n";
+    let mut receiving = Receiving::with(Kind::Directory, wal).await;
+    receiving.primary().psql("CREATE TABLE marks (i int)").await;
+    receiving.stored_all().await;
+    receiving.primary().set("synchronous_standby_names", &format!("ANY 1 ({RECEIVER})")).await;
+    for _ in 0..2 {
+        receiving.restart_agent().await;
+        eventually("the receiver is back", LIMIT, async || {
+            reported(receiving.primary()).await.is_some()
+        })
+        .await;
+        let began_at = Instant::now();
+        receiving.primary().psql("INSERT INTO marks VALUES (1)").await;
+        let took = began_at.elapsed();
+        assert!(took < Duration::from_secs(5), "a commit waited {took:?}");
+    }
 }
 
 /// The store fails for a while: nothing is lost, nothing is acknowledged, and it catches up.

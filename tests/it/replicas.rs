@@ -16,7 +16,7 @@ use shared::pg::wal::{Segment, WalFile};
 use tokio::time::Instant;
 use tokio_postgres::types::PgLsn;
 
-use crate::receive::{RECEIVER, WAL, commits, load, reported, stored_up_to};
+use crate::receive::{RECEIVER, WAL, commits, load, objects, reported, stored_up_to};
 use crate::scene::{Kind, Scene, write};
 
 const LIMIT: Duration = Duration::from_mins(1);
@@ -25,6 +25,9 @@ const LIMIT: Duration = Duration::from_mins(1);
 const SLACK: Duration = Duration::from_secs(10);
 /// As [`WAL`], and nothing is written to the servers.
 const QUIET: &str = "[wal]\nship_interval = \"200ms\"\nheartbeat = \"0s\"\n";
+
+/// Long enough to be stopped meanwhile.
+const HOLD: Effect = Effect::Delay(Duration::from_millis(500));
 
 fn something_is_missing() -> bool {
     postgres_is_missing() || etcd_is_missing()
@@ -170,10 +173,11 @@ async fn a_stopped_replica_writes_nothing_after_its_lease(fault: Fault) {
     scene.run(&["backup"]).await.assert_success();
     let two = scene.agent().spawn(&["run"]);
 
-    let fault = faults.add(fault.on(Operation::PutObject));
+    let fault = faults.add(fault);
     load(primary, 30_000).await;
+    primary.psql("SELECT pg_switch_wal()").await;
     let under_way = async || faults.hits(fault) > 0;
-    eventually("it is storing", LIMIT, under_way).await;
+    eventually("it is at that moment", LIMIT, under_way).await;
     one.sigstop();
     let stopped_at = Instant::now();
     faults.remove(fault);
@@ -183,6 +187,16 @@ async fn a_stopped_replica_writes_nothing_after_its_lease(fault: Fault) {
     assert_eq!(receivers(primary).await, "1");
 
     let lsn = reported(primary).await.unwrap();
+    let current = primary.psql("SELECT pg_walfile_name(pg_current_wal_lsn())").await;
+    eventually("the other one has cleaned up", LIMIT, async || {
+        objects(&scene, "/partial/")
+            .iter()
+            .all(|path| path.display().to_string().contains(&current))
+    })
+    .await;
+    let connection = "SELECT pid FROM pg_stat_replication WHERE application_name = ";
+    let connection = format!("{connection}'{RECEIVER}'");
+    let others = primary.psql(&connection).await;
     faults.forget_requests();
     one.sigcont();
     one.logged("not responsible for the group any more", LIMIT).await;
@@ -195,6 +209,7 @@ async fn a_stopped_replica_writes_nothing_after_its_lease(fault: Fault) {
         .filter(|request| writes.contains(&request.operation) && is_before(&request.key, lsn))
         .collect();
     assert!(late.is_empty(), "written after the lease was over: {late:?}");
+    assert_eq!(primary.psql(&connection).await, others, "the other one's connection was ended");
     assert_eq!(held(&two), BTreeSet::from([0]));
     no_gap(&scene).await;
     let restored = recover(&scene, "0").await;
@@ -206,7 +221,34 @@ async fn a_stopped_replica_writes_nothing_after_its_lease(fault: Fault) {
 #[tokio::test]
 async fn a_replica_that_was_stopped_while_it_stored_writes_nothing_after_its_lease() {
     if !something_is_missing() {
-        let fault = Fault::new(Effect::Delay(Duration::from_millis(500)));
+        let fault = Fault::new(HOLD).on(Operation::PutObject);
+        Box::pin(a_stopped_replica_writes_nothing_after_its_lease(fault)).await;
+    }
+}
+
+/// It reads a complete segment back, and would remove its pieces next.
+#[tokio::test]
+async fn a_replica_that_was_stopped_while_it_read_back_removes_nothing_after_its_lease() {
+    if !something_is_missing() {
+        let fault = Fault::new(HOLD).on(Operation::GetObject).key("/wal/");
+        Box::pin(a_stopped_replica_writes_nothing_after_its_lease(fault)).await;
+    }
+}
+
+/// It has removed one piece, and would remove the next.
+#[tokio::test]
+async fn a_replica_that_was_stopped_while_it_removed_pieces_removes_no_more_after_its_lease() {
+    if !something_is_missing() {
+        let fault = Fault::new(HOLD).on(Operation::DeleteObject).key("/partial/");
+        Box::pin(a_stopped_replica_writes_nothing_after_its_lease(fault)).await;
+    }
+}
+
+/// It has asked what there is of a segment, and would store it next.
+#[tokio::test]
+async fn a_replica_that_was_stopped_before_it_stored_writes_nothing_after_its_lease() {
+    if !something_is_missing() {
+        let fault = Fault::new(HOLD).on(Operation::ListObjects).key("/wal/");
         Box::pin(a_stopped_replica_writes_nothing_after_its_lease(fault)).await;
     }
 }
@@ -215,7 +257,7 @@ async fn a_replica_that_was_stopped_while_it_stored_writes_nothing_after_its_lea
 #[tokio::test]
 async fn a_replica_that_was_stopped_between_attempts_writes_nothing_after_its_lease() {
     if !something_is_missing() {
-        let fault = Fault::new(Effect::Refuse(Refusal::SlowDown));
+        let fault = Fault::new(Effect::Refuse(Refusal::SlowDown)).on(Operation::PutObject);
         Box::pin(a_stopped_replica_writes_nothing_after_its_lease(fault)).await;
     }
 }

@@ -13,17 +13,17 @@ use crate::receive::{LIMIT, Receiving, WAL, commits, load, reported, stored_up_t
 use crate::scene::{Kind, Scene};
 
 /// What an agent may take: three segments under way, and what a connection to the store needs.
-const MEMORY_KIB_MAX: u64 = 150 << 10;
+pub(crate) const MEMORY_KIB_MAX: u64 = 150 << 10;
 
 /// The most memory that the agent has taken so far, in KiB.
-fn peak_kib(agent: &RunningAgent) -> u64 {
+pub(crate) fn peak_kib(agent: &RunningAgent) -> u64 {
     let status = fs::read_to_string(format!("/proc/{}/status", agent.pid().unwrap())).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
 /// How far the repository has WAL without a gap, as `list --wal` says.
-async fn stored(scene: &Scene) -> PgLsn {
+pub(crate) async fn stored(scene: &Scene) -> PgLsn {
     let listed = scene.run(&["list", "--wal", "--json"]).await;
     listed.assert_success();
     let ranges: Vec<Value> = serde_json::from_str(&listed.stdout).unwrap();
@@ -31,14 +31,14 @@ async fn stored(scene: &Scene) -> PgLsn {
 }
 
 /// Nothing is acknowledged that is not stored. What was acknowledged is asked first.
-async fn is_honest(receiving: &Receiving, case: &str) {
+pub(crate) async fn is_honest(receiving: &Receiving, case: &str) {
     let reported = reported(receiving.primary()).await;
     let stored = stored(&receiving.scene).await;
     assert!(reported <= Some(stored), "{case}: {reported:?} acknowledged, {stored} stored");
 }
 
 /// How much of `max_slot_wal_keep_size` the slot holds back, in percent.
-async fn slot_used(primary: &PgServer, limit_mb: u64) -> u64 {
+pub(crate) async fn slot_used(primary: &PgServer, limit_mb: u64) -> u64 {
     let ask = "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::bigint \
                FROM pg_replication_slots";
     primary.psql(ask).await.parse::<u64>().unwrap() * 100 / (limit_mb << 20)

@@ -8,6 +8,7 @@ use shared::pg::wal::{Segment, WalFile};
 use shared::store::StoreErrorKind;
 use shared::telemetry::chain;
 use thiserror::Error;
+use tokio_postgres::types::PgLsn;
 use tracing::{debug, error, info, warn};
 
 use crate::catalog;
@@ -25,6 +26,9 @@ pub const NEVER_PRODUCED: u8 = 1;
 /// the end of the WAL, and promoting without what was committed after.
 /// Source: PostgreSQL manual, "Archive Recovery"; `shell_restore.c`.
 pub const GIVE_UP: u8 = 254;
+
+/// How often a growing segment is looked at anew because a piece of it was replaced.
+const LISTS_MAX: u32 = 10;
 
 /// Why a WAL file was not pushed or fetched.
 #[derive(Debug, Error)]
@@ -77,6 +81,16 @@ pub enum ArchiveError {
     },
 }
 
+impl ArchiveError {
+    /// Tells whether there was no room for the file.
+    fn is_full(&self) -> bool {
+        let (Self::Write { source, .. } | Self::Wal(WalError::Write { source, .. })) = self else {
+            return false;
+        };
+        matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+    }
+}
+
 impl From<RepositoryError> for ArchiveError {
     fn from(error: RepositoryError) -> Self {
         Self::Wal(error.into())
@@ -115,22 +129,32 @@ pub enum Fetched {
     NeverProduced,
 }
 
-/// Fetches one WAL file: `file` is `%f`, `path` is `%p`.
+/// Fetches one WAL file: `file` is `%f`, `path` is `%p`. `until` promises that the recovery has a target
+/// there or before: PostgreSQL ends it with an error if it does not come so far.
 ///
 /// The content is checked before the file gets its name, so PostgreSQL never sees a part of it.
 ///
 /// # Errors
 ///
 /// Everything but the file or the proof that it was never produced.
-pub async fn fetch(config: &Config, file: &str, path: &Path) -> Result<Fetched, ArchiveError> {
+pub async fn fetch(
+    config: &Config,
+    file: &str,
+    path: &Path,
+    until: Option<PgLsn>,
+) -> Result<Fetched, ArchiveError> {
     let place = Repository::open(config).await?.place(config.wal.group, system_identifier()?);
-    match fetch_from(&place, file, path).await {
+    match fetch_from(&place, file, path, until).await {
         Err(ArchiveError::Wal(WalError::Repository(error)))
             if error.is_transient() && is_standby() =>
         {
             // A standby does not promote at the end of its archive: it goes on to stream, and
             // comes back. Ending its recovery would take it down with the store.
             warn!(error = %chain(&error), "repository not reached; left to streaming");
+            Ok(Fetched::NeverProduced)
+        }
+        Err(error) if error.is_full() && is_standby() => {
+            warn!(error = %chain(&error), "no room for WAL; left to streaming");
             Ok(Fetched::NeverProduced)
         }
         Err(ArchiveError::Missing { file, reason }) if is_standby() => {
@@ -141,11 +165,16 @@ pub async fn fetch(config: &Config, file: &str, path: &Path) -> Result<Fetched, 
     }
 }
 
-async fn fetch_from(place: &Place, file: &str, path: &Path) -> Result<Fetched, ArchiveError> {
+async fn fetch_from(
+    place: &Place,
+    file: &str,
+    path: &Path,
+    until: Option<PgLsn>,
+) -> Result<Fetched, ArchiveError> {
     let found = wal::find(place, file).await?;
     let found = match found.as_slice() {
         [one] => one,
-        [] => return fetch_growing(place, file, path).await,
+        [] => return fetch_growing(place, file, path, until).await,
         several => {
             let (file, count) = (file.to_owned(), several.len());
             return Err(ArchiveError::Ambiguous { file, count });
@@ -176,47 +205,71 @@ async fn fetch_from(place: &Place, file: &str, path: &Path) -> Result<Fetched, A
 
 /// Fetches a segment of which only pieces are stored, because it was still growing; or only the
 /// beginning that it has in common with the timeline before, because nothing came after.
-async fn fetch_growing(place: &Place, file: &str, path: &Path) -> Result<Fetched, ArchiveError> {
+async fn fetch_growing(
+    place: &Place,
+    file: &str,
+    path: &Path,
+    until: Option<PgLsn>,
+) -> Result<Fetched, ArchiveError> {
     let segment_bytes = catalog::wal_segment_bytes(place).await?.unwrap_or(16 << 20);
     let Ok(WalFile::Segment(segment)) = WalFile::parse(file, segment_bytes) else {
         return absent(place, file, segment_bytes).await;
     };
-    let stored = WalMap::around(place, segment, segment_bytes).await?;
+    for _ in 0..LISTS_MAX {
+        let stored = WalMap::around(place, segment, segment_bytes).await?;
+        if let Some(fetched) = fetch_listed(&stored, segment, (place, file, path, until)).await? {
+            return Ok(fetched);
+        }
+    }
+    let reason = "each time one of its pieces was listed a moment ago".to_owned();
+    Err(ArchiveError::Missing { file: file.to_owned(), reason })
+}
+
+/// Fetches a growing segment as it was listed; `None` if a piece of it was replaced meanwhile.
+async fn fetch_listed(
+    stored: &WalMap,
+    segment: Segment,
+    (place, file, path, until): (&Place, &str, &Path, Option<PgLsn>),
+) -> Result<Option<Fetched>, ArchiveError> {
     // Complete segments are stored before their pieces are removed: it is one by now if the list of
     // pieces was read while they were.
     if !wal::find(place, file).await?.is_empty() {
-        return Box::pin(fetch_from(place, file, path)).await;
+        return Box::pin(fetch_from(place, file, path, until)).await.map(Some);
     }
     let missing = |reason| Err(ArchiveError::Missing { file: file.to_owned(), reason });
     let pieces = stored.pieces.get(&segment).map_or(&[][..], Vec::as_slice);
     let cover = piece::cover(pieces);
     let covered = stored.within_reach(segment);
     if covered == 0 {
-        return absent(place, file, segment_bytes).await;
+        return absent(place, file, stored.segment_bytes).await.map(Some);
     }
     if cover.furthest > covered {
         return missing(format!("a piece of it is missing after {covered} bytes"));
     }
-    if let Some(reason) = stored.goes_on(segment, covered) {
+    let start = segment.number * stored.segment_bytes;
+    let has_target = until.map(u64::from).is_some_and(|it| start < it && it <= start + covered);
+    if let Some(reason) = stored.goes_on(segment, covered).filter(|_| !has_target) {
         return missing(format!("only {covered} bytes of it are stored, and {reason}"));
     }
-    let content = match beginning(place, &stored, segment, covered).await {
+    let content = match beginning(place, stored, segment, covered).await {
+        // A larger piece, or the complete segment, was stored before it went.
         Err(WalError::Repository(RepositoryError::Store(error)))
             if error.kind == StoreErrorKind::NotFound =>
         {
-            if wal::find(place, file).await?.is_empty() {
-                return missing("a piece of it was listed a moment ago".to_owned());
-            }
-            return Box::pin(fetch_from(place, file, path)).await;
+            return Ok(None);
         }
         content => content?,
     };
     let failed = |source| ArchiveError::Write { path: path.to_owned(), source };
     let provisional = path.with_extension("pgmesh");
-    fs::write(&provisional, content).map_err(failed)?;
-    fs::rename(&provisional, path).map_err(failed)?;
+    let written = fs::write(&provisional, content).and_then(|()| fs::rename(&provisional, path));
+    if let Err(source) = written {
+        // What there is of it would take room on a disk that may have none.
+        fs::remove_file(&provisional).ok();
+        return Err(failed(source));
+    }
     info!(segment = file, bytes = covered, "WAL segment put together from its pieces");
-    Ok(Fetched::Done)
+    Ok(Some(Fetched::Done))
 }
 
 /// The first `covered` bytes of a segment and zeros after them: from its own pieces, or, if those

@@ -70,6 +70,10 @@ pub enum Command {
         file: String,
         /// Where it goes, as PostgreSQL gives it in %p
         path: PathBuf,
+        /// The recovery has a target at or before this position, after which WAL is missing: `restore`
+        /// adds it. Without it a segment that is not complete ends no recovery before a gap
+        #[arg(long, value_name = "LSN", value_parser = parse_lsn)]
+        until: Option<PgLsn>,
     },
     /// Fetch WAL ahead of a recovery: what `wal-fetch` starts
     #[command(hide = true)]

@@ -19,7 +19,7 @@ use crate::cli::{
     ArchiveMode, Cli, Command, ExpireArgs, GroupArgs, JsonArgs, ListArgs, RestoreArgs, VerifyArgs,
 };
 use crate::config::Config;
-use crate::expire;
+use crate::expire::{self, Spare};
 use crate::keys::{new_key, new_key_file};
 use crate::manifest::Commit;
 use crate::prefetch;
@@ -370,12 +370,12 @@ async fn expire_command(config: &Config, args: &ExpireArgs) -> anyhow::Result<()
             values.push(json!({ "backup_id": id, "action": "delete" }));
             table.row([id.to_string(), "delete".to_owned(), "was marked long enough".to_owned()]);
         }
-        if !plan.wal.is_empty() {
-            let what = format!("{} WAL segments, {}", plan.wal.len(), bytes(plan.wal_bytes()));
+        for Spare { count, object_bytes, name, key, why } in plan.spare() {
             values.push(json!({
-                "wal_segments": plan.wal.len(), "bytes": plan.wal_bytes(), "action": "delete",
+                key: count, "bytes": object_bytes, "action": "delete", "why": why,
             }));
-            table.row([what, "delete".to_owned(), "no kept backup needs them".to_owned()]);
+            let what = format!("{count} {name}, {}", bytes(object_bytes));
+            table.row([what, "delete".to_owned(), why.to_owned()]);
         }
         if args.apply {
             expire::apply(&place, &plan).await?;

@@ -14,8 +14,9 @@ use crate::catalog::{Catalog, Tombstone, read_commit};
 use crate::container::Kind;
 use crate::manifest::BackupId;
 use crate::repository::{Place, RepositoryError};
-use crate::retention::{Decision, Retention, decide, spare_pieces, spare_wal};
+use crate::retention::{Decision, Retention, decide, spare_pieces, spare_remnants, spare_wal};
 use crate::wal::piece::Piece;
+use crate::wal::remnant::{self, Remnant, What};
 use crate::wal::{WalError, WalMap, WalObject};
 
 /// What is to go, and why the rest stays.
@@ -31,6 +32,8 @@ pub struct Plan {
     pub wal: Vec<WalObject>,
     /// Pieces of segments that nothing needs.
     pub pieces: Vec<Piece>,
+    /// What goes with WAL that nothing needs: files of archivers, records of gaps.
+    pub remnants: Vec<Remnant>,
     /// Backups that a listed one names as its predecessor: their tombstones stay.
     named: BTreeSet<BackupId>,
 }
@@ -41,10 +44,60 @@ impl Plan {
         self.decisions.iter().filter(|it| it.keep.is_empty()).map(|it| &it.backup_id)
     }
 
-    /// Bytes of WAL that will go.
-    pub fn wal_bytes(&self) -> u64 {
-        let segments = self.wal.iter().map(|wal| wal.object_bytes);
-        segments.chain(self.pieces.iter().map(|piece| piece.object_bytes)).sum()
+    /// Bytes that will go, beside those of backups.
+    pub fn spare_bytes(&self) -> u64 {
+        self.spare().iter().map(|spare| spare.object_bytes).sum()
+    }
+}
+
+/// Objects of one kind that will go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Spare {
+    /// How many.
+    pub count: usize,
+    /// Bytes in the store.
+    pub object_bytes: u64,
+    /// What they are, for people.
+    pub name: &'static str,
+    /// What they are, for programs.
+    pub key: &'static str,
+    /// Why they go.
+    pub why: &'static str,
+}
+
+impl Plan {
+    /// What will go beside backups, kind by kind.
+    pub fn spare(&self) -> Vec<Spare> {
+        const NEEDLESS: &str = "no kept backup needs them";
+        const ORPHANED: &str = "no kept backup needs the WAL that they go with";
+        let remnants = |what: What| {
+            let of_kind = self.remnants.iter().filter(move |remnant| remnant.what == what);
+            of_kind.map(|remnant| remnant.object_bytes).collect()
+        };
+        let kinds: [(Vec<u64>, _, _, _); 5] = [
+            (
+                self.wal.iter().map(|wal| wal.object_bytes).collect(),
+                "WAL segments",
+                "wal_segments",
+                NEEDLESS,
+            ),
+            (
+                self.pieces.iter().map(|piece| piece.object_bytes).collect(),
+                "pieces of WAL segments",
+                "wal_pieces",
+                NEEDLESS,
+            ),
+            (remnants(What::Partial), ".partial files", "partial_files", ORPHANED),
+            (remnants(What::BackupLabel), ".backup files", "backup_labels", ORPHANED),
+            (remnants(What::Gap), "records of gaps", "gaps", ORPHANED),
+        ];
+        let spare = kinds.into_iter().filter(|(sizes, ..)| !sizes.is_empty());
+        spare
+            .map(|(sizes, name, key, why)| {
+                let (count, object_bytes) = (sizes.len(), sizes.iter().sum());
+                Spare { count, object_bytes, name, key, why }
+            })
+            .collect()
     }
 }
 
@@ -80,8 +133,8 @@ pub async fn plan(
         }
     }
     let Some(newest) = catalog.backups.last() else {
-        let (wal, pieces) = (Vec::new(), Vec::new());
-        return Ok(Plan { decisions, delete, marked, wal, pieces, named });
+        let (wal, pieces, remnants) = (Vec::new(), Vec::new(), Vec::new());
+        return Ok(Plan { decisions, delete, marked, wal, pieces, remnants, named });
     };
     let map = WalMap::read(place, newest.wal_segment_bytes).await?;
     // What a marked backup needs stays as long as it can be brought back; one that is marked in
@@ -92,7 +145,10 @@ pub async fn plan(
     }
     let wal = spare_wal(&needed, &map, retention, now).into_iter().cloned().collect();
     let pieces = spare_pieces(&needed, &map, retention, now).into_iter().cloned().collect();
-    Ok(Plan { decisions, delete, marked, wal, pieces, named })
+    let remnants = remnant::list(place, map.segment_bytes).await?;
+    let remnants = spare_remnants(&needed, &remnants, map.segment_bytes, retention, now);
+    let remnants = remnants.into_iter().cloned().collect();
+    Ok(Plan { decisions, delete, marked, wal, pieces, remnants, named })
 }
 
 /// Carries out a plan.
@@ -134,12 +190,13 @@ pub async fn apply(place: &Place, plan: &Plan) -> Result<(), RepositoryError> {
         }
     }
     let names = plan.wal.iter().map(|wal| &wal.name);
-    for name in names.chain(plan.pieces.iter().map(|piece| &piece.name)) {
+    let names = names.chain(plan.pieces.iter().map(|piece| &piece.name));
+    for name in names.chain(plan.remnants.iter().map(|remnant| &remnant.name)) {
         delete(place, name).await?;
     }
-    let (segments, pieces) = (plan.wal.len(), plan.pieces.len());
-    if segments + pieces > 0 {
-        info!(segments, pieces, bytes = plan.wal_bytes(), "WAL deleted");
+    let (segments, pieces, others) = (plan.wal.len(), plan.pieces.len(), plan.remnants.len());
+    if segments + pieces + others > 0 {
+        info!(segments, pieces, others, bytes = plan.spare_bytes(), "WAL deleted");
     }
     Ok(())
 }

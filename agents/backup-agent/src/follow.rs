@@ -3,6 +3,11 @@
 //! One part watches the servers: who is primary, what the slot costs it, and whether every standby
 //! has the slot. The other streams from the primary that the first has found, over timelines.
 
+mod held_up;
+mod servers;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -12,7 +17,7 @@ use shared::pg::connect::connect;
 use shared::pg::wal::{HistoryEntry, parse_history};
 use shared::pg::{ConnectError, Node, QueryError, Settings};
 use shared::telemetry::chain;
-use shared::topology::{self, Group, NodeState, Role};
+use shared::topology::{Group, NodeState, Role};
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep};
@@ -23,12 +28,13 @@ use tracing::{debug, error, info, warn};
 use crate::backup::Context;
 use crate::config::WalConfig;
 use crate::heartbeat;
-use crate::receive::{ReceiveError, Received, Receiver, Shipping};
+use crate::receive::{self, ReceiveError, Received, Receiver, Shipping};
 use crate::replication::{Replication, ReplicationError};
 use crate::repository::{Place, RepositoryError};
 use crate::resume::{self, Position, Refusal, Server, Start};
-use crate::slots::{self, Alarm, Burden};
+use crate::slots::{self, Alarm, Burden, Slot};
 use crate::wal::{self, Gap, Packed, WalError, WalMap, piece};
+use servers::Servers;
 
 /// How often the servers are asked while nothing fails.
 const WATCH_EVERY: Duration = Duration::from_secs(10);
@@ -78,6 +84,15 @@ pub enum FollowError {
         /// What it said for replication.
         found: u64,
     },
+    /// The server shuts down, and waited for the store.
+    #[error(
+        "{node} is shutting down and waits for WAL that the repository has not taken: the stream \
+         is given up, and the slot keeps the WAL"
+    )]
+    HeldUp {
+        /// The server.
+        node: String,
+    },
     /// The server removed WAL that the slot should have held back.
     #[error(
         "{node} no longer has the WAL from {at} on timeline {timeline}, which its slot held back"
@@ -105,6 +120,15 @@ pub struct Primary {
     pub segment_bytes: u64,
 }
 
+/// The slot on one server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotState {
+    /// What it costs.
+    pub burden: Burden,
+    /// What an operator must know.
+    pub alarms: Vec<Alarm>,
+}
+
 /// What is known about receiving the WAL of a group.
 #[derive(Clone, Debug, Default)]
 pub struct Following {
@@ -114,8 +138,11 @@ pub struct Following {
     pub no_primary: Option<String>,
     /// What the slot costs the primary; `None` if it did not say.
     pub burden: Option<Burden>,
-    /// What an operator must know.
-    pub alarms: Vec<Alarm>,
+    /// The slot on each server that said what it costs, the primary's too.
+    pub slots: BTreeMap<String, SlotState>,
+    /// The servers that gave their slot up, and from where the new one holds WAL back: what is
+    /// before and not stored may be gone there.
+    pub lost: BTreeMap<String, PgLsn>,
     /// How far receiving is; `None` while nothing is being received.
     pub received: Option<Received>,
     /// The last moment at which everything that the primary had was stored.
@@ -131,6 +158,8 @@ pub struct Following {
 impl Following {
     /// What `/status` shows.
     pub fn status(&self) -> serde_json::Value {
+        let slots = self.slots.iter().map(|(node, slot)| (node, slot.status()));
+        let slots: BTreeMap<_, _> = slots.collect();
         let received = self.received.map(|it| {
             json!({
                 "timeline": it.timeline,
@@ -148,9 +177,19 @@ impl Following {
             "caught_up_at": self.caught_up_at,
             "heartbeat_at": self.heartbeat_at,
             "heartbeat_failure": self.heartbeat_failure,
-            "alarms": self.alarms.iter().map(|alarm| format!("{alarm:?}")).collect::<Vec<_>>(),
-            "slot_retained_bytes": self.burden.and_then(|it| it.retained_bytes),
+            "slots": slots,
             "commits_wait": self.burden.map(|it| it.commits_wait),
+        })
+    }
+}
+
+impl SlotState {
+    fn status(&self) -> serde_json::Value {
+        let alarms: Vec<_> = self.alarms.iter().map(|alarm| format!("{alarm:?}")).collect();
+        json!({
+            "retained_bytes": self.burden.retained_bytes,
+            "limit_bytes": self.burden.limit_bytes,
+            "alarms": alarms,
         })
     }
 }
@@ -168,25 +207,32 @@ pub struct Follower {
     needs_backup: mpsc::Sender<u32>,
     /// Wakes the part that asks the servers.
     look: Notify,
+    /// WAL was stored since the last failure, or there was none to store.
+    has_got_on: AtomicBool,
 }
 
 impl Follower {
     /// A follower that knows nothing yet.
     pub fn new(context: Context, group: u32, needs_backup: mpsc::Sender<u32>) -> Self {
-        Self { context, group, state: watch::Sender::default(), needs_backup, look: Notify::new() }
+        let (state, look) = (watch::Sender::default(), Notify::new());
+        Self { context, group, state, needs_backup, look, has_got_on: AtomicBool::new(false) }
     }
 
     /// Follows until `shutdown`, or until the claim on the group is over.
     pub async fn run(&self, claim: &Claim, shutdown: CancellationToken) {
         let may_write = || claim.is_valid();
-        tokio::select! {
-            // In this order: a process that was stopped learns first that its claim is over.
-            biased;
-            () = shutdown.cancelled() => {}
-            () = claim.ended() => warn!("the claim on the group is over"),
-            () = self.watch() => {}
-            () = self.stream(&may_write) => {}
-            () = self.heartbeat() => {}
+        let work = async {
+            tokio::select! {
+                () = shutdown.cancelled() => {}
+                () = self.watch() => {}
+                () = self.stream(&may_write) => {}
+                () = self.heartbeat() => {}
+            }
+        };
+        // Around all of it: also the servers, their slots and what is deleted are left alone by a
+        // process that was stopped past its claim.
+        if claim.guard(Box::pin(work)).await.is_none() {
+            warn!("the claim on the group is over");
         }
         self.state.send_replace(Following::default());
     }
@@ -197,7 +243,7 @@ impl Follower {
 
     /// Asks the servers every few seconds.
     async fn watch(&self) {
-        let mut told = Vec::new();
+        let (mut servers, mut told) = (Servers::default(), BTreeMap::new());
         loop {
             let began_at = Instant::now();
             let nodes = match self.context.topology.nodes().await {
@@ -210,8 +256,7 @@ impl Follower {
                     continue;
                 }
             };
-            let observed =
-                topology::observe_group(&self.context.settings, &nodes, self.group).await;
+            let observed = servers.look(&self.context.settings, &nodes, self.group).await;
             let (primary, no_primary) = match leading(&observed) {
                 Ok((node, state)) => (Some(Primary::new(node, state)), None),
                 Err(reason) => (None, Some(reason)),
@@ -222,7 +267,7 @@ impl Follower {
                 changed
             });
             if let Some(primary) = primary {
-                self.watch_slots(&observed, &primary, &mut told).await;
+                self.watch_slots(&servers, &observed, &primary, &mut told).await;
             }
             self.pause(began_at).await;
         }
@@ -271,44 +316,84 @@ impl Follower {
         }
     }
 
-    /// Looks after the slots: what it costs on the primary, that it exists on the standbys.
-    async fn watch_slots(&self, observed: &Group, primary: &Primary, told: &mut Vec<Alarm>) {
-        let slot = &self.wal().slot;
-        let asked = async {
-            let connection = connect(&self.context.settings, &primary.node).await?;
-            Ok::<_, FollowError>(slots::burden(&connection, slot).await?)
-        };
-        let burden = match asked.await {
-            Ok(burden) => Some(burden),
-            Err(failure) => {
-                warn!(node = primary.node.name, error = %chain(&failure), "slot not observed");
-                None
+    /// Looks after the slots: what each costs its server, and that it exists on the standbys.
+    async fn watch_slots(
+        &self,
+        servers: &Servers,
+        observed: &Group,
+        primary: &Primary,
+        told: &mut BTreeMap<String, Vec<Alarm>>,
+    ) {
+        let mut slots = BTreeMap::new();
+        let standbys = observed.standbys().map(|(node, state)| (node, Some(state)));
+        for (node, standby) in [(&primary.node, None)].into_iter().chain(standbys) {
+            match self.watch_slot(servers, node, standby).await {
+                Ok(mut burden) => {
+                    burden.is_lost |= self.state.borrow().lost.contains_key(&node.name);
+                    let alarms = slots::alarms(&burden, self.wal().pg_wal_bytes_max);
+                    tell(&alarms, told.entry(node.name.clone()).or_default(), &burden, &node.name);
+                    slots.insert(node.name.clone(), SlotState { burden, alarms });
+                }
+                Err(failure) => {
+                    let (slot, error) = (&self.wal().slot, chain(&failure));
+                    warn!(node = node.name, slot, %error, "replication slot not observed or kept");
+                }
             }
-        };
-        if let Some(burden) = burden {
-            let alarms = slots::alarms(&burden, self.wal().pg_wal_bytes_max);
-            tell(&alarms, told, &burden, primary);
-            self.state.send_modify(|state| state.alarms = alarms);
         }
-        self.state.send_modify(|state| state.burden = burden);
+        self.state.send_modify(|state| {
+            state.burden = slots.get(&primary.node.name).map(|slot| slot.burden);
+            state.slots = slots;
+        });
+    }
 
+    /// Asks what the slot costs a server. That of a standby is made, and moved up to what is stored.
+    async fn watch_slot(
+        &self,
+        servers: &Servers,
+        node: &Node,
+        standby: Option<&NodeState>,
+    ) -> Result<Burden, FollowError> {
+        let slot_name = &self.wal().slot;
+        let fresh;
+        let connection = if let Some(kept) = servers.connection(node) {
+            kept
+        } else {
+            fresh = connect(&self.context.settings, node).await?;
+            &fresh
+        };
+        let burden = slots::burden(connection, slot_name).await?;
         let received = self.state.borrow().received;
-        for (node, state) in observed.standbys() {
-            let moved = async {
-                let connection = connect(&self.context.settings, node).await?;
-                if slots::ensure(&connection, slot).await?.is_new {
-                    info!(node = node.name, slot, "replication slot created on a standby");
-                }
-                // Only what is stored of the timeline that this standby is on.
-                if let Some(received) = received.filter(|it| it.timeline == state.timeline) {
-                    slots::advance(&connection, slot, received.stored_lsn).await?;
-                }
-                Ok::<_, FollowError>(())
-            };
-            if let Err(failure) = moved.await {
-                let error = chain(&failure);
-                warn!(node = node.name, slot, %error, "replication slot of a standby not kept");
+        if let Some(state) = standby {
+            let slot = slots::ensure(connection, slot_name).await?;
+            self.made(node, slot);
+            // Only what is stored of the timeline that this standby is on.
+            if let Some(received) = received.filter(|it| it.timeline == state.timeline) {
+                slots::advance(connection, slot_name, received.stored_lsn).await?;
             }
+        }
+        // What the slot no longer holds back is stored by now, or its loss was recorded.
+        let is_over = |until: &PgLsn| received.is_some_and(|it| *until <= it.stored_lsn);
+        self.state.send_if_modified(|state| {
+            let is_over = state.lost.get(&node.name).is_some_and(is_over);
+            is_over && state.lost.remove(&node.name).is_some()
+        });
+        Ok(burden)
+    }
+
+    /// Says that a slot was made, and why.
+    fn made(&self, node: &Node, slot: Slot) {
+        let (name, restart_lsn) = (&self.wal().slot, slot.restart_lsn);
+        if slot.was_lost {
+            error!(
+                node = node.name, slot = name, %restart_lsn,
+                "the replication slot was lost, beyond max_slot_wal_keep_size, and is made anew: \
+                 WAL before it that is not stored may be gone from this server"
+            );
+            self.state.send_modify(|state| {
+                state.lost.insert(node.name.clone(), restart_lsn);
+            });
+        } else if slot.is_new {
+            info!(node = node.name, slot = name, %restart_lsn, "replication slot created");
         }
     }
 
@@ -325,9 +410,12 @@ impl Follower {
                 }
                 continue;
             };
-            let began_at = Instant::now();
+            let settings = &self.context.settings;
             let outcome = tokio::select! {
                 failure = Box::pin(self.stream_from(&primary, may_write)) => failure,
+                () = held_up::held_up(settings, &primary.node, self.state.subscribe()) => {
+                    Err(FollowError::HeldUp { node: primary.node.to_string() })
+                }
                 () = other_primary(self.state.subscribe(), &primary) => {
                     info!(node = primary.node.name, "another server is the primary now");
                     wait = RETRY_FIRST;
@@ -343,7 +431,8 @@ impl Follower {
                 said.clone_from(&text);
             }
             self.stopped(Some(text));
-            if began_at.elapsed() > RETRY_LONGEST {
+            // Commits may be waiting: who got on does not wait longer each time.
+            if self.has_got_on.swap(false, Ordering::Relaxed) {
                 (wait, said) = (RETRY_FIRST, String::new());
             }
             sleep(wait).await;
@@ -372,10 +461,10 @@ impl Follower {
             warn!(node = primary.node.name, slot = slot_name, "another connection had the slot");
         }
         let slot = slots::ensure(&connection, slot_name).await?;
-        if slot.is_new {
-            let restart_lsn = slot.restart_lsn;
-            info!(node = primary.node.name, slot = slot_name, %restart_lsn, "replication slot created");
-        }
+        self.made(&primary.node, slot);
+        // Whether commits wait is asked before the first of them does.
+        let burden = slots::burden(&connection, slot_name).await?;
+        self.state.send_modify(|state| state.burden = Some(burden));
         drop(connection);
         let place = self.context.repository.place(self.group, primary.system_identifier);
         let receiver = Receiver {
@@ -398,7 +487,8 @@ impl Follower {
                 });
             }
             let (files, history) = histories(&mut replication, identity.timeline).await?;
-            let mut stored = WalMap::read(&place, primary.segment_bytes).await?;
+            let mut stored =
+                WalMap::read_from(&place, primary.segment_bytes, slot_lsn, &history).await?;
             require(&place, may_write)?;
             remove_superseded(&place, &mut stored).await?;
             // Once more, so that the position is not older than what was stored by others meanwhile.
@@ -427,7 +517,7 @@ impl Follower {
             let pieces = stored.pieces.get(&segment).cloned().unwrap_or_default();
             info!(
                 node = primary.node.name, timeline = at.timeline, stored_lsn = %at.lsn,
-                "receiving WAL"
+                memory_bytes_max = receive::memory_bytes_max(primary.segment_bytes), "receiving WAL"
             );
             let mut stream = replication.start_replication(slot_name, at.timeline, lsn).await?;
             match receiver.run(&mut stream, segment, pieces).await {
@@ -494,9 +584,12 @@ impl Follower {
 
     fn progressed(&self, received: Received) {
         self.state.send_if_modified(|state| {
+            if has_got_on(state.received, received) {
+                self.has_got_on.store(true, Ordering::Relaxed);
+            }
             let changed = state.received != Some(received);
             (state.received, state.failure) = (Some(received), None);
-            if received.stored_lsn >= received.server_lsn && u64::from(received.server_lsn) > 0 {
+            if received.lag_bytes() == Some(0) {
                 state.caught_up_at = Some(Utc::now());
             }
             changed
@@ -528,6 +621,13 @@ fn leading(group: &Group) -> Result<(&Node, &NodeState), String> {
             Ok(primary) => Ok(primary),
         },
     }
+}
+
+/// Whether WAL was stored since `before`, or all there is was stored already.
+fn has_got_on(before: Option<Received>, now: Received) -> bool {
+    // What is there is compared before anything is stored: 0 until then.
+    let known = before.filter(|it| u64::from(it.stored_lsn) > 0);
+    now.lag_bytes() == Some(0) || known.is_some_and(|it| it.stored_lsn < now.stored_lsn)
 }
 
 /// Resolves when a server other than `primary`, or the same on another timeline, is the primary.
@@ -607,8 +707,7 @@ async fn histories(
 }
 
 /// Says which alarms are new and which are over.
-fn tell(alarms: &[Alarm], told: &mut Vec<Alarm>, burden: &Burden, primary: &Primary) {
-    let node = &primary.node.name;
+fn tell(alarms: &[Alarm], told: &mut Vec<Alarm>, burden: &Burden, node: &str) {
     for alarm in alarms.iter().filter(|alarm| !told.contains(alarm)) {
         let (retained_bytes, limit_bytes) = (burden.retained_bytes, burden.limit_bytes);
         match alarm {
@@ -625,6 +724,11 @@ fn tell(alarms: &[Alarm], told: &mut Vec<Alarm>, burden: &Burden, primary: &Prim
                 "three quarters of max_slot_wal_keep_size are used: beyond it the slot is lost and \
                  WAL is missing. Mend the way to the repository, or raise the limit now"
             ),
+            Alarm::SlotLost => error!(
+                node,
+                limit_bytes,
+                "the replication slot is lost: WAL that is not stored may be gone from this server"
+            ),
             Alarm::DiskNearlyFull => error!(
                 node,
                 pg_wal_bytes = burden.pg_wal_bytes,
@@ -640,4 +744,29 @@ fn tell(alarms: &[Alarm], told: &mut Vec<Alarm>, burden: &Burden, primary: &Prim
         info!(node, "alarms about the slot are over");
     }
     *told = alarms.to_vec();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn getting_on_is_to_store_or_to_have_stored_all() {
+        let received = |stored: u64, server: u64| Received {
+            timeline: 1,
+            received_lsn: server.into(),
+            stored_lsn: stored.into(),
+            server_lsn: server.into(),
+        };
+        for (case, before, now, expected) in [
+            ("nothing is known", None, received(0, 0), false),
+            ("the server tells, nothing is compared", None, received(0, 50), false),
+            ("what is stored was compared", Some(received(0, 50)), received(40, 50), false),
+            ("nothing is to be stored", Some(received(0, 50)), received(50, 50), true),
+            ("the store fails", Some(received(40, 50)), received(40, 60), false),
+            ("something was stored", Some(received(40, 60)), received(45, 60), true),
+        ] {
+            assert_eq!(has_got_on(before, now), expected, "{case}");
+        }
+    }
 }

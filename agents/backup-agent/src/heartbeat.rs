@@ -1,26 +1,33 @@
 //! The heartbeat: a record is written to the primary, and read back from the repository. So the
 //! whole path is proven, whether there is other traffic or not.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use shared::pg::connect::connect;
 use shared::pg::wal::Segment;
 use shared::pg::{ConnectError, QueryError};
+use shared::store::StoreErrorKind;
 use thiserror::Error;
 use tokio::time::{Instant, timeout};
 use tokio_postgres::types::PgLsn;
 
 use crate::follow::{Following, Primary};
 use crate::repository::{Place, RepositoryError};
-use crate::wal::{self, WalError, piece};
+use crate::wal::piece::{self, Piece};
+use crate::wal::{self, WalError};
 
 /// How long a record may take to the repository before that is a failure.
 const ARRIVAL_LIMIT: Duration = Duration::from_mins(1);
 /// The prefix of the logical message.
 const PREFIX: &str = "pgmesh";
+/// The record, its headers and those of pages, and more: it begins so far before its end at most.
+const RECORD_BYTES_MAX: u64 = 512;
+/// How often the record is looked for anew because a piece was replaced.
+const LISTS_MAX: u32 = 10;
 /// Bytes of a WAL page, and of the headers of a segment's first page and of the others.
 /// Source: `XLOG_BLCKSZ` as Debian builds it; `xlog_internal.h`.
-const PAGE_BYTES: usize = 8192;
+const PAGE_BYTES: u32 = 8192;
 const LONG_HEADER_BYTES: usize = 40;
 const SHORT_HEADER_BYTES: usize = 24;
 
@@ -96,38 +103,108 @@ pub async fn beat(
     }
     let took = began_at.elapsed();
 
-    let segment_bytes = primary.segment_bytes;
-    let number = u64::from(lsn).saturating_sub(1) / segment_bytes;
+    let (segment_bytes, end) = (primary.segment_bytes, u64::from(lsn));
+    let number = end.saturating_sub(1) / segment_bytes;
     let segment = Segment { timeline: primary.timeline, number };
-    let stored = read(place, segment, segment_bytes).await?;
-    let text = without_headers(&stored);
+    let start = end.saturating_sub(RECORD_BYTES_MAX);
+    let start = start - start % u64::from(PAGE_BYTES);
+    let mut stored = Vec::new();
+    // The record may begin in the segment before.
+    for number in start / segment_bytes..=number {
+        let first = number * segment_bytes;
+        let stretch = start.max(first) - first..end.min(first + segment_bytes) - first;
+        let segment = Segment { number, ..segment };
+        stored.extend(read(place, segment, segment_bytes, stretch).await?);
+    }
+    let text = without_headers(&stored, start, segment_bytes);
     if text.windows(content.len()).any(|window| window == content.as_bytes()) {
         return Ok(took);
     }
     Err(HeartbeatError::NotFound { lsn, segment: segment.name(segment_bytes) })
 }
 
-/// Reads a segment back, as a whole or from its pieces.
-async fn read(place: &Place, segment: Segment, bytes: u64) -> Result<Vec<u8>, HeartbeatError> {
-    let mut content = Vec::new();
-    if let Some(complete) = wal::find(place, &segment.name(bytes)).await?.first() {
-        wal::read(place, complete, |chunk| {
-            content.extend_from_slice(chunk);
-            Ok(())
-        })
-        .await?;
-        return Ok(content);
+/// Reads a stretch of a segment back, from the whole or from the pieces that have it; zeros where
+/// there is none.
+async fn read(
+    place: &Place,
+    segment: Segment,
+    segment_bytes: u64,
+    stretch: Range<u64>,
+) -> Result<Vec<u8>, HeartbeatError> {
+    for _ in 0..LISTS_MAX {
+        // In this order: a complete segment is stored before its pieces go.
+        let pieces = piece::list_of(place, segment, segment_bytes).await?;
+        if let Some(complete) = wal::find(place, &segment.name(segment_bytes)).await?.first() {
+            let mut content = Vec::new();
+            wal::read(place, complete, |chunk| {
+                content.extend_from_slice(chunk);
+                Ok(())
+            })
+            .await?;
+            return Ok(content.get(position(stretch)).unwrap_or_default().to_vec());
+        }
+        match read_pieces(place, &pieces, stretch.clone()).await {
+            // Replaced a moment ago.
+            Err(WalError::Repository(RepositoryError::Store(error)))
+                if error.kind == StoreErrorKind::NotFound => {}
+            content => return Ok(content?),
+        }
     }
-    let pieces = piece::list_of(place, segment, bytes).await?;
-    Ok(piece::stitch(place, segment, bytes, &piece::cover(&pieces)).await?)
+    Ok(Vec::new())
 }
 
-/// A segment without its page headers, which may lie in the middle of a record.
-fn without_headers(segment: &[u8]) -> Vec<u8> {
-    let mut text = Vec::with_capacity(segment.len());
-    for (index, page) in segment.chunks(PAGE_BYTES).enumerate() {
-        let header = if index == 0 { LONG_HEADER_BYTES } else { SHORT_HEADER_BYTES };
+async fn read_pieces(
+    place: &Place,
+    pieces: &[Piece],
+    stretch: Range<u64>,
+) -> Result<Vec<u8>, WalError> {
+    let mut content = vec![0; position(stretch.clone()).len()];
+    for piece in piece::follow(pieces, stretch.start, stretch.end) {
+        let bytes = piece::read(place, piece).await?;
+        let common = stretch.start.max(piece.from)..stretch.end.min(piece.to);
+        let into = position(common.start - stretch.start..common.end - stretch.start);
+        let from = position(common.start - piece.from..common.end - piece.from);
+        content[into].copy_from_slice(&bytes[from]);
+    }
+    Ok(content)
+}
+
+/// A stretch that fits into memory.
+fn position(stretch: Range<u64>) -> Range<usize> {
+    let fit = |at| usize::try_from(at).unwrap_or(usize::MAX);
+    fit(stretch.start)..fit(stretch.end)
+}
+
+/// Pages of WAL, of which the first begins at `start`, without their headers, which may lie in the
+/// middle of a record.
+fn without_headers(stored: &[u8], start: u64, segment_bytes: u64) -> Vec<u8> {
+    let page_bytes = PAGE_BYTES as usize;
+    let mut text = Vec::with_capacity(stored.len());
+    for (page, at) in stored.chunks(page_bytes).zip((start..).step_by(page_bytes)) {
+        let is_first = at.is_multiple_of(segment_bytes);
+        let header = if is_first { LONG_HEADER_BYTES } else { SHORT_HEADER_BYTES };
         text.extend_from_slice(page.get(header..).unwrap_or_default());
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_are_taken_out_wherever_the_stretch_begins() {
+        const SEGMENT_BYTES: u64 = 1 << 20;
+        let page = |header: usize, content: u8| {
+            let mut page = vec![b'#'; 8192];
+            page[header..].fill(content);
+            page
+        };
+        let (a, b) = (page(24, b'a'), page(40, b'b'));
+        let two = [a.clone(), b].concat();
+        let text = without_headers(&two, SEGMENT_BYTES - 8192, SEGMENT_BYTES);
+        assert_eq!(text, [vec![b'a'; 8192 - 24], vec![b'b'; 8192 - 40]].concat());
+        let text = without_headers(&a[..100], 3 * 8192, SEGMENT_BYTES);
+        assert_eq!(text, vec![b'a'; 76]);
+    }
 }

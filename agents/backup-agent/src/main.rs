@@ -50,7 +50,7 @@ fn fetch() -> ExitCode {
             return ExitCode::from(code);
         }
     };
-    let Some(Command::WalFetch { file, path }) = cli.command else {
+    let Some(Command::WalFetch { file, path, until }) = cli.command else {
         return ExitCode::from(archive::GIVE_UP);
     };
     // Before anything is read or set up: this is what a recovery waits for.
@@ -63,7 +63,7 @@ fn fetch() -> ExitCode {
         let config_file = cli.shared.config_file(AGENT);
         let config = config::load(&config_file)?;
         let runtime = Builder::new_current_thread().enable_all().build()?;
-        let fetched = runtime.block_on(archive::fetch(&config, &file, &path));
+        let fetched = runtime.block_on(archive::fetch(&config, &file, &path, until));
         if config.wal.prefetch_segments > 0 && matches!(fetched, Ok(Fetched::Done)) {
             prefetch::start(&config_file, &file, &path);
         }

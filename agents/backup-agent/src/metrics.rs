@@ -17,7 +17,7 @@ use prometheus_client::registry::{Registry, Unit};
 use serde::Serialize;
 use tokio::sync::watch;
 
-use crate::follow::Following;
+use crate::follow::{Following, SlotState};
 use crate::manifest::Commit;
 use crate::progress::Progress;
 
@@ -349,21 +349,6 @@ const GAUGES: &[Gauge] = &[
         Some(Unit::Seconds),
         |state| Some(seconds_since_1970(state.following()?.heartbeat_at?)),
     ),
-    (
-        "slot_retained",
-        "WAL that the primary keeps because the repository does not have it yet.",
-        Some(Unit::Bytes),
-        |state| state.following()?.burden?.retained_bytes.map(float),
-    ),
-    (
-        "slot_limit",
-        "max_slot_wal_keep_size of the primary: beyond it the slot is lost.",
-        Some(Unit::Bytes),
-        |state| state.following()?.burden?.limit_bytes.map(float),
-    ),
-    ("pg_wal_size", "Size of pg_wal on the primary.", Some(Unit::Bytes), |state| {
-        Some(float(state.following()?.burden?.pg_wal_bytes))
-    }),
     ("commits_wait", "1 while commits wait for the repository.", None, |state| {
         Some(bit(state.following()?.burden?.commits_wait))
     }),
@@ -377,6 +362,68 @@ const GAUGES: &[Gauge] = &[
         },
     ),
 ];
+
+/// One gauge of a slot: its name, help, unit, and its value on a server, if there is one.
+type SlotGauge = (&'static str, &'static str, Option<Unit>, fn(&SlotState) -> Option<f64>);
+
+/// Of each server with the slot: the primary's holds back what is received from, a standby's what
+/// will be if that is promoted.
+const SLOT_GAUGES: &[SlotGauge] = &[
+    (
+        "slot_retained",
+        "WAL that the server keeps because the repository does not have it yet.",
+        Some(Unit::Bytes),
+        |slot| slot.burden.retained_bytes.map(float),
+    ),
+    (
+        "slot_limit",
+        "max_slot_wal_keep_size of the server: beyond it the slot is lost.",
+        Some(Unit::Bytes),
+        |slot| slot.burden.limit_bytes.map(float),
+    ),
+    (
+        "slot_lost",
+        "1 from the loss of the slot until what it held back is stored, or its loss recorded.",
+        None,
+        |slot| Some(bit(slot.burden.is_lost)),
+    ),
+    ("pg_wal_size", "Size of pg_wal on the server.", Some(Unit::Bytes), |slot| {
+        Some(float(slot.burden.pg_wal_bytes))
+    }),
+];
+
+impl State {
+    fn encode_slots(
+        &self,
+        groups: &BTreeMap<u32, GroupState>,
+        encoder: &mut DescriptorEncoder<'_>,
+    ) -> Result<(), fmt::Error> {
+        let following: Vec<_> = groups
+            .iter()
+            .filter_map(|(group, state)| Some((group.to_string(), state.following()?)))
+            .collect();
+        for (name, help, unit, value) in SLOT_GAUGES {
+            let of_group = |(group, following): &(String, Following)| {
+                let value = |(node, slot): (&String, &SlotState)| {
+                    Some((group.clone(), node.clone(), value(slot)?))
+                };
+                following.slots.iter().filter_map(value).collect::<Vec<_>>()
+            };
+            let values: Vec<_> = following.iter().flat_map(of_group).collect();
+            if values.is_empty() {
+                continue;
+            }
+            let mut family =
+                encoder.encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?;
+            for (group, node, value) in values {
+                let labels =
+                    [("cluster", self.cluster.as_str()), ("group", &group), ("node", &node)];
+                ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
+    }
+}
 
 impl Collector for State {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
@@ -394,6 +441,6 @@ impl Collector for State {
                 ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
             }
         }
-        Ok(())
+        self.encode_slots(&groups, &mut encoder)
     }
 }

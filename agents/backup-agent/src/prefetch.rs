@@ -38,6 +38,8 @@ const RECOVERY_FILE: &str = "RECOVERYXLOG";
 const DIRECTORY: &str = "pgmesh-prefetch-";
 /// What a file is called until it is whole.
 const PART: &str = ".part";
+/// The file that says for which run of a server it was said that nothing is fetched ahead.
+const OFF: &str = "pgmesh-no-prefetch";
 /// The file that says which segment `wal-fetch` had to fetch itself.
 const WANTED: &str = "wanted";
 
@@ -110,7 +112,7 @@ pub fn start(config_file: &Path, file: &str, path: &Path) {
 }
 
 fn try_start(config_file: &Path, file: &str, path: &Path) -> io::Result<()> {
-    let Some(ahead) = Ahead::of(path) else { return Ok(()) };
+    let Some(ahead) = Ahead::of(path) else { return say_why_not(path) };
     let segment_bytes = fs::metadata(path)?.len();
     let wanted = format!("{file} {segment_bytes}");
     if Wanted::parse(&wanted).is_none() {
@@ -129,12 +131,36 @@ fn try_start(config_file: &Path, file: &str, path: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Says once in each run of a server that it recovers without us, if that is because it is process 1:
+/// nobody else would find out why its recovery is slow.
+fn say_why_not(path: &Path) -> io::Result<()> {
+    let lines = fs::read_to_string("postmaster.pid").unwrap_or_default();
+    let is_process_1 = lines.lines().next().is_some_and(|process| process.trim() == "1");
+    if !is_process_1 || !is_recovering() || path.file_name() != Some(RECOVERY_FILE.as_ref()) {
+        return Ok(());
+    }
+    let marker = path.with_file_name(OFF);
+    let run = lines.lines().nth(2).unwrap_or_default().trim();
+    if fs::read_to_string(&marker).is_ok_and(|said| said == run) {
+        return Ok(());
+    }
+    fs::write(marker, run)?;
+    warn!(
+        "WAL is not fetched ahead of this recovery: PostgreSQL is process 1 of its container. Start \
+         the container with an init process (docker run --init) and it recovers faster"
+    );
+    Ok(())
+}
+
+fn is_recovering() -> bool {
+    ["recovery.signal", "standby.signal"].iter().any(|signal| Path::new(signal).exists())
+}
+
 impl Ahead {
     /// Of the server in whose data directory we are, if it recovers and wants segments at `path`.
     fn of(path: &Path) -> Option<Self> {
-        let is_recovering = ["recovery.signal", "standby.signal"].map(Path::new).map(Path::exists);
         let lines = fs::read_to_string("postmaster.pid").ok()?;
-        is_recovering.contains(&true).then(|| Self::of_server(path, &lines))?
+        is_recovering().then(|| Self::of_server(path, &lines))?
     }
 
     /// With the lines of `postmaster.pid`: the first is the process, the third when it started.

@@ -2,8 +2,8 @@
 //!
 //! The server is told that WAL is safe only once the repository holds it, so its slot keeps what
 //! is under way, and a commit that waits for this standby waits for the repository. Nothing is
-//! spooled: when the store is slow, at most three segments are held in memory, and then
-//! nothing more is read.
+//! spooled: when the store is slow, at most [`memory_bytes_max`] are held in memory for each group,
+//! and then nothing more is read.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -40,6 +40,17 @@ const SILENCE_MAX: Duration = Duration::from_secs(30);
 const GATHER_DIVISOR: u32 = 5;
 /// … unless so much came at once that there is more.
 const BUSY_BYTES: usize = 64 << 10;
+/// No more is taken at once, so that what is stored is reported in between.
+const BATCH_BYTES_MAX: usize = 1 << 20;
+
+/// The most memory that receiving one group's WAL takes, in bytes: the growing segment, what is under
+/// way and what of it is read back, and a larger piece whose smaller ones are being removed. Only WAL
+/// that does not compress takes so much; most takes a quarter.
+pub fn memory_bytes_max(segment_bytes: u64) -> u64 {
+    let segments = 1 + 2 * UPLOADS_MAX as u64 + 1;
+    // A batch, and what its last message is longer.
+    segments * segment_bytes + 2 * BATCH_BYTES_MAX as u64
+}
 
 /// How WAL is shipped.
 #[derive(Clone, Copy, Debug)]
@@ -125,11 +136,23 @@ impl fmt::Debug for Receiver<'_> {
 type Uploading<'a> = Pin<Box<dyn Future<Output = Result<Uploaded, ReceiveError>> + Send + 'a>>;
 
 /// What an upload stored: everything of `segment` up to `to`, as it was at `began_at`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 struct Uploaded {
     segment: Segment,
+    from: u64,
     to: u64,
     began_at: Instant,
+    replaces: Replaces,
+}
+
+/// Which pieces may go, now that something larger was read back.
+#[derive(Debug)]
+enum Replaces {
+    Nothing,
+    /// Those within a larger one, which has this content.
+    Within(Piece, Vec<u8>),
+    /// All of the segment.
+    All,
 }
 
 impl Receiver<'_> {
@@ -167,7 +190,8 @@ impl Receiver<'_> {
             if uploads.is_empty()
                 && let Some(cut) = self.due(&state)?
             {
-                uploads.push_back(Box::pin(self.ship(state.growing.segment(), cut)));
+                let is_larger = cut.from < state.growing.shipped();
+                uploads.push_back(Box::pin(self.ship(state.growing.segment(), cut, is_larger)));
             }
             let all_taken = state.ended && unread.is_empty();
             if all_taken && uploads.is_empty() && state.growing.waiting() == 0 {
@@ -179,20 +203,23 @@ impl Receiver<'_> {
                 // Whoever does not listen cannot complain about silence.
                 state.heard_at = Instant::now();
             }
+            if !may_read || read_at > Instant::now() {
+                stream.ignore();
+            }
             let ship_at = state.waiting_since.map(|since| since + (self.shipping)().interval);
             tokio::select! {
                 Some(uploaded) = uploads.next() => {
                     let uploaded = uploaded?;
-                    self.stored(&mut state, uploaded);
-                    if uploaded.to == self.segment_bytes {
-                        removals.push(self.remove(uploaded.segment));
-                    }
+                    self.stored(&mut state, &uploaded);
+                    removals.push(self.remove(uploaded));
                     stream.report(self.received_lsn(&state), state.stored_lsn, false).await?;
                 }
                 Some(()) = removals.next() => {}
                 event = gathered(stream, read_at), if may_read => {
                     let mut batch_bytes = self.take_event(&mut state, &mut unread, event?)?;
-                    while let Some(event) = stream.next_here()? {
+                    while batch_bytes < BATCH_BYTES_MAX
+                        && let Some(event) = stream.next_here()?
+                    {
                         batch_bytes += self.take_event(&mut state, &mut unread, event)?;
                         self.digest(&mut state, &mut unread, &mut uploads)?;
                     }
@@ -305,12 +332,26 @@ impl Receiver<'_> {
         Ok(state.growing.cut(all)?)
     }
 
-    async fn ship(&self, segment: Segment, cut: Cut) -> Result<Uploaded, ReceiveError> {
+    /// Stores a piece; reads it back if it is larger than what waits, and so replaces others.
+    async fn ship(
+        &self,
+        segment: Segment,
+        cut: Cut,
+        is_larger: bool,
+    ) -> Result<Uploaded, ReceiveError> {
         self.require_lease()?;
-        let (to, began_at) = (cut.to, Instant::now());
-        piece::store(self.place, segment, self.segment_bytes, cut).await?;
-        debug!(segment = segment.name(self.segment_bytes), to, "piece of a WAL segment stored");
-        Ok(Uploaded { segment, to, began_at })
+        let (from, to, began_at) = (cut.from, cut.to, Instant::now());
+        let replaces = if is_larger {
+            let (piece, content) =
+                piece::store_and_read(self.place, segment, self.segment_bytes, cut).await?;
+            Replaces::Within(piece, content)
+        } else {
+            piece::store(self.place, segment, self.segment_bytes, cut).await?;
+            Replaces::Nothing
+        };
+        let name = segment.name(self.segment_bytes);
+        debug!(segment = name, from, to, "piece of a WAL segment stored");
+        Ok(Uploaded { segment, from, to, began_at, replaces })
     }
 
     /// Stores a complete segment and reads it back: its pieces are removed on the strength of it.
@@ -319,14 +360,24 @@ impl Receiver<'_> {
         let began_at = Instant::now();
         wal::store_and_compare(self.place, packed).await?;
         info!(segment = segment.name(self.segment_bytes), "WAL segment stored");
-        Ok(Uploaded { segment, to: self.segment_bytes, began_at })
+        let (from, to) = (0, self.segment_bytes);
+        Ok(Uploaded { segment, from, to, began_at, replaces: Replaces::All })
     }
 
-    async fn remove(&self, segment: Segment) {
-        if let Err(failure) = piece::remove(self.place, segment, self.segment_bytes).await {
-            // Tried again when receiving begins the next time.
-            let segment = segment.name(self.segment_bytes);
-            debug!(segment, error = %chain(&failure), "pieces of a stored segment not removed");
+    /// Removes what an upload replaces.
+    async fn remove(&self, uploaded: Uploaded) {
+        let (segment, bytes) = (uploaded.segment, self.segment_bytes);
+        let removed = match uploaded.replaces {
+            Replaces::Nothing => Ok(()),
+            Replaces::Within(piece, content) => {
+                piece::remove_within(self.place, bytes, &piece, &content).await
+            }
+            Replaces::All => piece::remove(self.place, segment, bytes).await,
+        };
+        if let Err(failure) = removed {
+            // Tried again with the next that replaces them, or when receiving begins again.
+            let segment = segment.name(bytes);
+            debug!(segment, error = %chain(&failure), "pieces that were replaced not removed");
         }
     }
 
@@ -337,11 +388,11 @@ impl Receiver<'_> {
         Err(ReceiveError::LeaseLost { group: self.place.group })
     }
 
-    fn stored(&self, state: &mut State, uploaded: Uploaded) {
-        let Uploaded { segment, to, began_at } = uploaded;
+    fn stored(&self, state: &mut State, uploaded: &Uploaded) {
+        let Uploaded { segment, from, to, began_at, .. } = *uploaded;
         state.stored_lsn = state.stored_lsn.max(self.lsn(segment, to));
         if segment == state.growing.segment() {
-            state.growing.ship(to);
+            state.growing.ship(from, to);
             // What waits now came since.
             state.waiting_since = (state.growing.waiting() > 0).then_some(began_at);
         }

@@ -232,6 +232,15 @@ impl Place {
         Ok(named.collect())
     }
 
+    /// Lists the names directly below `prefix`, which ends with a slash, as folders.
+    ///
+    /// # Errors
+    ///
+    /// The store could not be asked.
+    pub async fn list_folders(&self, prefix: &str) -> Result<Vec<String>, RepositoryError> {
+        Ok(self.store().list_folders(&self.key(prefix)).await?)
+    }
+
     /// Seals and stores a small object; returns its salt.
     ///
     /// # Errors

@@ -29,7 +29,7 @@ use crate::progress::Progress;
 use crate::recovery::{Choice, Target, TargetTimeline, Unreachable, choose};
 use crate::repository::{ObjectReader, Place, Repository, RepositoryError};
 use crate::unpack::{STATE_FILE, begin_state, read_state, unpack};
-use crate::wal::{Reach, WalError, WalMap};
+use crate::wal::{Reach, Then, WalError, WalMap};
 
 /// What is asked for.
 #[derive(Clone, Debug)]
@@ -483,8 +483,13 @@ fn remove(path: &Path) -> Result<(), RestoreError> {
 
 /// The settings with which PostgreSQL recovers to the target.
 fn recovery_settings(reach: &Reach, options: &RestoreOptions) -> Vec<(&'static str, String)> {
+    let mut restore_command = options.restore_command.clone();
+    if options.target != Target::End && reach.then != Then::End {
+        // Only a target lets the recovery end where WAL is missing.
+        restore_command = format!("{restore_command} --until {}", reach.until_lsn);
+    }
     let mut settings = vec![
-        ("restore_command", options.restore_command.clone()),
+        ("restore_command", restore_command),
         // A number: `latest` would take the newest in the archive, which need not descend from
         // this backup.
         ("recovery_target_timeline", reach.timeline.to_string()),

@@ -11,6 +11,7 @@ use shared::pg::wal::{Segment, segment_number};
 
 use crate::manifest::{BackupId, Commit};
 use crate::wal::piece::Piece;
+use crate::wal::remnant::Remnant;
 use crate::wal::{WalMap, WalObject};
 
 /// What is kept.
@@ -141,6 +142,24 @@ pub fn spare_pieces<'a>(
     wal.pieces.values().flatten().filter(is_spare).collect()
 }
 
+/// Returns what goes with WAL that nothing needs, as [`spare_wal`]. `segment_bytes` is the cluster's
+/// `wal_segment_size`.
+pub fn spare_remnants<'a>(
+    kept: &[Commit],
+    remnants: &'a [Remnant],
+    segment_bytes: u64,
+    retention: &Retention,
+    now: DateTime<Utc>,
+) -> Vec<&'a Remnant> {
+    let window_start = window_start(retention, now);
+    let Some(needs) = Needs::new(kept, segment_bytes, window_start) else { return Vec::new() };
+    let is_spare = |remnant: &&Remnant| {
+        let Segment { timeline, number } = remnant.segment;
+        remnant.stored_at < window_start && !needs.has(timeline, number)
+    };
+    remnants.iter().filter(is_spare).collect()
+}
+
 /// Which WAL the kept backups need.
 struct Needs<'a> {
     kept: &'a [Commit],
@@ -207,6 +226,7 @@ mod tests {
 
     use super::*;
     use crate::manifest::{ObjectRecord, Suspicion};
+    use crate::wal::remnant::What;
 
     const SEGMENT: u64 = 16 << 20;
 
@@ -376,5 +396,34 @@ mod tests {
         let numbers: Vec<u64> = spare.iter().map(|piece| piece.segment.number).collect();
         assert_eq!(numbers, [before], "old, and before everything that is kept");
         assert!(spare_pieces(&[], &map, &retention(1, 0, 0, 30), now()).is_empty());
+    }
+
+    #[test]
+    fn partial_files_labels_and_gaps_go_with_the_wal_they_belong_to() {
+        let monthly = backup(80, false);
+        let anchor = backup(40, false);
+        let kept = [monthly.clone(), anchor, backup(1, false)];
+        let old = day(100);
+        for (case, timeline, number, stored_at, goes) in [
+            ("before everything", 1, segment(80) - 5, old, true),
+            ("of a kept backup's own WAL", 1, segment(80), old, false),
+            ("between two kept backups", 1, segment(60), old, true),
+            ("right before the window's backup", 1, segment(40) - 1, old, true),
+            ("at the window's backup", 1, segment(40), old, false),
+            ("in the window", 1, segment(20), old, false),
+            ("of a timeline that branched later", 2, segment(60), old, false),
+            ("young: what it goes with may be needed to understand", 1, segment(60), day(3), false),
+        ] {
+            for what in [What::Partial, What::BackupLabel, What::Gap] {
+                let segment = Segment { timeline, number };
+                let name = String::new();
+                let remnants = [Remnant { what, segment, name, object_bytes: 1, stored_at }];
+                let retention = retention(1, 0, 0, 30);
+                let spare = spare_remnants(&kept, &remnants, SEGMENT, &retention, now());
+                assert_eq!(!spare.is_empty(), goes, "{case}, {what:?}");
+                let nothing_kept = spare_remnants(&[], &remnants, SEGMENT, &retention, now());
+                assert!(nothing_kept.is_empty(), "{case}, {what:?}: without a backup");
+            }
+        }
     }
 }

@@ -12,6 +12,8 @@ pub struct Slot {
     pub restart_lsn: PgLsn,
     /// Whether it was made just now: what came before is held back by nobody.
     pub is_new: bool,
+    /// Whether the server had given it up, and it was made anew.
+    pub was_lost: bool,
 }
 
 /// What a slot costs its server, and what depends on it.
@@ -22,6 +24,8 @@ pub struct Burden {
     /// `max_slot_wal_keep_size` in bytes: beyond it the server gives the slot up. `None` for no
     /// limit: then the disk is.
     pub limit_bytes: Option<u64>,
+    /// The server gave the slot up, and what it held back may be gone.
+    pub is_lost: bool,
     /// What all files in `pg_wal` take, in bytes.
     pub pg_wal_bytes: u64,
     /// Commits wait for what the slot's user reports.
@@ -38,23 +42,25 @@ pub struct Burden {
 /// The server did not answer or refused: no free slot (`max_replication_slots`), no right to
 /// (`REPLICATION`), or the slot is in use.
 pub async fn ensure(connection: &Connection, slot: &str) -> Result<Slot, QueryError> {
-    let find = "SELECT restart_lsn, coalesce(wal_status, 'lost') FROM pg_replication_slots \
+    let find = "SELECT restart_lsn, coalesce(wal_status, 'none') FROM pg_replication_slots \
                 WHERE slot_name = $1";
     let found = connection.query(find, &[&slot]).await?;
+    let mut was_lost = false;
     if let Some(row) = found.first() {
         let (restart_lsn, status): (Option<PgLsn>, String) = (row.get(0), row.get(1));
         match restart_lsn {
             Some(restart_lsn) if status != "lost" => {
-                return Ok(Slot { restart_lsn, is_new: false });
+                return Ok(Slot { restart_lsn, is_new: false, was_lost });
             }
             Some(_) | None => {
+                was_lost = status == "lost";
                 connection.query_one("SELECT pg_drop_replication_slot($1)", &[&slot]).await?;
             }
         }
     }
     let create = "SELECT lsn FROM pg_create_physical_replication_slot($1, true)";
     let row = connection.query_one(create, &[&slot]).await?;
-    Ok(Slot { restart_lsn: row.get(0), is_new: true })
+    Ok(Slot { restart_lsn: row.get(0), is_new: true, was_lost })
 }
 
 /// Ends the connection that uses a slot, and tells whether there was one: of a replica that was
@@ -88,30 +94,52 @@ pub async fn advance(
     Ok(())
 }
 
-/// Asks a primary what the slot costs it. `slot` is also the name of the receiver's connection.
+/// Asks a server what the slot costs it. `slot` is also the name of the receiver's connection.
 ///
 /// # Errors
 ///
 /// The server did not answer or refused (`pg_monitor` is needed).
 pub async fn burden(connection: &Connection, slot: &str) -> Result<Burden, QueryError> {
-    let ask = "SELECT (SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::bigint \
+    let ask = "SELECT (SELECT pg_wal_lsn_diff(CASE WHEN pg_is_in_recovery() \
+               THEN greatest(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()) \
+               ELSE pg_current_wal_lsn() END, restart_lsn)::bigint \
                FROM pg_replication_slots WHERE slot_name = $1), \
                (SELECT setting::bigint << 20 FROM pg_settings \
                 WHERE name = 'max_slot_wal_keep_size' AND setting::bigint >= 0), \
                (SELECT coalesce(sum(size), 0)::bigint FROM pg_ls_waldir()), \
-               EXISTS (SELECT FROM pg_stat_replication WHERE application_name = $1 \
-                       AND state = 'streaming' AND sync_state IN ('sync', 'quorum')), \
+               (SELECT bool_or(sync_state IN ('sync', 'quorum')) FROM pg_stat_replication \
+                WHERE application_name = $1 AND state = 'streaming'), \
                (SELECT count(*) FROM pg_stat_replication WHERE application_name <> $1 \
-                AND state = 'streaming' AND sync_state IN ('sync', 'quorum', 'potential'))";
+                AND state = 'streaming' AND sync_state IN ('sync', 'quorum', 'potential')), \
+               EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = $1 \
+                       AND wal_status = 'lost'), \
+               CASE WHEN pg_is_in_recovery() THEN '' \
+               ELSE current_setting('synchronous_standby_names') END";
     let row = connection.query_one(ask, &[&slot]).await?;
     let bytes = |column| row.get::<_, Option<i64>>(column).map(|it| u64::try_from(it).unwrap_or(0));
+    // Who is not streaming has no state there; commits may be waiting for it all the more.
+    let (waits, names): (Option<bool>, &str) = (row.get(3), row.get(6));
     Ok(Burden {
         retained_bytes: bytes(0),
         limit_bytes: bytes(1),
         pg_wal_bytes: bytes(2).unwrap_or(0),
-        commits_wait: row.get(3),
+        commits_wait: waits.unwrap_or_else(|| is_named(names, slot)),
         other_synchronous: bytes(4).unwrap_or(0),
+        is_lost: row.get(5),
     })
+}
+
+/// Whether `synchronous_standby_names` has a name. That it is one of the first in a list is not asked.
+///
+/// Source: PostgreSQL manual, "Replication", `synchronous_standby_names`.
+fn is_named(standby_names: &str, name: &str) -> bool {
+    let mut between_quotes = false;
+    let is_end = |c: char| {
+        between_quotes ^= c == '"';
+        c == '"' || !between_quotes && (c == ',' || c == '(' || c == ')' || c.is_whitespace())
+    };
+    let mut names = standby_names.split(is_end);
+    names.any(|it| it == "*" || it.eq_ignore_ascii_case(name))
 }
 
 /// Something that an operator must know before it is too late. In the order of urgency.
@@ -121,6 +149,8 @@ pub enum Alarm {
     SlotHalf,
     /// Three quarters of `max_slot_wal_keep_size` are used.
     SlotNearlyLost,
+    /// The server gave the slot up: what it held back may be gone before it is stored.
+    SlotLost,
     /// Three quarters of the room for `pg_wal` are used.
     DiskNearlyFull,
     /// Commits wait for the repository and for nobody else.
@@ -138,6 +168,7 @@ pub fn alarms(burden: &Burden, room_bytes: Option<u64>) -> Vec<Alarm> {
             2 => Some(Alarm::SlotHalf),
             _ => Some(Alarm::SlotNearlyLost),
         });
+    let slot = if burden.is_lost { Some(Alarm::SlotLost) } else { slot };
     let disk = room_bytes.filter(|room| quarters(burden.pg_wal_bytes, *room) >= 3);
     let alone = burden.commits_wait && burden.other_synchronous == 0;
     slot.into_iter()
@@ -151,10 +182,30 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_name_is_found_in_every_form_of_the_list() {
+        for (names, expected) in [
+            ("", false),
+            ("pgmesh_backup", true),
+            ("standby1, pgmesh_backup", true),
+            ("ANY 1 (standby1, pgmesh_backup)", true),
+            ("FIRST 2 (pgmesh_backup,standby1)", true),
+            ("1 (PgMesh_Backup)", true),
+            ("ANY 1 (\"pgmesh_backup\",\"standby-1\")", true),
+            ("*", true),
+            ("ANY 1 (*)", true),
+            ("pgmesh_backup2, my_pgmesh_backup", false),
+            ("\"not pgmesh_backup\"", false),
+        ] {
+            assert_eq!(is_named(names, "pgmesh_backup"), expected, "{names}");
+        }
+    }
+
+    #[test]
     fn alarms_come_at_half_and_at_three_quarters() {
         let calm = Burden {
             retained_bytes: Some(0),
             limit_bytes: Some(100),
+            is_lost: false,
             pg_wal_bytes: 10,
             commits_wait: false,
             other_synchronous: 0,
@@ -168,6 +219,12 @@ mod tests {
             ("half", retained(50), None, vec![Alarm::SlotHalf]),
             ("three quarters", retained(75), None, vec![Alarm::SlotNearlyLost]),
             ("beyond the limit", retained(1000), None, vec![Alarm::SlotNearlyLost]),
+            (
+                "lost: it holds nothing back any more",
+                Burden { is_lost: true, ..retained(0) },
+                None,
+                vec![Alarm::SlotLost],
+            ),
             ("no limit", Burden { limit_bytes: None, ..retained(1 << 40) }, None, vec![]),
             ("room on the disk", calm, Some(14), vec![]),
             ("the disk fills", calm, Some(13), vec![Alarm::DiskNearlyFull]),

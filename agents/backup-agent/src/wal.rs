@@ -3,6 +3,7 @@
 pub mod growing;
 pub mod piece;
 pub mod ranges;
+pub mod remnant;
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -604,6 +605,63 @@ impl WalMap {
         Ok(map)
     }
 
+    /// Lists what tells where receiving goes on: of the complete segments those from `lsn` on, or from
+    /// where the server's `history` left their timeline, and of each timeline some before and the
+    /// newest. So a large repository takes no longer than a small one.
+    ///
+    /// # Errors
+    ///
+    /// As [`WalMap::read`].
+    pub async fn read_from(
+        place: &Place,
+        segment_bytes: u64,
+        lsn: PgLsn,
+        history: &[HistoryEntry],
+    ) -> Result<Self, WalError> {
+        // Before the complete segments, as in `read`.
+        let pieces = piece::list(place, segment_bytes).await?;
+        let mut map = Self { segment_bytes, pieces, ..Self::default() };
+        for timeline in place.list_folders("wal/").await? {
+            let Ok(number) = u32::from_str_radix(&timeline, 16) else { continue };
+            let left = history.iter().find(|entry| entry.timeline == number);
+            let from = left.map_or(lsn, |entry| lsn.min(entry.switch_lsn));
+            let first = Segment { timeline: number, number: segment_number(from, segment_bytes) };
+            map.add_from(place, &timeline, &first.name(segment_bytes)[..16]).await?;
+        }
+        let growing = map.pieces.keys().copied().filter(|it| map.objects(*it).is_empty());
+        for segment in growing.collect::<Vec<_>>() {
+            for wal in find(place, &segment.name(segment_bytes)).await? {
+                map.add(wal);
+            }
+        }
+        map.histories = histories(place).await?;
+        Ok(map)
+    }
+
+    /// Lists the complete segments of a timeline from the folder `first` on, and those of the last
+    /// folder before it that has any.
+    async fn add_from(
+        &mut self,
+        place: &Place,
+        timeline: &str,
+        first: &str,
+    ) -> Result<(), WalError> {
+        let prefix = format!("wal/{timeline}/");
+        let folders = place.list_folders(&prefix).await?;
+        let before = folders.iter().rev().skip_while(|folder| folder.as_str() >= first);
+        for folder in before.chain(folders.first()) {
+            let folder = format!("{prefix}{folder}/");
+            let listed = place.list(&prefix, Some(&folder), None).await?;
+            let is_empty = listed.first().is_none_or(|info| !info.key.starts_with(&folder));
+            listed.into_iter().filter_map(object).for_each(|wal| self.add(wal));
+            // Where a directory is the store, one that was just made may be empty.
+            if !is_empty {
+                break;
+            }
+        }
+        Ok(())
+    }
+
     /// Lists what tells about one segment: its own objects, those of the timeline before, a few that
     /// come after, and all pieces and histories.
     ///
@@ -633,7 +691,11 @@ impl WalMap {
     fn add(&mut self, wal: WalObject) {
         if let Ok(WalFile::Segment(segment)) = WalFile::parse(&wal.file, self.segment_bytes) {
             let timeline = self.segments.entry(segment.timeline).or_default();
-            timeline.entry(segment.number).or_default().push(wal);
+            let objects = timeline.entry(segment.number).or_default();
+            // Two lists may both have it.
+            if !objects.contains(&wal) {
+                objects.push(wal);
+            }
         }
     }
 

@@ -5,6 +5,7 @@ use std::io::{self, Write as _};
 use anyhow::{Context as _, bail};
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
+use shared::store::StoreErrorKind;
 use shared::telemetry::chain;
 
 use crate::catalog;
@@ -112,13 +113,28 @@ enum Object<'a> {
 }
 
 impl Object<'_> {
-    /// Reads it back; returns its name too.
-    async fn check(self, place: &Place) -> (String, Result<(), WalError>) {
+    /// Reads it back; returns its name too. A piece that was replaced meanwhile is good.
+    async fn check(self, place: &Place, segment_bytes: u64) -> (String, Result<(), WalError>) {
         match self {
             Self::Segment(segment) => {
                 (segment.name.clone(), wal::read(place, segment, |_| Ok(())).await)
             }
-            Self::Piece(piece) => (piece.name.clone(), piece::read(place, piece).await.map(drop)),
+            Self::Piece(piece) => {
+                let read = piece::read(place, piece).await.map(drop);
+                let read = match read {
+                    Err(WalError::Repository(RepositoryError::Store(gone)))
+                        if gone.kind == StoreErrorKind::NotFound =>
+                    {
+                        match piece::is_replaced(place, piece, segment_bytes).await {
+                            Ok(true) => Ok(()),
+                            Ok(false) => Err(RepositoryError::from(gone).into()),
+                            Err(error) => Err(error.into()),
+                        }
+                    }
+                    read => read,
+                };
+                (piece.name.clone(), read)
+            }
         }
     }
 }
@@ -155,7 +171,7 @@ pub async fn verify(places: &[Place], as_json: bool, progress: &Progress) -> any
             .collect();
         progress.begin("reading WAL", objects.len() as u64 * map.segment_bytes);
         read_back += objects.len();
-        let checks = objects.into_iter().map(|object| object.check(place));
+        let checks = objects.into_iter().map(|object| object.check(place, map.segment_bytes));
         let mut checks = stream::iter(checks).buffer_unordered(AT_ONCE);
         while let Some((name, result)) = checks.next().await {
             progress.add(map.segment_bytes);

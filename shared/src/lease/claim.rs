@@ -1,5 +1,8 @@
 //! A claim that runs out by our own clock.
 
+use std::future::poll_fn;
+use std::pin::pin;
+use std::task::Poll;
 use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
@@ -69,6 +72,22 @@ impl Claim {
     pub fn is_valid(&self) -> bool {
         let valid_until = *self.valid_until.borrow();
         valid_until.is_some_and(|until| BootInstant::now() < until)
+    }
+
+    /// Works as long as the claim is valid, which is asked before each step: whatever `work` waited
+    /// for, and however long this process or machine was stopped meanwhile, it does not go on
+    /// afterwards. `None` if the claim was over first.
+    pub async fn guard<W: Future>(&self, work: W) -> Option<W::Output> {
+        let mut work = pin!(work);
+        let mut ended = pin!(self.ended());
+        poll_fn(|context| {
+            // This is what has somebody wake us when it is over.
+            if ended.as_mut().poll(context).is_ready() || !self.is_valid() {
+                return Poll::Ready(None);
+            }
+            work.as_mut().poll(context).map(Some)
+        })
+        .await
     }
 
     /// Resolves when the claim is over, whether or not etcd can be asked.
@@ -162,6 +181,31 @@ mod tests {
         let long_ago = BootInstant(now.0.saturating_sub(TTL));
         assert!(!Grant::new(valid_until(long_ago, TTL)).claim().is_valid());
         assert!(Claim::unlimited().is_valid());
+    }
+
+    /// The work is ready to go on at every moment, as after a stop; no timer is asked.
+    #[tokio::test]
+    async fn guarded_work_makes_no_step_after_its_claim() {
+        let grant = Grant::new(BootInstant::now().saturating_add(TTL));
+        let claim = grant.claim();
+        assert_eq!(claim.guard(async { 1 }).await, Some(1));
+        let mut steps = 0;
+        let work = async {
+            loop {
+                steps += 1;
+                if steps == 3 {
+                    grant.end();
+                }
+                tokio::task::yield_now().await;
+            }
+        };
+        assert_eq!(claim.guard(work).await, None::<()>);
+        assert_eq!(steps, 3);
+
+        let over = Grant::new(BootInstant(Duration::ZERO));
+        let mut stepped = false;
+        assert_eq!(over.claim().guard(async { stepped = true }).await, None);
+        assert!(!stepped);
     }
 
     #[tokio::test]

@@ -99,12 +99,8 @@ impl Directory {
             store.require_base()?;
             let folder = prefix.rsplit_once('/').map_or("", |(folder, _)| folder);
             let mut found = Vec::new();
-            walk(&store.root.join(folder), folder, &mut |key, metadata| {
-                if key.starts_with(prefix) && after.as_deref().is_none_or(|after| key > after) {
-                    found.push(info(key.to_owned(), metadata)?);
-                }
-                Ok(())
-            })?;
+            let wanted = Wanted { prefix, after: after.as_deref().unwrap_or_default() };
+            walk(&store.root.join(folder), folder, &wanted, &mut found)?;
             found.sort_by(|a, b| a.key.cmp(&b.key));
             found.truncate(limit.unwrap_or(usize::MAX));
             Ok(found)
@@ -325,28 +321,47 @@ fn entries(folder: &Path) -> io::Result<Vec<fs::DirEntry>> {
     }
 }
 
+/// Which keys a list is asked for.
+struct Wanted<'a> {
+    prefix: &'a str,
+    after: &'a str,
+}
+
+impl Wanted<'_> {
+    fn has(&self, key: &str) -> bool {
+        key.starts_with(self.prefix) && key > self.after
+    }
+
+    /// Whether any key below `folder`, which ends with a slash, may be wanted.
+    fn may_be_in(&self, folder: &str) -> bool {
+        let is_on_the_way = folder.starts_with(self.prefix) || self.prefix.starts_with(folder);
+        is_on_the_way && (folder >= self.after || self.after.starts_with(folder))
+    }
+}
+
+/// Finds the wanted files below a folder. The others are not even looked at: there may be a million.
 fn walk(
     folder: &Path,
     name: &str,
-    visit: &mut impl FnMut(&str, &fs::Metadata) -> io::Result<()>,
+    wanted: &Wanted<'_>,
+    found: &mut Vec<ObjectInfo>,
 ) -> io::Result<()> {
     for entry in entries(folder)? {
         let file_name = entry.file_name();
         let file_name = file_name.to_string_lossy();
         let key =
             if name.is_empty() { file_name.into_owned() } else { format!("{name}/{file_name}") };
-        // Deleted between the two calls: as good as not listed.
-        let metadata = match entry.metadata() {
-            Ok(metadata) => metadata,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(error),
-        };
-        if metadata.is_dir() {
-            if key != UPLOADS {
-                walk(&entry.path(), &key, visit)?;
+        if entry.file_type()?.is_dir() {
+            if key != UPLOADS && wanted.may_be_in(&format!("{key}/")) {
+                walk(&entry.path(), &key, wanted, found)?;
             }
-        } else {
-            visit(&key, &metadata)?;
+        } else if wanted.has(&key) {
+            match entry.metadata() {
+                Ok(metadata) => found.push(info(key, &metadata)?),
+                // Deleted between the two calls: as good as not listed.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
         }
     }
     Ok(())

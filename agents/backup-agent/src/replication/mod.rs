@@ -13,6 +13,7 @@ use std::io;
 use std::time::Duration;
 
 use bytes::BytesMut;
+use futures_util::FutureExt;
 use postgres_protocol::authentication::md5_hash;
 use postgres_protocol::authentication::sasl::{ChannelBinding, SCRAM_SHA_256, ScramSha256};
 use postgres_protocol::message::backend::{DataRowBody, ErrorFields, Message};
@@ -372,7 +373,7 @@ impl Replication {
         }
     }
 
-    /// Returns the next message if it is here as a whole.
+    /// Returns the next message if it was read as a whole.
     fn message_here(&mut self) -> Result<Option<Message>, ReplicationError> {
         loop {
             match Message::parse(&mut self.buffer).map_err(|e| self.broken(e))? {
@@ -398,10 +399,25 @@ impl Replication {
     async fn fill(&mut self) -> Result<(), ReplicationError> {
         self.buffer.reserve(READ_BYTES);
         match timeout(self.stall_limit, self.stream.read_buf(&mut self.buffer)).await {
-            Ok(Ok(0)) => Err(self.broken(io::ErrorKind::UnexpectedEof.into())),
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => Err(self.broken(error)),
+            Ok(read) => self.filled(read),
             Err(_) => Err(self.stalled()),
+        }
+    }
+
+    /// Reads what has come already; false if nothing has.
+    fn fill_here(&mut self) -> Result<bool, ReplicationError> {
+        self.buffer.reserve(READ_BYTES);
+        match self.stream.read_buf(&mut self.buffer).now_or_never() {
+            Some(read) => self.filled(read).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
+    fn filled(&self, read: io::Result<usize>) -> Result<(), ReplicationError> {
+        match read {
+            Ok(0) => Err(self.broken(io::ErrorKind::UnexpectedEof.into())),
+            Ok(_) => Ok(()),
+            Err(error) => Err(self.broken(error)),
         }
     }
 

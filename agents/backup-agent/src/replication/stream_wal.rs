@@ -143,8 +143,20 @@ impl WalStream {
     ///
     /// As [`WalStream::next`].
     pub fn next_here(&mut self) -> Result<Option<WalEvent>, ReplicationError> {
-        let message = self.connection.message_here()?;
-        message.map(|message| self.event(message)).transpose()
+        loop {
+            if let Some(message) = self.connection.message_here()? {
+                return self.event(message).map(Some);
+            }
+            // With TLS, what is read at once is a part of one record.
+            if !self.connection.fill_here()? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Is not woken by what comes until the next of it is asked for.
+    pub fn ignore(&mut self) {
+        self.connection.stream.ignore();
     }
 
     fn event(&self, message: Message) -> Result<WalEvent, ReplicationError> {
@@ -239,4 +251,97 @@ impl ReplicationError {
 /// A time as PostgreSQL counts it: microseconds since 2000.
 fn postgres_micros(at: DateTime<Utc>) -> i64 {
     at.timestamp_micros() - POSTGRES_EPOCH * 1_000_000
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::io;
+    use std::pin::Pin;
+    use std::task::{Context, Poll};
+
+    use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+    use super::*;
+    use crate::stream::Io;
+
+    /// Gives a little at a time, as TLS does, and then nothing.
+    struct Bits(VecDeque<Vec<u8>>);
+
+    impl AsyncRead for Bits {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            buffer: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            match self.0.pop_front() {
+                Some(bit) => {
+                    buffer.put_slice(&bit);
+                    Poll::Ready(Ok(()))
+                }
+                None => Poll::Pending,
+            }
+        }
+    }
+
+    impl AsyncWrite for Bits {
+        fn poll_write(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            data: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            Poll::Ready(Ok(data.len()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl Io for Bits {
+        fn ignore(&mut self) {}
+    }
+
+    /// One message with WAL.
+    fn message(lsn: u64, data: &[u8]) -> Vec<u8> {
+        let mut message = BytesMut::new();
+        message.put_u8(b'd');
+        message.put_u32(u32::try_from(4 + 25 + data.len()).unwrap());
+        message.put_u8(b'w');
+        message.put_u64(lsn);
+        message.put_u64(lsn);
+        message.put_u64(0);
+        message.put_slice(data);
+        message.to_vec()
+    }
+
+    /// Once a fraction of a second is too seldom for a stream of which each read gives one bit.
+    #[tokio::test]
+    async fn all_that_has_come_is_taken_however_small_the_bits() {
+        let messages: Vec<_> = (0..100).map(|n| message(n * 10_000, &[1; 10_000])).collect();
+        let bits = messages.concat().chunks(4096).map(<[u8]>::to_vec).collect();
+        let connection = Replication {
+            node: "postgres-1".to_owned(),
+            stream: Box::new(Bits(bits)),
+            buffer: BytesMut::new(),
+            stall_limit: Duration::from_secs(1),
+            warnings: Vec::new(),
+            warning_count: 0,
+        };
+        let mut stream = WalStream { connection, ended: None };
+        let mut events = vec![stream.next().await.unwrap()];
+        while let Some(event) = stream.next_here().unwrap() {
+            events.push(event);
+        }
+        let expected = |n: u64| WalEvent::Data {
+            lsn: (n * 10_000).into(),
+            data: vec![1; 10_000].into(),
+            server_lsn: (n * 10_000).into(),
+        };
+        assert_eq!(events, (0..100).map(expected).collect::<Vec<_>>());
+    }
 }

@@ -3,10 +3,13 @@
 //!
 //! Each stretch of 256 KiB is compressed once: the piece that has it and the complete
 //! segment share the result. Only what is shipped before its stretch is full costs twice.
+//!
+//! A slow server's segment would come to thousands of pieces. So each time there are many, the next
+//! one begins further back, where it stands for most of them.
 
 use shared::pg::wal::Segment;
 
-use super::piece::{Cut, Piece, cover, hash, index, stretch_hash};
+use super::piece::{Cut, Piece, cover, hash, index, stretch_hash, widened};
 use super::{CHUNK_BYTES, Checked, ContentHash, Packed, WalError};
 use crate::container::Compressed;
 
@@ -29,6 +32,8 @@ pub struct Growing {
     half_shipped: Option<Vec<u8>>,
     /// How far the repository has it, in bytes.
     shipped: u64,
+    /// Where each of the pieces begins that the repository needs for it.
+    chain: Vec<u64>,
     /// What the repository has and the server sends again, until the two have been compared.
     resumed: Option<Resumed>,
 }
@@ -51,7 +56,8 @@ impl Growing {
         level: i32,
         pieces: Vec<Piece>,
     ) -> Result<Self, WalError> {
-        let shipped = cover(&pieces).to;
+        let cover = cover(&pieces);
+        let (shipped, chain) = (cover.to, cover.chain.iter().map(|piece| piece.from).collect());
         let resumed = (shipped > 0).then_some(Resumed { pieces, content: Vec::new() });
         Ok(Self {
             segment,
@@ -63,6 +69,7 @@ impl Growing {
             tail: Vec::new(),
             half_shipped: None,
             shipped,
+            chain,
             resumed,
         })
     }
@@ -167,6 +174,10 @@ impl Growing {
         if from >= self.at() || self.resumed.is_some() {
             return Ok(None);
         }
+        let to = if all { self.at() } else { full };
+        if let Some(wide) = widened(&self.chain, to, self.segment_bytes).filter(|_| from < to) {
+            return self.cut_wide(wide, to).map(Some);
+        }
         if from < full && !from.is_multiple_of(CHUNK) {
             // The rest of a chunk that was half shipped.
             let chunk = self.half_shipped.as_deref().unwrap_or_default();
@@ -177,18 +188,25 @@ impl Growing {
             return self.cut_raw(from, rest).map(Some);
         }
         if from < full {
-            let first = index(from / CHUNK);
-            let mut of_hashes = ContentHash::default();
-            for hash in &self.hashes[first..] {
-                of_hashes.update(hash);
-            }
-            let (hash, content) = (of_hashes.in_name(), self.chunks.after(first, CHUNK));
-            return Ok(Some(Cut { from, to: full, hash, content }));
+            return self.cut_wide(from, full).map(Some);
         }
         if !all {
             return Ok(None);
         }
         self.cut_raw(from, &self.tail[index(from - full)..]).map(Some)
+    }
+
+    /// A piece that begins with a full chunk and ends after one, or with all there is.
+    fn cut_wide(&self, from: u64, to: u64) -> Result<Cut, WalError> {
+        let first = index(from / CHUNK);
+        let mut of_hashes = ContentHash::default();
+        self.hashes.iter().skip(first).for_each(|hash| of_hashes.update(hash));
+        let mut content = self.chunks.after(first, CHUNK);
+        if !to.is_multiple_of(CHUNK) {
+            of_hashes.update(&stretch_hash(&self.tail));
+            content.push(&self.tail, self.level).map_err(|reason| self.failed(reason))?;
+        }
+        Ok(Cut { from, to, hash: of_hashes.in_name(), content })
     }
 
     fn cut_raw(&self, from: u64, raw: &[u8]) -> Result<Cut, WalError> {
@@ -198,7 +216,9 @@ impl Growing {
     }
 
     /// Notes that a piece is stored.
-    pub fn ship(&mut self, to: u64) {
+    pub fn ship(&mut self, from: u64, to: u64) {
+        self.chain.retain(|other| *other < from);
+        self.chain.push(from);
         self.shipped = self.shipped.max(to);
         let full = self.hashes.len() as u64 * CHUNK;
         if self.shipped.is_multiple_of(CHUNK) || self.shipped >= full {
@@ -267,7 +287,7 @@ mod tests {
         for data in content.chunks(step) {
             assert_eq!(growing.take(data).unwrap(), data.len());
             while let Some(cut) = growing.cut(all).unwrap() {
-                growing.ship(cut.to);
+                growing.ship(cut.from, cut.to);
                 pieces.push(piece(&cut));
             }
         }
@@ -292,7 +312,7 @@ mod tests {
             let pieces = grow(&mut growing, &content, step, all);
             let mut at = 0;
             for piece in &pieces {
-                assert_eq!(piece.from, at, "step {step}, all {all}");
+                assert!(piece.from <= at && at < piece.to, "step {step}, all {all}");
                 let raw = &content[index(piece.from)..index(piece.to)];
                 assert_eq!(piece.hash, hash(piece.from, raw), "step {step}, all {all}");
                 at = piece.to;
@@ -300,6 +320,33 @@ mod tests {
             assert_eq!(at, SEGMENT_BYTES, "step {step}, all {all}");
             assert!(growing.is_complete() && growing.waiting() == 0);
             assert_eq!(name_of(growing), expected, "step {step}, all {all}");
+        }
+    }
+
+    /// Whatever the pieces are cut to, and wherever the agent begins again.
+    #[test]
+    fn a_segment_never_needs_many_pieces() {
+        let content = content();
+        for step in [300, 1000, 5000] {
+            let mut growing = empty(Vec::new());
+            let (mut needed, mut cuts, mut larger) = (Vec::<Piece>::new(), 0, 0);
+            for (count, data) in content.chunks(step).enumerate() {
+                growing.take(data).unwrap();
+                while let Some(cut) = growing.cut(true).unwrap() {
+                    (cuts, larger) = (cuts + 1, larger + u32::from(cut.from < growing.shipped()));
+                    growing.ship(cut.from, cut.to);
+                    needed.retain(|it| it.from < cut.from);
+                    needed.push(piece(&cut));
+                    assert!(needed.len() <= 65, "step {step}: {} pieces", needed.len());
+                }
+                assert_eq!(cover(&needed).to, growing.at());
+                if count % 500 == 499 && !growing.is_complete() {
+                    growing = empty(needed.clone());
+                    growing.take(&content[..(count + 1) * step]).unwrap();
+                    assert!(growing.is_compared() && growing.cut(true).unwrap().is_none());
+                }
+            }
+            assert_eq!(larger, (cuts - 1) / 65, "step {step}");
         }
     }
 
@@ -317,7 +364,7 @@ mod tests {
                 assert_eq!(cut.from, at);
                 assert_eq!(cut.hash, hash(at, &content[index(at)..index(cut.to)]));
                 at = cut.to;
-                growing.ship(cut.to);
+                growing.ship(cut.from, cut.to);
                 under_way = growing.cut(true).unwrap();
             }
             assert_eq!(index(at), second);

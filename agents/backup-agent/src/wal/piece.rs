@@ -1,18 +1,31 @@
 //! Pieces of a segment that is still growing, and the segment stitched from them.
 //!
 //! A piece is `[from, to)` of a segment, in bytes. Its name has its place and the hash of its
-//! content, so two writers of the same stretch cannot overwrite each other. Complete segments
-//! replace their pieces.
+//! content, so two writers of the same stretch cannot overwrite each other. Larger pieces replace
+//! small ones that they hold, and complete segments replace all.
 
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 use shared::pg::wal::{Segment, WalFile, WalHeader};
-use shared::store::{ObjectInfo, StoreErrorKind};
+use shared::store::{ObjectInfo, StoreError, StoreErrorKind};
 
-use super::{CHUNK_BYTES, ContentHash, WalError};
+use super::{CHUNK_BYTES, ContentHash, WalError, find};
 use crate::container::{Compressed, ContainerError, Kind, open_each};
 use crate::repository::{Place, RepositoryError};
+
+/// So many small pieces are replaced by a larger one: a piece a second makes one a minute.
+const SMALL_MAX: usize = 64;
+/// Larger pieces begin at multiples of this part of a segment, or of [`WIDE_BYTES_MIN`].
+const WIDE_DIVISOR: u64 = 64;
+/// The same for small segments: 256 KiB would be stored hardly larger than its pieces.
+const WIDE_BYTES_MIN: u64 = 1 << 20;
+
+/// Pieces that are read or deleted at once.
+const AT_ONCE: usize = 8;
+/// How often pieces are listed until none is replaced meanwhile.
+const LISTS_MAX: usize = 10;
 
 /// One piece in the repository.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +81,20 @@ pub struct Cut {
     pub(super) content: Compressed,
 }
 
+/// Decides where the next piece, up to `to`, begins so that it stands for many that are stored;
+/// `None` while they are few. `chain` is where each of those begins.
+///
+/// Large pieces begin at few places, and those that begin at one replace each other. So a segment
+/// never needs more pieces than there are such places and [`SMALL_MAX`].
+pub(super) fn widened(chain: &[u64], to: u64, segment_bytes: u64) -> Option<u64> {
+    let wide = (segment_bytes / WIDE_DIVISOR).max(WIDE_BYTES_MIN);
+    if chain.len() < SMALL_MAX + index(to.div_ceil(wide)) {
+        return None;
+    }
+    let from = chain[chain.len() - SMALL_MAX];
+    Some(from - from % wide)
+}
+
 /// The prefix of the names of a segment's pieces.
 fn stem(segment: Segment, segment_bytes: u64) -> String {
     format!("partial/{}.", segment.name(segment_bytes))
@@ -84,24 +111,49 @@ pub async fn store(
     segment: Segment,
     segment_bytes: u64,
     cut: Cut,
-) -> Result<(), WalError> {
+) -> Result<Piece, WalError> {
     let Cut { from, to, hash, content } = cut;
     let name = format!("{}{from:08X}-{to:08X}-{hash}", stem(segment, segment_bytes));
     let (object, _) = content.seal(place.keys(), &place.identity(Kind::Wal, &name), CHUNK_BYTES)?;
     let (object_bytes, stored_at) = (object.len() as u64, Utc::now());
-    match place.put_sealed(Kind::Wal, &name, object).await {
-        Ok(()) => Ok(()),
+    let piece = Piece { segment, from, to, hash, name, object_bytes, stored_at };
+    match place.put_sealed(Kind::Wal, &piece.name, object).await {
+        Ok(()) => Ok(piece),
         // The same content, sealed with another salt by whoever was faster.
-        Err(RepositoryError::Conflict { .. }) => {
-            read(place, &Piece { segment, from, to, hash, name, object_bytes, stored_at }).await?;
-            Ok(())
-        }
+        Err(RepositoryError::Conflict { .. }) => read(place, &piece).await.map(|_| piece),
         Err(RepositoryError::Store(error)) if error.kind == StoreErrorKind::Corrupt => {
-            place.store().delete(&place.key(&name)).await.map_err(RepositoryError::from)?;
+            delete(place, &piece).await?;
             Err(RepositoryError::from(error).into())
         }
         Err(error) => Err(error.into()),
     }
+}
+
+/// Stores a piece that is to replace others, and reads it back; returns its content too. One that
+/// does not come back as it was is deleted.
+///
+/// # Errors
+///
+/// As [`store`]; or the store does not give back what it was given.
+pub async fn store_and_read(
+    place: &Place,
+    segment: Segment,
+    segment_bytes: u64,
+    cut: Cut,
+) -> Result<(Piece, Vec<u8>), WalError> {
+    let piece = store(place, segment, segment_bytes, cut).await?;
+    match read(place, &piece).await {
+        Ok(content) => Ok((piece, content)),
+        Err(WalError::Repository(error)) if !error.is_damage() => Err(error.into()),
+        Err(source) => {
+            delete(place, &piece).await?;
+            Err(WalError::DamagedCopy { name: piece.name, source: Box::new(source) })
+        }
+    }
+}
+
+async fn delete(place: &Place, piece: &Piece) -> Result<(), RepositoryError> {
+    Ok(place.store().delete(&place.key(&piece.name)).await?)
 }
 
 /// Reads an object's name; `None` if it is no piece.
@@ -133,7 +185,7 @@ fn parse(info: ObjectInfo, segment_bytes: u64) -> Option<Piece> {
 /// The store could not be asked.
 pub async fn list(place: &Place, segment_bytes: u64) -> Result<Pieces, RepositoryError> {
     let mut pieces = Pieces::new();
-    for piece in place.list("partial/", None, None).await? {
+    for piece in settled(place, "partial/").await? {
         if let Some(piece) = parse(piece, segment_bytes) {
             pieces.entry(piece.segment).or_default().push(piece);
         }
@@ -151,8 +203,32 @@ pub async fn list_of(
     segment: Segment,
     segment_bytes: u64,
 ) -> Result<Vec<Piece>, RepositoryError> {
-    let listed = place.list(&stem(segment, segment_bytes), None, None).await?;
+    let listed = settled(place, &stem(segment, segment_bytes)).await?;
     Ok(listed.into_iter().filter_map(|info| parse(info, segment_bytes)).collect())
+}
+
+/// Lists until nothing vanishes between two lists. A piece is stored before those that it replaces
+/// go; but a list that is past its place by then, and not yet at theirs, has neither.
+async fn settled(place: &Place, prefix: &str) -> Result<Vec<ObjectInfo>, RepositoryError> {
+    let mut before = place.list(prefix, None, None).await?;
+    for _ in 1..LISTS_MAX {
+        let now = place.list(prefix, None, None).await?;
+        if !has_vanished(&before, &now) {
+            return Ok(now);
+        }
+        before = now;
+    }
+    Err(RepositoryError::Store(StoreError {
+        operation: "list",
+        key: place.key(prefix),
+        kind: StoreErrorKind::Unavailable,
+        source: format!("pieces vanished between each two of {LISTS_MAX} lists").into(),
+    }))
+}
+
+/// Whether the later of two lists, which are in order, lacks anything of the earlier.
+fn has_vanished(before: &[ObjectInfo], now: &[ObjectInfo]) -> bool {
+    before.iter().any(|it| now.binary_search_by(|other| other.key.cmp(&it.key)).is_err())
 }
 
 /// What a segment's pieces come to.
@@ -171,13 +247,22 @@ pub struct Cover<'a> {
 /// Follows the pieces of one segment from its first byte on.
 pub fn cover(pieces: &[Piece]) -> Cover<'_> {
     let furthest = pieces.iter().map(|piece| piece.to).max().unwrap_or(0);
-    let (mut chain, mut to) = (Vec::new(), 0);
-    let next = |to| pieces.iter().filter(move |it| it.from <= to).max_by_key(|it| it.to);
-    while let Some(piece) = next(to).filter(|piece| piece.to > to) {
-        to = piece.to;
+    let chain = follow(pieces, 0, u64::MAX);
+    let to = chain.last().map_or(0, |piece| piece.to);
+    Cover { chain, to, furthest, pieces }
+}
+
+/// The fewest pieces that follow each other and have `[from, to)`, as far as there are any.
+pub fn follow(pieces: &[Piece], from: u64, to: u64) -> Vec<&Piece> {
+    let (mut chain, mut at) = (Vec::new(), from);
+    let next = |at| pieces.iter().filter(move |it| it.from <= at).max_by_key(|it| it.to);
+    while at < to
+        && let Some(piece) = next(at).filter(|piece| piece.to > at)
+    {
+        at = piece.to;
         chain.push(piece);
     }
-    Cover { chain, to, furthest, pieces }
+    chain
 }
 
 /// Puts a segment together from its pieces, zeros after the last, as a primary's own unfinished
@@ -194,8 +279,10 @@ pub async fn stitch(
 ) -> Result<Vec<u8>, WalError> {
     let mut content = vec![0; index(segment_bytes)];
     let mut written = 0;
+    let reads: Vec<_> = cover.chain.iter().map(|piece| read(place, piece)).collect();
+    let mut reads = stream::iter(reads).buffered(AT_ONCE);
     for piece in &cover.chain {
-        let bytes = read(place, piece).await?;
+        let Some(bytes) = reads.try_next().await? else { break };
         let overlap = index(written - piece.from).min(bytes.len());
         if content.get(index(piece.from)..index(piece.from) + overlap) != bytes.get(..overlap) {
             let name = segment.name(segment_bytes);
@@ -238,6 +325,25 @@ pub async fn read(place: &Place, piece: &Piece) -> Result<Vec<u8>, WalError> {
     Ok(content)
 }
 
+/// Whether a piece that is not there any more was replaced, and not lost.
+///
+/// # Errors
+///
+/// The store could not be asked.
+pub async fn is_replaced(
+    place: &Place,
+    piece: &Piece,
+    segment_bytes: u64,
+) -> Result<bool, RepositoryError> {
+    // In this order: a complete segment is stored before its pieces go.
+    let pieces = list_of(place, piece.segment, segment_bytes).await?;
+    if pieces.iter().any(|other| other.name == piece.name) {
+        return Ok(false);
+    }
+    let complete = find(place, &piece.segment.name(segment_bytes)).await?;
+    Ok(!complete.is_empty() || cover(&pieces).to >= piece.to)
+}
+
 /// Deletes the pieces of a segment that is stored as a whole.
 ///
 /// # Errors
@@ -248,10 +354,38 @@ pub async fn remove(
     segment: Segment,
     segment_bytes: u64,
 ) -> Result<(), RepositoryError> {
-    for piece in list_of(place, segment, segment_bytes).await? {
-        place.store().delete(&place.key(&piece.name)).await?;
-    }
-    Ok(())
+    let listed = place.list(&stem(segment, segment_bytes), None, None).await?;
+    let pieces = listed.into_iter().filter_map(|info| parse(info, segment_bytes));
+    delete_each(place, pieces.collect()).await
+}
+
+/// Deletes the pieces that `larger` stands for, whose `content` was read back. One that differs from
+/// it stays: nobody knows which is right.
+///
+/// # Errors
+///
+/// The store failed; what is left goes with the next one, or with the rest.
+pub async fn remove_within(
+    place: &Place,
+    segment_bytes: u64,
+    larger: &Piece,
+    content: &[u8],
+) -> Result<(), RepositoryError> {
+    let listed = place.list(&stem(larger.segment, segment_bytes), None, None).await?;
+    let pieces = listed.into_iter().filter_map(|info| parse(info, segment_bytes));
+    delete_each(place, pieces.filter(|piece| is_within(piece, larger, content)).collect()).await
+}
+
+/// Whether all of a piece is in another one's content.
+fn is_within(piece: &Piece, larger: &Piece, content: &[u8]) -> bool {
+    let from = piece.from.checked_sub(larger.from).map(index);
+    let within = from.and_then(|from| content.get(from..)?.get(..index(piece.to - piece.from)));
+    piece.name != larger.name && within.is_some_and(|within| hash(piece.from, within) == piece.hash)
+}
+
+async fn delete_each(place: &Place, pieces: Vec<Piece>) -> Result<(), RepositoryError> {
+    let deletes: Vec<_> = pieces.iter().map(|piece| delete(place, piece)).collect();
+    stream::iter(deletes).buffer_unordered(AT_ONCE).try_collect().await
 }
 
 /// A position within a segment, which fits into memory.
@@ -298,6 +432,110 @@ mod tests {
                 "{case}"
             );
         }
+    }
+
+    /// The larger piece `a.2` takes the place of `a.1`, `b` and `c`.
+    #[test]
+    fn a_list_counts_once_nothing_vanishes_before_the_next() {
+        let list = |keys: &[&str]| -> Vec<ObjectInfo> {
+            let info = |key: &&str| ObjectInfo {
+                key: (*key).to_owned(),
+                bytes: 1,
+                modified_at: DateTime::UNIX_EPOCH,
+            };
+            keys.iter().map(info).collect()
+        };
+        for (case, before, now, expected) in [
+            ("nothing", list(&[]), list(&[]), false),
+            ("the same", list(&["a.1", "b"]), list(&["a.1", "b"]), false),
+            ("one more", list(&["a.1", "b"]), list(&["a.1", "b", "c"]), false),
+            ("past the larger one, and then all went", list(&["a.1"]), list(&["a.2"]), true),
+            ("the larger one is there", list(&["a.2", "d"]), list(&["a.2", "d", "e"]), false),
+            ("all went", list(&["a.1"]), list(&[]), true),
+        ] {
+            assert_eq!(has_vanished(&before, &now), expected, "{case}");
+        }
+    }
+
+    #[test]
+    fn a_stretch_needs_only_the_pieces_around_it() {
+        type Case = (&'static str, u64, u64, &'static [(u64, u64)]);
+        let stored = [(0, 10), (10, 30), (0, 30), (30, 31), (31, 50), (60, 70)];
+        let pieces: Vec<_> = stored.iter().map(|(from, to)| piece(*from, *to)).collect();
+        let cases: [Case; 5] = [
+            ("the last", 40, 50, &[(31, 50)]),
+            ("two", 30, 35, &[(30, 31), (31, 50)]),
+            ("within a large one", 12, 30, &[(0, 30)]),
+            ("not all is there", 49, 55, &[(31, 50)]),
+            ("none is there", 55, 60, &[]),
+        ];
+        for (case, from, to, expected) in cases {
+            let chain = follow(&pieces, from, to);
+            let found: Vec<_> = chain.iter().map(|piece| (piece.from, piece.to)).collect();
+            assert_eq!(found, expected, "{case}");
+        }
+    }
+
+    #[test]
+    fn many_pieces_are_followed_by_one_that_stands_for_them() {
+        type Case = (&'static str, Vec<u64>, u64, u64, Option<u64>);
+        const MIB: u64 = 1 << 20;
+        let small = |count: u64, from: u64| (0..count).map(move |n| from + n * 100);
+        let large = |count: u64| (0..count).map(|n| n * MIB);
+        let cases: [Case; 7] = [
+            ("none", vec![], 100, 16 * MIB, None),
+            ("few", small(64, 0).collect(), 6400, 16 * MIB, None),
+            ("many", small(65, 0).collect(), 6500, 16 * MIB, Some(0)),
+            ("a large one and few", large(1).chain(small(63, 900)).collect(), 7200, 16 * MIB, None),
+            (
+                "small ones after large ones",
+                large(10).chain(small(64, 10 * MIB)).collect(),
+                10 * MIB + 6400,
+                16 * MIB,
+                None,
+            ),
+            (
+                "many after large ones: those that begin there stay",
+                large(10).chain(small(65, 9 * MIB + 5000)).collect(),
+                9 * MIB + 20_000,
+                16 * MIB,
+                Some(9 * MIB),
+            ),
+            (
+                "large segments have larger ones",
+                small(128, 17 * MIB).collect(),
+                20 * MIB,
+                1024 * MIB,
+                Some(16 * MIB),
+            ),
+        ];
+        for (case, chain, to, segment_bytes, expected) in cases {
+            assert_eq!(widened(&chain, to, segment_bytes), expected, "{case}");
+        }
+    }
+
+    #[test]
+    fn a_piece_is_within_another_of_the_same_content_only() {
+        let content: Vec<u8> = (0_u32..200_000).flat_map(u32::to_le_bytes).collect();
+        let of = |from: u64, to: u64| Piece {
+            hash: hash(from, &content[index(from)..index(to)]),
+            name: format!("{from}-{to}"),
+            ..piece(from, to)
+        };
+        let larger = of(1000, 700_000);
+        let part = &content[1000..700_000];
+        for (from, to, expected) in [
+            (1000, 2000, true),
+            (5, 2000, false),
+            (300_000, 600_000, true),
+            (699_999, 700_000, true),
+            (699_999, 700_001, false),
+            (1000, 700_000, false),
+        ] {
+            assert_eq!(is_within(&of(from, to), &larger, part), expected, "{from} to {to}");
+        }
+        let other = Piece { hash: "0".repeat(16), ..of(1000, 2000) };
+        assert!(!is_within(&other, &larger, part));
     }
 
     #[test]
