@@ -1,5 +1,6 @@
 //! Repositories with very many objects: what is listed and read stays little. No server is needed.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -65,7 +66,7 @@ async fn the_way_on_is_found_without_listing_everything() {
         vec![HistoryEntry { timeline: 1, switch_lsn: at(2000, 700), reason: String::new() }];
 
     let whole = WalMap::read(&place, SEGMENT_BYTES).await.unwrap();
-    let listed = |map: &WalMap| -> usize { map.segments.values().map(|it| it.len()).sum() };
+    let listed = |map: &WalMap| -> usize { map.segments.values().map(BTreeMap::len).sum() };
     for (case, timeline, slot, listed_max) in [
         ("up to date", 2, at(4000, 5), 1300),
         ("the slot is in the last segment", 2, at(3999, 5), 1300),

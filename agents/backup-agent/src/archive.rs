@@ -28,7 +28,7 @@ pub const NEVER_PRODUCED: u8 = 1;
 pub const GIVE_UP: u8 = 254;
 
 /// How often a growing segment is looked at anew because a piece of it was replaced.
-const LISTS_MAX: u32 = 10;
+const LISTS_MAX: u32 = 30;
 
 /// Why a WAL file was not pushed or fetched.
 #[derive(Debug, Error)]

@@ -24,7 +24,7 @@ const PREFIX: &str = "pgmesh";
 /// The record, its headers and those of pages, and more: it begins so far before its end at most.
 const RECORD_BYTES_MAX: u64 = 512;
 /// How often the record is looked for anew because a piece was replaced.
-const LISTS_MAX: u32 = 10;
+const LISTS_MAX: u32 = 30;
 /// Bytes of a WAL page, and of the headers of a segment's first page and of the others.
 /// Source: `XLOG_BLCKSZ` as Debian builds it; `xlog_internal.h`.
 const PAGE_BYTES: u32 = 8192;

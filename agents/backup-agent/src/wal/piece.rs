@@ -25,7 +25,7 @@ const WIDE_BYTES_MIN: u64 = 1 << 20;
 /// Pieces that are read or deleted at once.
 const AT_ONCE: usize = 8;
 /// How often pieces are listed until none is replaced meanwhile.
-const LISTS_MAX: usize = 10;
+const LISTS_MAX: usize = 100;
 
 /// One piece in the repository.
 #[derive(Clone, Debug, PartialEq, Eq)]
