@@ -10,7 +10,7 @@ SET log_min_error_statement = 'panic';
 SET password_encryption = 'scram-sha-256';
 
 SELECT format('CREATE ROLE %I LOGIN', name)
-FROM (VALUES ('pgmesh_replication'), ('pgmesh_backup')) AS wanted (name)
+FROM (VALUES ('pgmesh_replication'), ('pgmesh_backup'), ('pgmesh_lag')) AS wanted (name)
 WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name)
 \gexec
 
@@ -22,6 +22,12 @@ ALTER ROLE pgmesh_replication REPLICATION;
 ALTER ROLE pgmesh_backup REPLICATION CONNECTION LIMIT 10;
 GRANT pg_monitor TO pgmesh_backup;
 GRANT EXECUTE ON FUNCTION pg_catalog.pg_switch_wal() TO pgmesh_backup;
+
+-- The lag exporter: statistics, settings and the names of WAL files (pg_monitor). Each of its processes
+-- has two connections to a server at most, the one it keeps and the one it tries now and then. This is
+-- enough for two replicas and a "show --direct" beside them; for more replicas add two each.
+ALTER ROLE pgmesh_lag CONNECTION LIMIT 6;
+GRANT pg_monitor TO pgmesh_lag;
 
 \set has_password `test -r /run/secrets/pgmesh_replication_password && echo true || echo false`
 \if :has_password
@@ -37,5 +43,13 @@ GRANT EXECUTE ON FUNCTION pg_catalog.pg_switch_wal() TO pgmesh_backup;
     ALTER ROLE pgmesh_backup PASSWORD :'password';
 \else
     \warn 'pgmesh_backup has no password: /run/secrets/pgmesh_backup_password is missing'
+\endif
+
+\set has_password `test -r /run/secrets/pgmesh_lag_password && echo true || echo false`
+\if :has_password
+    \set password `cat /run/secrets/pgmesh_lag_password`
+    ALTER ROLE pgmesh_lag PASSWORD :'password';
+\else
+    \warn 'pgmesh_lag has no password: /run/secrets/pgmesh_lag_password is missing'
 \endif
 \unset password

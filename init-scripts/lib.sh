@@ -13,6 +13,7 @@ readonly root cache
 readonly base_image=debian:trixie-slim
 readonly postgres_image=pgmesh-postgres
 readonly backup_agent_image=pgmesh-backup-agent
+readonly lag_exporter_image=pgmesh-lag-exporter
 readonly tests_image=pgmesh-tests
 readonly inputs_label=pgmesh.inputs
 readonly spec_label=pgmesh.spec

@@ -17,13 +17,14 @@ usage() {
 Usage: init-scripts/up.sh
 
 On a fresh Debian 12 with cargo, one command: installs and starts Docker if it is missing, builds the
-agent and the images, makes secrets and certificates (.cache/up), and starts in containers
+agents and the images, makes secrets and certificates (.cache/up), and starts in containers
 
   pgmesh-postgres-1     PostgreSQL 17, the primary; archives its WAL by "backup-agent wal-push"
   pgmesh-postgres-2     its streaming standby
   pgmesh-load           pgbench, writing all the time
   pgmesh-s3             an S3 server for tests (data in the volume pgmesh-s3)
-  pgmesh-backup-agent   the agent
+  pgmesh-backup-agent   the backup agent
+  pgmesh-lag-exporter   the lag exporter
 
 Then it takes a backup, notes the state of the database at a moment T while nobody writes, lets the
 load write on, restores to T in
@@ -39,18 +40,22 @@ TEXT
 
 # --- programs -------------------------------------------------------------------------------------
 
-# The two are built one after the other: together, the S3 server's features would get into the agent.
+# They are built one after the other: together, the features of one would get into the others.
 build_programs() {
     local quiet=()
     [[ -t 2 ]] || quiet=(--quiet)
-    say "builds backup-agent and the S3 server (the first time about ten minutes)"
+    say "builds the agents and the S3 server (the first time about ten minutes)"
     cd "$root"
-    cargo build --release --locked "${quiet[@]}" --package backup-agent --bin backup-agent ||
-        die "backup-agent does not build" "see the lines above"
-    cargo build --release --locked "${quiet[@]}" --package cluster-tests --bin s3-server ||
-        die "s3-server does not build" "see the lines above"
-    stage backup-agent
-    stage s3-server
+    build_program backup-agent backup-agent
+    build_program lag-exporter lag-exporter
+    build_program cluster-tests s3-server
+}
+
+# build_program PACKAGE NAME
+build_program() {
+    cargo build --release --locked "${quiet[@]}" --package "$1" --bin "$2" ||
+        die "$2 does not build" "see the lines above"
+    stage "$2"
 }
 
 # Puts a program where the images take it from, and only if it changed: a running container has it open.
@@ -70,6 +75,7 @@ build() {
     build_programs
     wait "$image" || die "the database image is not there" "see the message above"
     ensure_agent_image backup-agent "$postgres_image" 9632
+    ensure_agent_image lag-exporter "$base_image" 9633
 }
 
 # --- secrets and certificates ---------------------------------------------------------------------
@@ -110,7 +116,7 @@ ensure_secrets() {
     mkdir -p "$secrets"
     chmod 0700 "$up"
     ensure_program openssl openssl
-    for name in pgmesh_replication_password pgmesh_backup_password demo_password s3_secret_access_key; do
+    for name in pgmesh_replication_password pgmesh_backup_password pgmesh_lag_password demo_password s3_secret_access_key; do
         make_secret "$name" random_hex 24
     done
     make_secret s3_access_key_id random_hex 10
@@ -213,7 +219,7 @@ start_s3() {
 start_primary() {
     database_options postgres-1
     options+=(--volume "$root/init-scripts:/etc/pgmesh/init:ro" --env PGMESH_INIT_SCRIPTS=/etc/pgmesh/init)
-    secret demo_password
+    secret demo_password pgmesh_lag_password
     ensure_container postgres-1 "$backup_agent_image"
     wait_hint="docker logs pgmesh-postgres-1" wait_for 120 "the primary" \
         sql_is postgres-1 'SELECT pg_is_in_recovery()' f
@@ -236,6 +242,16 @@ start_agent() {
     ensure_container backup-agent "$backup_agent_image"
     wait_hint="docker logs pgmesh-backup-agent" wait_for 60 "the agent is healthy" \
         docker exec pgmesh-backup-agent agent-healthcheck
+}
+
+start_lag_exporter() {
+    options=(--publish 127.0.0.1::9633 --volume pgmesh-lag-exporter:/var/lib/pgmesh/lag-exporter)
+    config_file "$root/configs/lag-exporter.toml"
+    config_file "$up/ca.crt"
+    secret pgmesh_lag_password
+    ensure_container lag-exporter "$lag_exporter_image"
+    wait_hint="docker logs pgmesh-lag-exporter" wait_for 60 "the lag exporter knows every lag" \
+        docker exec pgmesh-lag-exporter lag-exporter show
 }
 
 # --- data and load --------------------------------------------------------------------------------
@@ -403,8 +419,9 @@ published() {
 }
 
 print_where() {
-    local admin
-    admin=$(published backup-agent 9632)
+    local backup lag
+    backup=$(published backup-agent 9632)
+    lag=$(published lag-exporter 9633)
     cat <<TEXT
 
 Where to look
@@ -414,8 +431,10 @@ Where to look
               from this machine: host=localhost user=demo dbname=demo sslmode=verify-full
               sslrootcert=$up/ca.crt, password in $secrets/demo_password
   backups     docker exec pgmesh-backup-agent backup-agent list
-  metrics     http://$admin/metrics    status http://$admin/status
-  logs        docker logs --follow pgmesh-backup-agent
+  lag         docker exec pgmesh-lag-exporter lag-exporter show
+  metrics     http://$backup/metrics    status http://$backup/status    (backup agent)
+              http://$lag/metrics    status http://$lag/status    (lag exporter)
+  logs        docker logs --follow pgmesh-backup-agent, pgmesh-lag-exporter
   remove      init-scripts/down.sh
 TEXT
 }
@@ -428,6 +447,7 @@ bring_up() {
     start_primary
     start_standby
     start_agent
+    start_lag_exporter
     ensure_data
     start_load
     archive_all

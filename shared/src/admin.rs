@@ -13,8 +13,8 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
-use axum::http::header::{CONNECTION, CONTENT_TYPE};
-use axum::http::{HeaderValue, StatusCode};
+use axum::http::header::{ACCEPT, CONNECTION, CONTENT_TYPE};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::get;
 use axum::serve::Listener;
@@ -64,7 +64,7 @@ impl Admin {
         let router = Router::new()
             .route("/livez", get(async || "ok\n"))
             .route("/readyz", get(async move || readyz(&not_ready())))
-            .route("/metrics", get(async move || exposition(&registry)))
+            .route("/metrics", get(async move |headers: HeaderMap| exposition(&registry, &headers)))
             .route("/status", get(async move || Json(status())))
             .layer(axum::middleware::map_response(close_after));
         Ok(Self { listener, router })
@@ -107,8 +107,18 @@ fn readyz(reasons: &[String]) -> Response {
     (StatusCode::SERVICE_UNAVAILABLE, text).into_response()
 }
 
-fn exposition(registry: &Registry) -> Response {
+/// OpenMetrics, unless only the older text format is accepted by name.
+fn exposition(registry: &Registry, headers: &HeaderMap) -> Response {
+    let accepts = |kind| {
+        let mut accepted = headers.get_all(ACCEPT).iter().filter_map(|it| it.to_str().ok());
+        accepted.any(|accepted| accepted.contains(kind))
+    };
+    let is_classic = accepts("text/plain") && !accepts("openmetrics");
     match metrics::encode(registry) {
+        Ok(text) if is_classic => {
+            ([(CONTENT_TYPE, metrics::CLASSIC_CONTENT_TYPE)], metrics::classic(&text))
+                .into_response()
+        }
         Ok(text) => ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
         Err(fmt::Error) => {
             (StatusCode::INTERNAL_SERVER_ERROR, "a collector cannot be encoded\n").into_response()
@@ -231,8 +241,12 @@ mod tests {
 
     /// The status line, the headers and the body of the answer to GET `path`.
     async fn get(address: SocketAddr, path: &str) -> (String, String) {
+        get_as(address, path, "*/*").await
+    }
+
+    async fn get_as(address: SocketAddr, path: &str, accept: &str) -> (String, String) {
         let mut stream = TcpStream::connect(address).await.unwrap();
-        let request = format!("GET {path} HTTP/1.1\r\nHost: agent\r\n\r\n");
+        let request = format!("GET {path} HTTP/1.1\r\nHost: agent\r\nAccept: {accept}\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
@@ -264,6 +278,22 @@ mod tests {
         }
         let (head, _) = get(server.address, "/secrets").await;
         assert!(head.starts_with("HTTP/1.1 404"), "{head}");
+    }
+
+    #[tokio::test]
+    async fn who_accepts_the_older_format_only_gets_it() {
+        let server = server().await;
+        let prometheus = "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;q=0.4";
+        for (accept, content_type) in [
+            ("text/plain", metrics::CLASSIC_CONTENT_TYPE),
+            ("*/*", metrics::CONTENT_TYPE),
+            (prometheus, metrics::CONTENT_TYPE),
+        ] {
+            let (head, body) = get_as(server.address, "/metrics", accept).await;
+            assert!(head.contains(&format!("content-type: {content_type}")), "{accept}: {head}");
+            let is_open = content_type == metrics::CONTENT_TYPE;
+            assert_eq!(body.ends_with("# EOF\n"), is_open, "{accept}");
+        }
     }
 
     #[tokio::test]

@@ -11,6 +11,7 @@
 //! | [`secret`] | [`secret::Secret`]: from a file, never printed |
 //! | [`metrics`] | the registry and its prefix; `build_info` |
 //! | [`admin`] | `/livez`, `/readyz`, `/metrics`, `/status` |
+//! | [`table`] | tables for people |
 //! | [`tasks`] | supervised tasks |
 //! | [`schedule`] | crontab lines, in UTC or a time zone |
 //! | [`backoff`] | bounded, jittered retry |
@@ -35,6 +36,7 @@ pub mod schedule;
 pub mod secret;
 pub mod shutdown;
 pub mod store;
+pub mod table;
 pub mod tasks;
 pub mod telemetry;
 pub mod tls;

@@ -21,7 +21,7 @@ const AGENT_VARIABLE: &str = "PGMESH_AGENT_BIN";
 /// Longest run of a command unless the test says otherwise.
 const RUN_LIMIT: Duration = Duration::from_mins(2);
 
-/// The backup agent with one configuration, as a command line that can be run many times.
+/// An agent, the backup agent unless said otherwise, with one configuration, as a command line that can be run many times.
 #[derive(Clone, Debug)]
 pub struct Agent {
     binary: PathBuf,
@@ -41,19 +41,26 @@ pub struct RunningAgent {
 /// The path of the built `backup-agent`: the variable `PGMESH_AGENT_BIN`, otherwise next to the
 /// test's executable.
 pub fn agent_binary() -> PathBuf {
-    let built = || {
-        // target/debug/deps/it-… → target/debug/backup-agent
-        let test = env::current_exe().expect("the test's executable has a path");
-        let deps = test.parent().expect("the test's executable lies in a directory");
-        deps.parent().unwrap_or(deps).join("backup-agent")
-    };
-    env::var_os(AGENT_VARIABLE).map_or_else(built, PathBuf::from)
+    env::var_os(AGENT_VARIABLE).map_or_else(|| built("backup-agent"), PathBuf::from)
+}
+
+/// The path of a built program of the workspace.
+fn built(program: &str) -> PathBuf {
+    // target/debug/deps/it-… → target/debug/backup-agent
+    let test = env::current_exe().expect("the test's executable has a path");
+    let deps = test.parent().expect("the test's executable lies in a directory");
+    deps.parent().unwrap_or(deps).join(program)
 }
 
 impl Agent {
     /// The agent with a configuration file.
     pub fn new(config: &Path) -> Self {
         Self { config: Some(config.to_owned()), ..Self::without_config() }
+    }
+
+    /// The lag exporter with a configuration file.
+    pub fn lag_exporter(config: &Path) -> Self {
+        Self::new(config).binary(&built("lag-exporter"))
     }
 
     /// The agent without `--config`, for commands that need none.

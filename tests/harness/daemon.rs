@@ -15,7 +15,7 @@ use tokio::process::{Child, Command};
 const PORTS: std::ops::Range<u16> = 20_000..32_000;
 
 /// A port of 127.0.0.1 on which nobody listens.
-pub(crate) fn server_port() -> u16 {
+pub fn server_port() -> u16 {
     loop {
         let random = RandomState::new().build_hasher().finish();
         let offset = u16::try_from(random % u64::from(PORTS.end - PORTS.start)).unwrap();

@@ -43,6 +43,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 pub use agent::{Agent, RunningAgent};
+pub use daemon::server_port;
 pub use etcd::{EtcdCluster, etcd_is_missing};
 pub use metadata::MetadataService;
 pub use network::{Proxy, Upstream};

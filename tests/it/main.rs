@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod exporter;
 mod scene;
 
 mod backup_restore;
@@ -13,6 +14,9 @@ mod etcd_access;
 mod failover;
 mod faults;
 mod harness;
+mod lag_accuracy;
+mod lag_changes;
+mod lag_metrics;
 mod lease;
 mod many_objects;
 mod outage;

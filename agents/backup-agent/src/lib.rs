@@ -47,8 +47,8 @@ pub mod cli;
 pub mod commands;
 pub mod metrics;
 pub mod progress;
+pub mod quantities;
 pub mod service;
-pub mod table;
 pub mod wal_commands;
 
 pub use config::Config;

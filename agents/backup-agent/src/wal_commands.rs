@@ -6,12 +6,13 @@ use anyhow::{Context as _, bail};
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
 use shared::store::StoreErrorKind;
+use shared::table::Table;
 use shared::telemetry::chain;
 
 use crate::catalog;
 use crate::progress::Progress;
+use crate::quantities::{bytes, time};
 use crate::repository::{Place, RepositoryError};
-use crate::table::{Table, bytes, time};
 use crate::wal::piece::{self, Piece};
 use crate::wal::ranges::{Next, Range, ranges};
 use crate::wal::{self, WalError, WalMap, WalObject};

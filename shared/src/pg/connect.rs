@@ -14,7 +14,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
 use tokio_postgres::config::SslMode;
 use tokio_postgres::types::ToSql;
-use tokio_postgres::{Client, NoTls, Row};
+use tokio_postgres::{Client, NoTls, Row, Statement, ToStatement};
 use tokio_postgres_rustls::MakeRustlsConnect;
 use tracing::debug;
 
@@ -133,18 +133,27 @@ impl Connection {
         self.client.is_closed()
     }
 
-    /// Runs a query and returns all its rows. Ask for bounded results only.
+    /// Prepares what is asked again and again: its text is then sent and planned once only.
+    ///
+    /// # Errors
+    ///
+    /// As [`Connection::query`].
+    pub async fn prepare(&self, sql: &str) -> Result<Statement, QueryError> {
+        self.bounded(self.client.prepare(sql)).await
+    }
+
+    /// Runs a query, as text or prepared, and returns all its rows. Ask for bounded results only.
     ///
     /// # Errors
     ///
     /// Fails when the server refuses, the connection breaks, or there is no answer in time. In
     /// the last case the connection is closed: its state would be unknown.
-    pub async fn query(
+    pub async fn query<S: ToStatement + Sync + ?Sized>(
         &self,
-        sql: &str,
+        statement: &S,
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, QueryError> {
-        self.bounded(self.client.query(sql, parameters)).await
+        self.bounded(self.client.query(statement, parameters)).await
     }
 
     /// Runs a query that returns exactly one row.
@@ -152,12 +161,12 @@ impl Connection {
     /// # Errors
     ///
     /// As [`Connection::query`], and when there is not exactly one row.
-    pub async fn query_one(
+    pub async fn query_one<S: ToStatement + Sync + ?Sized>(
         &self,
-        sql: &str,
+        statement: &S,
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Row, QueryError> {
-        self.bounded(self.client.query_one(sql, parameters)).await
+        self.bounded(self.client.query_one(statement, parameters)).await
     }
 
     /// Runs a statement and returns the number of rows it changed.
@@ -184,7 +193,8 @@ impl Connection {
         if let Ok(answer) = timeout(self.limit, answer).await {
             return answer.map_err(|source| QueryError::Failed { node: node(), source });
         }
-        self.cancel().await;
+        // Apart: its size, that of a TLS handshake, is not that of every query then.
+        Box::pin(self.cancel()).await;
         self.driver_abort.abort();
         Err(QueryError::TimedOut { node: node(), limit: self.limit })
     }

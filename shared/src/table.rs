@@ -1,21 +1,24 @@
-//! Tables and quantities for people.
+//! Tables for people.
 
 use std::fmt::{self, Display};
-use std::time::Duration;
-
-use chrono::{DateTime, SecondsFormat, TimeDelta, Utc};
-use indicatif::{HumanBytes, HumanDuration};
 
 /// Rows of text under a header, in columns as wide as they need to be.
 #[derive(Clone, Debug)]
 pub struct Table {
     rows: Vec<Vec<String>>,
+    numbers: Vec<usize>,
 }
 
 impl Table {
     /// A table with that header.
     pub fn new(header: &[&str]) -> Self {
-        Self { rows: vec![header.iter().map(ToString::to_string).collect()] }
+        let header = header.iter().map(ToString::to_string).collect();
+        Self { rows: vec![header], numbers: Vec::new() }
+    }
+
+    /// Puts the text of these columns, the first is 0, to the right, as numbers are read.
+    pub fn numbers(self, columns: &[usize]) -> Self {
+        Self { numbers: columns.to_vec(), ..self }
     }
 
     /// Adds a row.
@@ -38,36 +41,18 @@ impl Display for Table {
         };
         let widths: Vec<usize> = (0..columns).map(width).collect();
         for row in &self.rows {
-            let last = row.len().saturating_sub(1);
-            for (column, cell) in row.iter().enumerate() {
-                if column == last {
-                    writeln!(f, "{cell}")?;
+            let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, width))| {
+                if self.numbers.contains(&column) {
+                    format!("{cell:>width$}")
                 } else {
-                    write!(f, "{cell:width$}  ", width = widths[column])?;
+                    format!("{cell:width$}")
                 }
-            }
+            });
+            let line = cells.collect::<Vec<_>>().join("  ");
+            writeln!(f, "{}", line.trim_end())?;
         }
         Ok(())
     }
-}
-
-/// `1.2 GiB`.
-pub fn bytes(count: u64) -> String {
-    HumanBytes(count).to_string()
-}
-
-/// `3 minutes`.
-pub fn span(span: TimeDelta) -> String {
-    let span = span.to_std().unwrap_or(Duration::ZERO);
-    if span < Duration::from_secs(1) {
-        return format!("{} ms", span.as_millis());
-    }
-    HumanDuration(span).to_string()
-}
-
-/// `2026-03-01T14:30:00Z`.
-pub fn time(at: DateTime<Utc>) -> String {
-    at.to_rfc3339_opts(SecondsFormat::Secs, true)
 }
 
 #[cfg(test)]
@@ -77,7 +62,16 @@ mod tests {
     #[test]
     fn columns_are_as_wide_as_their_widest_cell() {
         let mut table = Table::new(&["A", "LONG", "LAST"]);
+        assert!(table.is_empty());
         table.row(["wide cell", "x", "y"].map(str::to_owned));
-        assert_eq!(table.to_string(), "A          LONG  LAST\nwide cell  x     y\n");
+        table.row(["é", "", ""].map(str::to_owned));
+        assert_eq!(table.to_string(), "A          LONG  LAST\nwide cell  x     y\né\n");
+    }
+
+    #[test]
+    fn numbers_stand_to_the_right() {
+        let mut table = Table::new(&["BYTES", "B", "NODE"]).numbers(&[0, 1]);
+        table.row(["12", "345", "a"].map(str::to_owned));
+        assert_eq!(table.to_string(), "BYTES    B  NODE\n   12  345  a\n");
     }
 }

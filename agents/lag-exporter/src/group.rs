@@ -1,0 +1,262 @@
+//! What is remembered about one group, from one report to the next.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+
+use crate::decide;
+use crate::history::SavedGroup;
+use crate::line::{Change, Line, Offer, Replayed, Source};
+use crate::observation::{Details, Position, Report, Sample, StandbyPosition};
+use crate::pace::Pace;
+use crate::ring::Ring;
+use crate::split::{Reign, Rivals};
+use crate::view::GroupView;
+
+/// The pace at which a standby replays is that of this time: short, for it changes at once when
+/// replay is resumed.
+const REPLAY_WINDOW: Duration = Duration::from_secs(15);
+
+/// What the decisions need to know besides what the servers say.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// A sample older than this says nothing about now: three times the interval between samples
+    /// and the limit on an answer.
+    pub stale_after: Duration,
+    /// How far back positions have an age.
+    pub history: Duration,
+    /// How long a node is remembered that left the topology.
+    pub forget_after: Duration,
+}
+
+/// One group: feed it [`Report`]s, and ask it for a [`GroupView`].
+#[derive(Debug)]
+pub struct Group {
+    pub(crate) number: u32,
+    pub(crate) limits: Limits,
+    pub(crate) nodes: BTreeMap<String, NodeMemory>,
+    /// The history of WAL that the lag is measured on; `None` until a primary was seen.
+    pub(crate) line: Option<Line>,
+    pub(crate) rivals: Rivals,
+}
+
+/// What is remembered about one node.
+#[derive(Debug)]
+pub(crate) struct NodeMemory {
+    pub(crate) up: Option<bool>,
+    pub(crate) fresh_connect: Option<bool>,
+    pub(crate) sample: Option<Sample>,
+    /// How far a standby had received, a sample before.
+    pub(crate) received_before: Option<u64>,
+    /// The newest timeline of which the server had WAL, since it started.
+    pub(crate) timeline: Option<u32>,
+    /// The timeline on which it had replayed more than the primary had written later on.
+    pub(crate) ahead_on: Option<u32>,
+    /// What it was when it was last seen in recovery.
+    replayed: Option<Replayed>,
+    pub(crate) replay_pace: Pace,
+    pub(crate) reign: Option<Reign>,
+    pub(crate) details: Option<Box<Details>>,
+    /// When it left the topology.
+    pub(crate) left_at: Option<Duration>,
+}
+
+impl NodeMemory {
+    fn new() -> Self {
+        Self {
+            up: None,
+            fresh_connect: None,
+            sample: None,
+            received_before: None,
+            timeline: None,
+            ahead_on: None,
+            replayed: None,
+            replay_pace: Pace::over(REPLAY_WINDOW),
+            reign: None,
+            details: None,
+            left_at: None,
+        }
+    }
+
+    /// The newest sample, unless it is too old to say anything about `now`, or a later question was
+    /// not answered.
+    pub(crate) fn fresh(&self, now: Duration, stale_after: Duration) -> Option<&Sample> {
+        let sample = self.sample.as_ref().filter(|_| self.up == Some(true));
+        sample.filter(|sample| now <= sample.answered_at + stale_after)
+    }
+
+    /// The server is not the one it was: nothing that it was seen to be counts.
+    fn forget_unless(&mut self, system_identifier: u64, started_at: DateTime<Utc>) {
+        let is_same = self.sample.is_some_and(|Sample { identity, .. }| {
+            identity.system_identifier == system_identifier && identity.started_at == started_at
+        });
+        if !is_same {
+            let Self { up, fresh_connect, left_at, .. } = *self;
+            *self = Self { up, fresh_connect, left_at, ..Self::new() };
+        }
+    }
+
+    fn follows(&mut self, sample: &Sample, position: &StandbyPosition) {
+        self.reign = None;
+        self.received_before = match self.sample {
+            Some(Sample { position: Position::Standby(before), .. }) => {
+                before.receive_lsn.map(u64::from)
+            }
+            _ => None,
+        };
+        let received = position.receiver.and_then(|receiver| receiver.received_timeline);
+        self.timeline = self.timeline.max(received);
+        if let Some(lsn) = position.replay_lsn.map(u64::from) {
+            self.replay_pace.push(sample.answered_at, lsn);
+            let Sample { asked_at, answered_at, .. } = *sample;
+            let replayed = |timeline| Replayed { asked_at, answered_at, timeline, lsn };
+            self.replayed = self.timeline.map(replayed);
+        }
+    }
+
+    /// Compares what it had replayed with what the primary said later.
+    fn compare(&mut self, timeline: u32, source: &Source) {
+        let is_ahead = self.replayed.is_some_and(|it| {
+            it.timeline == timeline
+                && it.answered_at <= source.asked_at
+                && source.flush_lsn < it.lsn
+        });
+        if is_ahead && self.reign.is_none() {
+            self.ahead_on = Some(timeline);
+        }
+    }
+
+    fn reigns(&mut self, sample: &Sample, timeline: u32, flush_lsn: u64) {
+        let Sample { identity, asked_at, answered_at, .. } = *sample;
+        let before = self.reign.filter(|before| before.timeline == timeline);
+        self.timeline = Some(timeline);
+        self.reign = Some(Reign {
+            system_identifier: identity.system_identifier,
+            timeline,
+            started_at: identity.started_at,
+            since: before.map_or(answered_at, |before| before.since),
+            until: asked_at,
+            flush_lsn,
+        });
+    }
+}
+
+impl Group {
+    /// A group of which nothing is known.
+    pub fn new(number: u32, limits: Limits) -> Self {
+        Self { number, limits, nodes: BTreeMap::new(), line: None, rivals: Rivals::default() }
+    }
+
+    /// Takes up what another process knew, before the first report; says whether it could.
+    pub fn restore(&mut self, saved: SavedGroup) -> bool {
+        let SavedGroup { system_identifier, timeline, forks, entries, .. } = saved;
+        let ring = Ring::from_entries(entries);
+        let line = ring.map(|ring| Line::new(system_identifier, timeline, ring, forks));
+        let could = line.is_some();
+        self.line = line;
+        could
+    }
+
+    /// What another process would need to know.
+    pub fn saved(&self) -> Option<SavedGroup> {
+        self.line.as_ref().map(|line| SavedGroup {
+            group: self.number,
+            system_identifier: line.system_identifier,
+            timeline: line.timeline,
+            forks: line.forks.clone(),
+            entries: line.ring.entries().to_vec(),
+        })
+    }
+
+    /// Says which nodes the topology has now. One that it no longer has is remembered for
+    /// [`Limits::forget_after`].
+    pub fn set_members(&mut self, names: &[String], now: Duration) {
+        for name in names {
+            self.nodes.entry(name.clone()).or_insert_with(NodeMemory::new).left_at = None;
+        }
+        let forget_after = self.limits.forget_after;
+        self.nodes.retain(|name, node| {
+            let left_at = (!names.contains(name)).then(|| *node.left_at.get_or_insert(now));
+            left_at.is_none_or(|left_at| now < left_at + forget_after)
+        });
+    }
+
+    /// Takes in what was learnt about a node; what is said of a node nobody named is dropped.
+    pub fn record(&mut self, name: &str, report: Report) -> Option<Change> {
+        let node = self.nodes.get_mut(name)?;
+        match report {
+            Report::Sample(sample) => return self.record_sample(name, sample),
+            Report::Details(details) => {
+                let timeline = details.standby.as_ref().and_then(|standby| standby.timeline);
+                // Details of a standby say nothing about the primary that it has become since.
+                if node.reign.is_none() {
+                    node.timeline = node.timeline.max(timeline);
+                }
+                node.details = Some(details);
+            }
+            Report::Seed(seed) => {
+                if let Some(line) = &mut self.line {
+                    line.plant(name, &seed);
+                }
+            }
+            Report::Failed { .. } => node.up = Some(false),
+            Report::FreshConnect { outcome, .. } => node.fresh_connect = Some(outcome.is_ok()),
+        }
+        None
+    }
+
+    /// The primary that should be asked for a [`crate::observation::Seed`], or none. Once it is
+    /// recorded, no longer; one without files is as good as any.
+    pub fn wants_seed(&self) -> Option<&str> {
+        let line = self.line.as_ref().filter(|line| line.wants_seed)?;
+        line.source.as_ref().map(|source| source.name.as_str())
+    }
+
+    /// What is known at `now`.
+    pub fn view(&self, now: Duration) -> GroupView {
+        decide::view(self, now)
+    }
+
+    /// Who says that they are primaries. A node that left the topology does not count: it may be
+    /// another one by a new name.
+    pub(crate) fn reigns(&self) -> Vec<(&str, Reign)> {
+        let members = self.nodes.iter().filter(|(_, node)| node.left_at.is_none());
+        members.filter_map(|(name, node)| Some((name.as_str(), node.reign?))).collect()
+    }
+
+    fn record_sample(&mut self, name: &str, sample: Sample) -> Option<Change> {
+        let node = self.nodes.get_mut(name)?;
+        if node.sample.is_some_and(|before| sample.asked_at < before.asked_at) {
+            return None;
+        }
+        let identity = sample.identity;
+        node.forget_unless(identity.system_identifier, identity.started_at);
+        node.up = Some(true);
+        let mut change = None;
+        match sample.position {
+            Position::Standby(position) => node.follows(&sample, &position),
+            Position::Primary { timeline, flush_lsn, fork_lsn } => {
+                let flush_lsn = u64::from(flush_lsn);
+                node.reigns(&sample, timeline, flush_lsn);
+                let (fork_lsn, replayed) = (fork_lsn.map(u64::from), node.replayed);
+                let offer =
+                    Offer { name, sample: &sample, timeline, flush_lsn, fork_lsn, replayed };
+                let line = self.line.get_or_insert_with(|| Line::begin(offer));
+                change = line.follow(offer, self.limits);
+                if let Some(source) = line.source.as_ref().filter(|it| it.name == name) {
+                    for node in self.nodes.values_mut() {
+                        node.compare(timeline, source);
+                    }
+                }
+            }
+        }
+        let mut rivals = std::mem::take(&mut self.rivals);
+        rivals.update(&self.reigns(), sample.answered_at, self.limits.stale_after);
+        self.rivals = rivals;
+        if let Some(node) = self.nodes.get_mut(name) {
+            node.sample = Some(sample);
+        }
+        change
+    }
+}

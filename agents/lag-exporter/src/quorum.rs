@@ -1,0 +1,279 @@
+//! Whether as many standbys are connected as commits wait for.
+
+use std::iter::Peekable;
+use std::str::Chars;
+
+use thiserror::Error;
+
+use crate::observation::{Details, Sender};
+use crate::view::{Quorum, SyncCount};
+
+/// What `synchronous_standby_names` says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SyncStandbys {
+    /// Which of them count.
+    pub method: Method,
+    /// How many must have a commit.
+    pub count: u32,
+    /// The names; `*` is every name.
+    pub names: Vec<String>,
+}
+
+/// Which of the standbys a commit waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    /// The first in the list that are connected.
+    First,
+    /// Any in the list.
+    Any,
+}
+
+/// Why a text is no `synchronous_standby_names`.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum SyncStandbysError {
+    /// PostgreSQL would say `syntax error`.
+    #[error("synchronous_standby_names `{0}` does not read")]
+    Syntax(String),
+    /// Commits cannot wait for so many.
+    #[error("synchronous_standby_names `{0}` asks for an impossible number of standbys")]
+    Count(String),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Token {
+    Any,
+    First,
+    Name(String),
+    Number(String),
+    Symbol(char),
+}
+
+/// Reads `synchronous_standby_names`; `None` if it is empty, so that commits wait for nobody.
+///
+/// Source: `syncrep_scanner.l`, `syncrep_gram.y` and `check_synchronous_standby_names` of
+/// PostgreSQL 17. So `ANY` and `FIRST` are no names unless quoted, and a quoted `*` is every name.
+///
+/// # Errors
+///
+/// Fails where PostgreSQL refuses the setting.
+pub fn parse(text: &str) -> Result<Option<SyncStandbys>, SyncStandbysError> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let syntax = || SyncStandbysError::Syntax(text.to_owned());
+    let tokens = tokens(text).ok_or_else(syntax)?;
+    let (method, count, list) = match tokens.as_slice() {
+        [Token::Any, Token::Number(count), list @ ..] => (Method::Any, &**count, bracketed(list)),
+        [Token::First, Token::Number(count), list @ ..] => {
+            (Method::First, &**count, bracketed(list))
+        }
+        [Token::Number(count), list @ ..] if bracketed(list).is_some() => {
+            (Method::First, &**count, bracketed(list))
+        }
+        list => (Method::First, "1", Some(list)),
+    };
+    let names = list.and_then(names).ok_or_else(syntax)?;
+    let count = count.parse().ok().filter(|count| *count > 0 && i32::try_from(*count).is_ok());
+    let count = count.ok_or_else(|| SyncStandbysError::Count(text.to_owned()))?;
+    Ok(Some(SyncStandbys { method, count, names }))
+}
+
+fn bracketed(tokens: &[Token]) -> Option<&[Token]> {
+    match tokens {
+        [Token::Symbol('('), list @ .., Token::Symbol(')')] => Some(list),
+        _ => None,
+    }
+}
+
+fn names(list: &[Token]) -> Option<Vec<String>> {
+    let name = |tokens: &[Token]| match tokens {
+        [Token::Name(name) | Token::Number(name)] => Some(name.clone()),
+        _ => None,
+    };
+    list.split(|token| *token == Token::Symbol(',')).map(name).collect()
+}
+
+fn tokens(text: &str) -> Option<Vec<Token>> {
+    let mut chars = text.chars().peekable();
+    let mut tokens = Vec::new();
+    while let Some(&next) = chars.peek() {
+        let token = match next {
+            ' ' | '\t' | '\n' | '\r' | '\x0C' | '\x0B' => {
+                chars.next();
+                continue;
+            }
+            ',' | '(' | ')' => {
+                chars.next();
+                Token::Symbol(next)
+            }
+            '*' => {
+                chars.next();
+                Token::Name("*".to_owned())
+            }
+            '"' => Token::Name(quoted(&mut chars)?),
+            '0'..='9' => Token::Number(run(&mut chars, |it| it.is_ascii_digit())),
+            _ if is_letter(next) => {
+                let name = run(&mut chars, |it| is_letter(it) || it.is_ascii_digit() || it == '$');
+                match name.to_ascii_lowercase().as_str() {
+                    "any" => Token::Any,
+                    "first" => Token::First,
+                    _ => Token::Name(name),
+                }
+            }
+            _ => return None,
+        };
+        tokens.push(token);
+    }
+    Some(tokens)
+}
+
+fn is_letter(it: char) -> bool {
+    it.is_ascii_alphabetic() || it == '_' || !it.is_ascii()
+}
+
+fn run(chars: &mut Peekable<Chars<'_>>, belongs: impl Fn(char) -> bool) -> String {
+    let mut text = String::new();
+    while let Some(next) = chars.next_if(|next| belongs(*next)) {
+        text.push(next);
+    }
+    text
+}
+
+fn quoted(chars: &mut Peekable<Chars<'_>>) -> Option<String> {
+    chars.next();
+    let mut name = String::new();
+    loop {
+        match chars.next()? {
+            '"' if chars.next_if_eq(&'"').is_none() => return Some(name),
+            it => name.push(it),
+        }
+    }
+}
+
+/// Decides from what a primary said whether commits that wait for standbys go on.
+///
+/// Which walsenders match a name, the server knows best: it gives them a `sync_priority`. Those
+/// that catch up do not count. Source: `SyncRepGetCandidateStandbys` in `syncrep.c`.
+pub fn quorum(details: &Details) -> Quorum {
+    let (Some(names), Some(senders)) = (&details.synchronous_standby_names, &details.senders)
+    else {
+        return Quorum::Unknown;
+    };
+    let counts = |it: &&Sender| {
+        it.sync_priority > 0 && matches!(it.state.as_str(), "streaming" | "stopping")
+    };
+    match parse(names) {
+        Err(_) => Quorum::Unknown,
+        Ok(None) => Quorum::NotWanted,
+        Ok(Some(SyncStandbys { count: wanted, .. })) => {
+            let present = senders.iter().filter(counts).count();
+            let present = u32::try_from(present).unwrap_or(u32::MAX);
+            let count = SyncCount { wanted, present };
+            if present >= wanted { Quorum::Met(count) } else { Quorum::Missed(count) }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_setting_reads_as_postgresql_reads_it() {
+        for (text, method, count, names) in [
+            ("s1", Method::First, 1, &["s1"][..]),
+            ("s1, s2", Method::First, 1, &["s1", "s2"]),
+            ("*", Method::First, 1, &["*"]),
+            ("2 (s1,s2,s3)", Method::First, 2, &["s1", "s2", "s3"]),
+            ("FIRST 2 (s1, s2)", Method::First, 2, &["s1", "s2"]),
+            ("any 1 (s1, s2)", Method::Any, 1, &["s1", "s2"]),
+            ("\tANY\n2(*)", Method::Any, 2, &["*"]),
+            (
+                "ANY 1 (\"node-1\",\"any\", \"a \"\"b\"\"\")",
+                Method::Any,
+                1,
+                &["node-1", "any", "a \"b\""],
+            ),
+            ("\"*\"", Method::First, 1, &["*"]),
+            ("anyone, first_one, _a$1", Method::First, 1, &["anyone", "first_one", "_a$1"]),
+            ("1, 2", Method::First, 1, &["1", "2"]),
+            ("2 (3, 4)", Method::First, 2, &["3", "4"]),
+            ("knoten_süd", Method::First, 1, &["knoten_süd"]),
+        ] {
+            let names = names.iter().map(ToString::to_string).collect();
+            assert_eq!(parse(text), Ok(Some(SyncStandbys { method, count, names })), "{text}");
+        }
+        assert_eq!(parse(""), Ok(None));
+    }
+
+    #[test]
+    fn what_postgresql_refuses_is_refused() {
+        for text in [
+            " ",
+            "any",
+            "first",
+            "s1,",
+            ",s1",
+            "s1 s2",
+            "node-1",
+            "ANY (s1)",
+            "ANY 1 s1",
+            "ANY 1 ()",
+            "ANY 1 (s1",
+            "ANY 1 (s1))",
+            "1 (s1) s2",
+            "\"s1",
+            "s1;",
+            "FIRST 1 (any)",
+            "-1 (s1)",
+        ] {
+            assert_eq!(parse(text), Err(SyncStandbysError::Syntax(text.to_owned())), "{text}");
+        }
+        for text in ["0 (s1)", "ANY 0 (s1)", "FIRST 99999999999 (s1)"] {
+            let error = parse(text).unwrap_err();
+            assert_eq!(error, SyncStandbysError::Count(text.to_owned()), "{text}");
+        }
+    }
+
+    fn sender(state: &str, sync_priority: u32) -> Sender {
+        Sender {
+            application_name: String::new(),
+            client_address: None,
+            state: state.to_owned(),
+            logical: false,
+            flush_lsn: None,
+            replay_lsn: None,
+            write_lag: None,
+            flush_lag: None,
+            replay_lag: None,
+            reply_age: None,
+            sync_priority,
+            sync_state: String::new(),
+        }
+    }
+
+    #[test]
+    fn commits_go_on_if_enough_standbys_stream() {
+        let two = || vec![sender("streaming", 1), sender("streaming", 2)];
+        let met = |wanted, present| Quorum::Met(SyncCount { wanted, present });
+        let missed = |wanted, present| Quorum::Missed(SyncCount { wanted, present });
+        for (name, names, senders, expected) in [
+            ("nobody is waited for", Some(""), Some(two()), Quorum::NotWanted),
+            ("one of two", Some("a, b"), Some(two()), met(1, 2)),
+            ("two of two", Some("ANY 2 (a, b)"), Some(two()), met(2, 2)),
+            ("three of two", Some("FIRST 3 (a, b, c)"), Some(two()), missed(3, 2)),
+            ("nobody is there", Some("*"), Some(vec![]), missed(1, 0)),
+            ("not in the list", Some("x"), Some(vec![sender("streaming", 0)]), missed(1, 0)),
+            ("it catches up", Some("*"), Some(vec![sender("catchup", 1)]), missed(1, 0)),
+            ("a backup", Some("*"), Some(vec![sender("backup", 1)]), missed(1, 0)),
+            ("the primary stops", Some("*"), Some(vec![sender("stopping", 1)]), met(1, 1)),
+            ("not read", Some("a b"), Some(two()), Quorum::Unknown),
+            ("not told", None, Some(two()), Quorum::Unknown),
+            ("senders not told", Some("*"), None, Quorum::Unknown),
+        ] {
+            let synchronous_standby_names = names.map(str::to_owned);
+            let details = Details { synchronous_standby_names, senders, ..Details::default() };
+            assert_eq!(quorum(&details), expected, "{name}");
+        }
+    }
+}

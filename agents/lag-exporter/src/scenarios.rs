@@ -1,0 +1,1170 @@
+//! What a group is said to be, from the samples of servers whose truth is known: every phase of
+//! the experiment that this agent is measured by, and what a failover, a restart and a rebuilt
+//! standby look like.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use chrono::{DateTime, TimeDelta};
+use proptest::prelude::*;
+use tokio_postgres::types::PgLsn;
+
+use crate::group::{Group, Limits};
+use crate::line::Change;
+use crate::observation::{
+    Details, Identity, PAGE_BYTES, Position, Receiver, ReceiverStatus, ReplayPause, Report, Sample,
+    Seed, Sender, Slot, Stage, StandbyDetails, StandbyPosition, WalFileAge, WalStatus,
+};
+use crate::view::{
+    CatchUp, GroupView, Lag, LagState, LagView, NodeView, Quorum, Role, Rpo, Runway, SplitBrain,
+    SyncCount,
+};
+
+/// Milliseconds from one state of the world to the next: 20 commits a second.
+const STEP: u64 = 50;
+/// Each server is asked this often.
+const INTERVAL: u64 = 1000;
+/// From question to answer.
+const ROUND_TRIP: u64 = 4;
+const COMMIT_BYTES: u64 = 1000;
+const LIMITS: Limits = Limits {
+    stale_after: Duration::from_secs(5),
+    history: Duration::from_hours(72),
+    forget_after: Duration::from_mins(5),
+};
+
+/// What a standby does with the WAL there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    /// Receives and replays it.
+    Follows,
+    /// `pg_wal_replay_pause()`.
+    Paused,
+    /// Its startup process is stopped: it looks as before, but replays nothing.
+    StartupStopped,
+    /// Its receiver is stopped: it looks as before, but receives nothing.
+    ReceiverStopped,
+    /// It has no receiver.
+    NoReceiver,
+    /// It has no receiver, and does not replay what it has received.
+    Stuck,
+}
+
+#[expect(clippy::struct_excessive_bools, reason = "they are independent, and named where set")]
+#[derive(Clone, Debug)]
+struct Server {
+    name: &'static str,
+    started: i64,
+    system_identifier: u64,
+    answers: bool,
+    is_primary: bool,
+    timeline: u32,
+    /// Where its timeline's history left older ones.
+    history: Vec<(u32, u64)>,
+    /// Whether it tells the last of that.
+    tells_fork: bool,
+    mode: Mode,
+    flush: u64,
+    replay: u64,
+    /// What it says of `RecoveryWalStream` where that is asked.
+    startup_waits: bool,
+    clock_ahead: i64,
+}
+
+impl Server {
+    fn position(&self) -> Position {
+        if self.is_primary {
+            return Position::Primary {
+                timeline: self.timeline,
+                flush_lsn: PgLsn::from(self.flush),
+                fork_lsn: self
+                    .history
+                    .last()
+                    .filter(|_| self.tells_fork)
+                    .map(|it| PgLsn::from(it.1)),
+            };
+        }
+        let asks = self.flush.is_multiple_of(PAGE_BYTES) && self.replay < self.flush;
+        let receiver = Receiver {
+            status: ReceiverStatus::Streaming,
+            received_timeline: Some(self.timeline),
+            message_age: Some(Duration::ZERO),
+        };
+        Position::Standby(StandbyPosition {
+            receive_lsn: Some(PgLsn::from(self.flush)),
+            replay_lsn: Some(PgLsn::from(self.replay)),
+            replay_pause: match self.mode {
+                Mode::Paused => ReplayPause::Paused,
+                _ => ReplayPause::NotPaused,
+            },
+            startup_waits: asks.then_some(self.startup_waits),
+            receiver: (!matches!(self.mode, Mode::NoReceiver | Mode::Stuck)).then_some(receiver),
+        })
+    }
+
+    /// Goes on from where both histories are the same, unless it has gone another way.
+    fn receive_from(&mut self, primary: &Self) {
+        let left = primary.history.iter().find(|(timeline, _)| *timeline == self.timeline);
+        if let Some((_, fork)) = left
+            && self.replay <= *fork
+        {
+            (self.timeline, self.history) = (primary.timeline, primary.history.clone());
+            self.flush = self.flush.min(*fork);
+        }
+        if self.timeline == primary.timeline {
+            self.flush = self.flush.max(primary.flush);
+        }
+    }
+
+    fn sample(&self, asked_at: u64) -> Sample {
+        Sample {
+            asked_at: ms(asked_at),
+            answered_at: ms(asked_at + ROUND_TRIP),
+            identity: Identity {
+                system_identifier: self.system_identifier,
+                server_version: 170_002,
+                wal_segment_bytes: 16 << 20,
+                started_at: DateTime::from_timestamp(self.started, 0).unwrap(),
+            },
+            clock_ahead: TimeDelta::milliseconds(self.clock_ahead),
+            position: self.position(),
+        }
+    }
+}
+
+/// Servers, what they did, and what the group knows.
+struct World {
+    now: u64,
+    writes: bool,
+    servers: Vec<Server>,
+    /// When each position of a timeline was written, and of what it began with.
+    lines: BTreeMap<u32, Vec<(u64, u64)>>,
+    /// Where a timeline's history left older ones.
+    histories: BTreeMap<u32, Vec<(u32, u64)>>,
+    /// The newest sample of each server: when, its timeline, and how far it had replayed.
+    sampled: Vec<(u64, u32, u64)>,
+    group: Group,
+    changes: Vec<Change>,
+    /// No sample is missed, so that an estimate is as good as promised.
+    all_answer: bool,
+}
+
+fn ms(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+fn seconds(seconds: u64) -> u64 {
+    seconds * 1000
+}
+
+impl World {
+    /// A primary `a` and standbys `b` and `c`, at 20 commits a second.
+    fn new() -> Self {
+        Self::of(&["a", "b", "c"])
+    }
+
+    /// A primary and standbys.
+    fn of(names: &[&'static str]) -> Self {
+        let server = |(index, name): (usize, &&'static str)| Server {
+            name,
+            started: 1_000_000 + i64::try_from(index).unwrap(),
+            system_identifier: 7,
+            answers: true,
+            is_primary: index == 0,
+            timeline: 1,
+            history: Vec::new(),
+            tells_fork: false,
+            mode: Mode::Follows,
+            flush: 1 << 24,
+            replay: 1 << 24,
+            startup_waits: true,
+            clock_ahead: 0,
+        };
+        let servers: Vec<_> = names.iter().enumerate().map(server).collect();
+        let mut world = Self {
+            now: 100_600,
+            writes: true,
+            histories: BTreeMap::new(),
+            sampled: vec![(0, 1, 0); servers.len()],
+            servers,
+            lines: BTreeMap::from([(1, vec![(0, 1 << 24)])]),
+            group: Group::new(0, LIMITS),
+            changes: Vec::new(),
+            all_answer: true,
+        };
+        world.set_members();
+        world
+    }
+
+    /// The same after half a minute.
+    fn running() -> Self {
+        let mut world = Self::new();
+        world.run(seconds(30));
+        world
+    }
+
+    fn set_members(&mut self) {
+        let names: Vec<_> = self.servers.iter().map(|it| it.name.to_owned()).collect();
+        self.group.set_members(&names, ms(self.now));
+    }
+
+    fn server(&mut self, name: &str) -> &mut Server {
+        self.servers.iter_mut().find(|it| it.name == name).unwrap()
+    }
+
+    /// The primary on the newest timeline.
+    fn primary(&self) -> &Server {
+        let primaries = self.servers.iter().filter(|it| it.is_primary);
+        primaries.max_by_key(|it| it.timeline).unwrap()
+    }
+
+    fn run(&mut self, time: u64) {
+        let until = self.now + time;
+        while self.now < until {
+            self.now += STEP;
+            if self.writes {
+                for it in self.servers.iter_mut().filter(|it| it.is_primary) {
+                    it.flush += COMMIT_BYTES;
+                    self.lines.entry(it.timeline).or_default().push((self.now, it.flush));
+                }
+            }
+            let primary = self.primary().clone();
+            for it in self.servers.iter_mut().filter(|it| !it.is_primary) {
+                if !matches!(it.mode, Mode::ReceiverStopped | Mode::NoReceiver | Mode::Stuck) {
+                    it.receive_from(&primary);
+                }
+                if !matches!(it.mode, Mode::Paused | Mode::StartupStopped | Mode::Stuck) {
+                    it.replay = it.replay.max(it.flush);
+                }
+            }
+            self.ask();
+        }
+    }
+
+    fn ask(&mut self) {
+        for index in 0..self.servers.len() {
+            if self.now % INTERVAL != index as u64 * 200 {
+                continue;
+            }
+            let server = &self.servers[index];
+            let asked_at = self.now;
+            let report = if server.answers {
+                self.sampled[index] = (asked_at, server.timeline, server.replay);
+                Report::Sample(server.sample(asked_at))
+            } else {
+                Report::Failed { at: ms(asked_at), stage: Stage::Timeout }
+            };
+            let change = self.group.record(server.name, report);
+            self.changes.extend(change);
+        }
+        self.check();
+    }
+
+    /// What must hold at any time.
+    fn check(&self) {
+        let view = self.view();
+        for (server, (asked_at, timeline, replay)) in self.servers.iter().zip(&self.sampled) {
+            let Some(node) = view.nodes.iter().find(|it| it.name == server.name) else { continue };
+            let Some(LagView { state, replay: lag, .. }) = &node.lag else { continue };
+            let Lag { lower, estimate, upper } = *lag;
+            let line = view.timeline.and_then(|timeline| self.lines.get(&timeline));
+            let missed = line.and_then(|line| line.iter().find(|(_, lsn)| lsn > replay));
+            let truth = ms(missed.map_or(0, |(at, _)| asked_at.saturating_sub(*at)));
+            let context = format!("{} at {}: {truth:?} {state:?} {lag:?}", server.name, self.now);
+            assert!(lower.is_none_or(|lower| lower <= truth), "{context}");
+            assert!(upper.is_none_or(|upper| truth <= upper), "{context}");
+            assert!(estimate.is_none_or(|it| lower <= Some(it) && Some(it) <= upper), "{context}");
+            let numbers = (lower.is_some(), estimate.is_some(), upper.is_some());
+            let expected: &[_] = match state {
+                LagState::Ok | LagState::CaughtUp => &[(true, true, true)],
+                LagState::BeyondHistory => &[(true, false, false)],
+                LagState::PrimaryUnknown => &[(false, false, true), (false, false, false)],
+                _ => &[(false, false, false)],
+            };
+            assert!(expected.contains(&numbers), "{context}");
+            if lower.is_some() && view.timeline != Some(*timeline) {
+                let history = view.timeline.and_then(|timeline| self.histories.get(&timeline));
+                let left = history.and_then(|it| it.iter().find(|(left, _)| left == timeline));
+                assert!(left.is_some_and(|(_, fork)| replay <= fork), "another history: {context}");
+            }
+            if let Some(estimate) = estimate {
+                let is_wide = width(*lag) > ms(2 * INTERVAL);
+                let is_near = estimate.abs_diff(truth) <= ms(INTERVAL + INTERVAL / 2);
+                assert!(is_near || is_wide || !self.all_answer, "{context}");
+            }
+        }
+    }
+
+    fn view(&self) -> GroupView {
+        self.group.view(ms(self.now + ROUND_TRIP))
+    }
+
+    fn node(&self, name: &str) -> NodeView {
+        self.view().nodes.into_iter().find(|it| it.name == name).unwrap()
+    }
+
+    fn lag(&self, name: &str) -> LagView {
+        self.node(name).lag.unwrap()
+    }
+
+    fn promote(&mut self, name: &str, fork_is_told: bool) {
+        let timeline = self.servers.iter().map(|it| it.timeline).max().unwrap() + 1;
+        let server = self.server(name);
+        let (left, fork) = (server.timeline, server.replay);
+        server.history.push((left, fork));
+        (server.is_primary, server.timeline, server.tells_fork) = (true, timeline, fork_is_told);
+        server.flush = fork;
+        let history = server.history.clone();
+        let mut line = self.lines.get(&left).cloned().unwrap();
+        line.retain(|(_, lsn)| *lsn <= fork);
+        self.lines.insert(timeline, line);
+        self.histories.insert(timeline, history);
+        // The record that ends recovery.
+        self.write(60);
+    }
+
+    /// The primary writes so much.
+    fn write(&mut self, bytes: u64) {
+        let name = self.primary().name;
+        self.server(name).flush += bytes;
+        let Server { timeline, flush, .. } = *self.primary();
+        self.lines.entry(timeline).or_default().push((self.now, flush));
+    }
+
+    /// Says what was written on the first timeline.
+    fn wrote(&mut self, written: &[(u64, u64)]) {
+        self.lines.insert(1, written.to_vec());
+    }
+
+    fn details(&mut self, name: &str, details: Details) {
+        let (asked_at, answered_at) = (ms(self.now), ms(self.now));
+        let details = Details { asked_at, answered_at, ..details };
+        self.group.record(name, Report::Details(Box::new(details)));
+    }
+}
+
+/// How far its bounds are apart.
+fn width(lag: Lag) -> Duration {
+    lag.upper.unwrap().checked_sub(lag.lower.unwrap()).unwrap()
+}
+
+/// A standby that is this many seconds behind, to half a second.
+fn about(lag: Lag) -> Option<u64> {
+    lag.estimate.map(|it| (it + ms(500)).as_secs())
+}
+
+#[expect(clippy::too_many_lines, reason = "it is a table")]
+#[test]
+fn every_phase_of_the_experiment_has_the_right_number() {
+    struct Case {
+        name: &'static str,
+        script: fn(&mut World),
+        state: LagState,
+        replay: u64,
+        receive: u64,
+    }
+    let cases = [
+        Case {
+            name: "steady load",
+            script: |world| world.run(seconds(30)),
+            state: LagState::CaughtUp,
+            replay: 0,
+            receive: 0,
+        },
+        Case {
+            name: "idle primary",
+            script: |world| {
+                world.writes = false;
+                world.run(seconds(40));
+            },
+            state: LagState::CaughtUp,
+            replay: 0,
+            receive: 0,
+        },
+        Case {
+            name: "commits after idle",
+            script: |world| {
+                world.writes = false;
+                for pause in 1..40 {
+                    world.run(seconds(3) + pause * STEP);
+                    world.write(COMMIT_BYTES);
+                }
+                world.run(seconds(1));
+            },
+            state: LagState::CaughtUp,
+            replay: 0,
+            receive: 0,
+        },
+        Case {
+            name: "replay paused, load",
+            script: |world| {
+                world.server("b").mode = Mode::Paused;
+                world.run(seconds(30));
+            },
+            state: LagState::Ok,
+            replay: 30,
+            receive: 0,
+        },
+        Case {
+            name: "receiver stopped, load",
+            script: |world| {
+                world.server("b").mode = Mode::ReceiverStopped;
+                world.run(seconds(30));
+            },
+            state: LagState::Ok,
+            replay: 30,
+            receive: 30,
+        },
+        Case {
+            name: "startup process stopped, load",
+            script: |world| {
+                world.server("b").mode = Mode::StartupStopped;
+                world.run(seconds(30));
+            },
+            state: LagState::Ok,
+            replay: 30,
+            receive: 0,
+        },
+        Case {
+            name: "upstream unreachable, load",
+            script: |world| {
+                world.server("b").mode = Mode::NoReceiver;
+                world.run(seconds(30));
+            },
+            state: LagState::Ok,
+            replay: 30,
+            receive: 30,
+        },
+        Case {
+            name: "replay paused, then idle",
+            script: |world| {
+                world.server("b").mode = Mode::Paused;
+                world.run(seconds(10));
+                world.writes = false;
+                world.run(seconds(20));
+            },
+            state: LagState::Ok,
+            replay: 30,
+            receive: 0,
+        },
+        Case {
+            name: "link cut and idle: there is nothing to miss",
+            script: |world| {
+                world.writes = false;
+                world.run(seconds(2));
+                world.server("b").mode = Mode::NoReceiver;
+                world.run(seconds(30));
+            },
+            state: LagState::CaughtUp,
+            replay: 0,
+            receive: 0,
+        },
+        Case {
+            name: "one bulk transaction",
+            script: |world| {
+                for _ in 0..25 * 1000 / STEP {
+                    world.write(4_000_000);
+                    world.run(STEP);
+                }
+            },
+            state: LagState::CaughtUp,
+            replay: 0,
+            receive: 0,
+        },
+        Case {
+            name: "after a pause it catches up",
+            script: |world| {
+                world.server("b").mode = Mode::Paused;
+                world.run(seconds(30));
+                world.server("b").mode = Mode::Follows;
+                world.run(seconds(2));
+            },
+            state: LagState::CaughtUp,
+            replay: 0,
+            receive: 0,
+        },
+        Case {
+            name: "standby clock 30 s fast, paused",
+            script: |world| {
+                world.server("b").clock_ahead = 30_000;
+                world.server("b").mode = Mode::Paused;
+                world.run(seconds(5));
+            },
+            state: LagState::Ok,
+            replay: 5,
+            receive: 0,
+        },
+        Case {
+            name: "standby clock 30 s slow, paused",
+            script: |world| {
+                world.server("b").clock_ahead = -30_000;
+                world.server("b").mode = Mode::Paused;
+                world.run(seconds(5));
+            },
+            state: LagState::Ok,
+            replay: 5,
+            receive: 0,
+        },
+    ];
+    for Case { name, script, state, replay, receive } in cases {
+        let mut world = World::running();
+        script(&mut world);
+        let lag = world.lag("b");
+        let found = (lag.state, about(lag.replay), about(lag.receive));
+        assert_eq!(found, (state, Some(replay), Some(receive)), "{name}");
+        assert!(width(lag.replay) <= ms(2 * INTERVAL), "{name}: {lag:?}");
+        // The other standby had nothing of all this.
+        assert_eq!(world.lag("c").state, LagState::CaughtUp, "{name}");
+    }
+}
+
+/// A primary with an open transaction and nothing else to do writes whole pages: what a standby
+/// has then ends within a record, which it cannot replay.
+#[test]
+fn a_record_that_ends_beyond_the_page_is_no_lag() {
+    let case = |beyond_page: u64, unreplayed: u64, startup_waits: bool| {
+        let mut world = World::running();
+        world.writes = false;
+        world.run(seconds(2));
+        let committed = world.primary().flush;
+        let flush = committed.next_multiple_of(PAGE_BYTES) + beyond_page;
+        world.server("a").flush = flush;
+        let c = world.server("c");
+        (c.flush, c.replay) = (flush, flush);
+        let b = world.server("b");
+        (b.flush, b.replay) = (flush, committed - unreplayed);
+        (b.mode, b.startup_waits) = (Mode::StartupStopped, startup_waits);
+        if beyond_page > 0 || !startup_waits {
+            let now = world.now;
+            world.lines.get_mut(&1).unwrap().push((now, flush));
+        }
+        world.run(seconds(10));
+        about(world.lag("b").replay).unwrap()
+    };
+    for (name, beyond_page, unreplayed, startup_waits, expected) in [
+        ("the three signs", 0, 0, true, 0),
+        ("it does not wait for WAL", 0, 0, false, 10),
+        ("not at a page", 100, 0, true, 10),
+        ("longer than a record", 0, 300_000, true, 27),
+    ] {
+        let found = case(beyond_page, unreplayed, startup_waits);
+        assert!(found.abs_diff(expected) <= 1, "{name}: {found}");
+    }
+}
+
+#[test]
+fn a_position_at_a_page_counts_once_it_has_stayed_there() {
+    let mut world = World::running();
+    let page = world.primary().flush.next_multiple_of(PAGE_BYTES) + PAGE_BYTES;
+    let now = world.now;
+    let (mut sample, asked_at) = (world.server("b").sample(now), now + 2000);
+    let mut record = |world: &mut World, at, receive| {
+        let Position::Standby(position) = &mut sample.position else { panic!("a standby") };
+        position.receive_lsn = Some(PgLsn::from(receive));
+        position.startup_waits = Some(true);
+        (sample.asked_at, sample.answered_at) = (ms(at), ms(at + 1));
+        world.group.record("b", Report::Sample(sample));
+        world.group.view(ms(at + 1)).nodes[1].lag.clone().unwrap().state
+    };
+    let server = world.server("a");
+    server.flush = page;
+    let primary = server.sample(now + 1000);
+    world.group.record("a", Report::Sample(primary));
+    let states = [
+        record(&mut world, asked_at, page),
+        record(&mut world, asked_at + 1000, page),
+        record(&mut world, asked_at + 2000, page - PAGE_BYTES),
+    ];
+    assert_eq!(states, [LagState::Ok, LagState::CaughtUp, LagState::Ok]);
+}
+
+#[test]
+fn without_a_primary_only_an_old_lag_is_known() {
+    let mut world = World::running();
+    world.server("b").mode = Mode::Paused;
+    world.run(seconds(10));
+    world.server("a").answers = false;
+    world.writes = false;
+    world.run(seconds(4));
+    assert_eq!(world.lag("c").state, LagState::CaughtUp, "not yet stale");
+    world.run(seconds(26));
+
+    let view = world.view();
+    assert_eq!((view.primaries, view.primary, view.rpo), (0, None, Rpo::Unknown));
+    assert_eq!(view.wal_bytes_per_second, None);
+    assert!(view.primary_sample_age > Some(ms(seconds(29))), "{:?}", view.primary_sample_age);
+    let LagView { state, replay, replay_bytes, catch_up, .. } = world.lag("c");
+    assert_eq!((state, replay_bytes), (LagState::PrimaryUnknown, None));
+    assert_eq!((replay.lower, replay.estimate), (None, None));
+    assert!(replay.upper > Some(ms(seconds(29))), "{replay:?}");
+    assert_eq!(catch_up, CatchUp::Unknown);
+    // What this one lacks was written before, and grows older.
+    let LagView { state, replay, replay_bytes, .. } = world.lag("b");
+    assert_eq!((state, about(replay), replay_bytes), (LagState::Ok, Some(40), None));
+    let LagView { state, .. } = world.lag("a");
+    assert_eq!(state, LagState::Unreachable);
+
+    world.server("a").answers = true;
+    world.writes = true;
+    world.run(seconds(3));
+    assert_eq!(world.lag("c").state, LagState::CaughtUp);
+    assert_eq!(about(world.lag("b").replay), Some(43));
+    assert_eq!(world.changes, []);
+}
+
+#[test]
+fn a_node_that_does_not_answer_has_no_number() {
+    let mut world = World::new();
+    let lag = world.lag("b");
+    assert_eq!((lag.state, lag.replay), (LagState::Unknown, Lag::default()), "not asked yet");
+    world.server("b").answers = false;
+    world.run(seconds(10));
+    let NodeView { up, last_success_age, state, lag, .. } = world.node("b");
+    assert_eq!((up, last_success_age, state), (Some(false), None, None));
+    assert_eq!(lag.map(|lag| lag.state), Some(LagState::Unreachable));
+    world.server("b").answers = true;
+    world.run(seconds(2));
+    assert_eq!(world.lag("b").state, LagState::CaughtUp);
+    world.server("b").answers = false;
+    world.run(seconds(1));
+    assert_eq!(world.lag("b").state, LagState::Unreachable, "at once");
+    world.run(seconds(6));
+    assert_eq!(world.lag("b").state, LagState::Unreachable);
+    assert!(world.node("b").last_success_age > Some(ms(seconds(5))));
+}
+
+#[test]
+fn a_question_that_is_not_answered_leaves_no_number() {
+    let failed = |stage| Report::Failed { at: ms(0), stage };
+    let connects = |outcome| Report::FreshConnect { at: ms(0), outcome };
+    let table: [(&str, Vec<Report>, bool); 5] = [
+        ("all is well", vec![connects(Ok(()))], true),
+        ("a kept connection, and none to spare", vec![connects(Err(Stage::Auth))], true),
+        ("it is silent", vec![failed(Stage::Timeout)], false),
+        ("it is refused", vec![connects(Err(Stage::Dial)), failed(Stage::Dial)], false),
+        ("a new connection alone", vec![failed(Stage::Dial), connects(Ok(()))], false),
+    ];
+    for (name, reports, is_known) in table {
+        let mut world = World::running();
+        for report in reports {
+            world.group.record("b", report);
+        }
+        let expected = if is_known { LagState::CaughtUp } else { LagState::Unreachable };
+        assert_eq!(world.lag("b").state, expected, "{name}");
+        let NodeView { up, state, .. } = world.node("b");
+        assert_eq!((up, state.is_some()), (Some(is_known), is_known), "{name}");
+        assert_eq!(world.lag("c").state, LagState::CaughtUp, "{name}: the other one");
+        world.run(seconds(1));
+        assert_eq!(world.lag("b").state, LagState::CaughtUp, "{name}: it answers again");
+    }
+}
+
+#[test]
+fn a_lag_older_than_the_history_has_a_lower_bound_only() {
+    let mut world = World::new();
+    world.server("b").mode = Mode::Paused;
+    world.server("b").replay -= 5000;
+    world.wrote(&[(0, (1 << 24) - 5000), (90_000, 1 << 24)]);
+    world.run(seconds(30));
+    let LagView { state, replay, replay_bytes, catch_up, .. } = world.lag("b");
+    assert_eq!((state, catch_up), (LagState::BeyondHistory, CatchUp::Never));
+    assert!(replay.lower > Some(ms(seconds(28))), "{replay:?}");
+    assert!(replay_bytes > Some(500_000), "{replay_bytes:?}");
+}
+
+/// What the primary remembers makes a lag of before the start known to a second.
+#[test]
+fn a_seed_gives_positions_before_the_start_an_age() {
+    let mut world = World::new();
+    world.writes = false;
+    let segment = 16 << 20;
+    world.server("a").flush = 5 * segment + 100;
+    let b = world.server("b");
+    (b.mode, b.replay) = (Mode::Paused, 3 * segment + segment / 2);
+    // By the server's clock, which is not ours.
+    world.wrote(&[(80_200, 3 * segment), (90_700, 4 * segment), (95_100, 5 * segment)]);
+    world.run(seconds(1));
+    assert_eq!(world.lag("b").state, LagState::BeyondHistory);
+    assert_eq!(world.group.wants_seed(), Some("a"));
+    let Sample { identity, .. } = world.server("a").sample(0);
+    let files = [(2, 80_000), (3, 90_000), (4, 95_000), (5, 100_000), (6, 1000)];
+    let seed = Seed {
+        asked_at: ms(world.now),
+        answered_at: ms(world.now + ROUND_TRIP),
+        identity,
+        timeline: 1,
+        current_segment: "000000010000000000000005".to_owned(),
+        files: files
+            .map(|(number, modified)| WalFileAge {
+                name: format!("0000000100000000{number:08X}"),
+                age: TimeDelta::milliseconds(world.now.cast_signed() - modified),
+            })
+            .to_vec(),
+        checkpoint: None,
+    };
+    world.group.record("b", Report::Seed(seed.clone()));
+    assert_eq!(world.group.wants_seed(), Some("a"), "only the source knows");
+    world.group.record("a", Report::Seed(seed));
+    assert_eq!(world.group.wants_seed(), None);
+    world.run(seconds(1));
+    let LagView { state, replay, .. } = world.lag("b");
+    assert_eq!(state, LagState::Ok);
+    let bounds = (replay.lower.unwrap().as_secs(), replay.upper.unwrap().as_secs());
+    // Written between 80.2 s and 90.7 s; the sample is of 102.3 s.
+    assert_eq!(bounds, (10, 22));
+}
+
+#[test]
+fn a_restart_with_the_history_goes_on_and_without_it_does_not() {
+    let mut world = World::running();
+    world.server("b").mode = Mode::Paused;
+    world.run(seconds(60));
+    let saved = world.group.saved().unwrap();
+    for (saved, state, lag) in
+        [(Some(saved.clone()), LagState::Ok, Some(75)), (None, LagState::BeyondHistory, None)]
+    {
+        world.group = Group::new(0, LIMITS);
+        world.set_members();
+        if let Some(saved) = saved {
+            assert!(world.group.restore(saved));
+        }
+        let (before, lines) = (world.now, world.lines.clone());
+        let servers = world.servers.clone();
+        world.run(seconds(15));
+        let LagView { state: found, replay, .. } = world.lag("b");
+        assert_eq!((found, about(replay)), (state, lag));
+        (world.now, world.lines, world.servers) = (before, lines, servers);
+    }
+    // Another cluster by the same name: nothing that was saved is true of it.
+    world.group = Group::new(0, LIMITS);
+    world.set_members();
+    assert!(world.group.restore(saved.clone()));
+    for server in &mut world.servers {
+        server.system_identifier = 8;
+    }
+    world.run(seconds(3));
+    assert_eq!(world.changes, [Change::BegunAnew]);
+    assert_eq!(world.lag("b").state, LagState::BeyondHistory);
+    // Entries that are not in order are none.
+    let mut bad = saved;
+    bad.entries.reverse();
+    assert!(!world.group.restore(bad));
+}
+
+#[test]
+fn a_failover_keeps_the_ages_of_what_both_primaries_have() {
+    for (fork_is_told, is_seen) in [(true, true), (false, true), (true, false), (false, false)] {
+        let mut world = World::running();
+        world.server("c").mode = Mode::Paused;
+        world.run(seconds(20));
+        // The old primary writes what nobody gets, and dies.
+        world.server("b").mode = Mode::ReceiverStopped;
+        world.run(seconds(2));
+        world.server("a").answers = false;
+        let fork = world.server("b").replay;
+        world.promote("b", fork_is_told);
+        // This process was started in between.
+        if !is_seen {
+            let saved = world.group.saved().unwrap();
+            world.group = Group::new(0, LIMITS);
+            world.set_members();
+            assert!(world.group.restore(saved));
+        }
+        world.run(seconds(10));
+
+        let case = format!("fork told: {fork_is_told}, seen: {is_seen}");
+        assert_eq!(world.changes, [Change::Promoted { from: 1, to: 2 }], "{case}");
+        let view = world.view();
+        assert_eq!((view.timeline, view.primary.as_deref()), (Some(2), Some("b")), "{case}");
+        assert_eq!(view.split_brain, SplitBrain::No, "{case}");
+        let LagView { state, replay, .. } = world.lag("c");
+        if is_seen {
+            assert_eq!((state, about(replay)), (LagState::Ok, Some(32)), "{case}");
+        } else {
+            assert_eq!(state, LagState::BeyondHistory, "{case}");
+            assert_eq!(world.group.wants_seed(), Some("b"), "{case}");
+        }
+
+        // The old primary comes back as a standby, with what it alone has.
+        let a = world.server("a");
+        (a.is_primary, a.answers, a.mode) = (false, true, Mode::NoReceiver);
+        a.started += 100;
+        a.replay = a.flush;
+        assert!(a.flush > fork + 10_000);
+        let details = StandbyDetails { timeline: Some(1), ..StandbyDetails::default() };
+        world.details("a", Details { standby: Some(details), ..Details::default() });
+        world.run(seconds(1));
+        let details = StandbyDetails { timeline: Some(1), ..StandbyDetails::default() };
+        world.details("a", Details { standby: Some(details), ..Details::default() });
+        let LagView { state, replay, replay_bytes, .. } = world.lag("a");
+        let none = (LagState::Diverged, Lag::default(), None);
+        assert_eq!((state, replay, replay_bytes), none, "{case}");
+        assert!(matches!(world.view().rpo, Rpo::Loss { standby, .. } if standby == "c"), "{case}");
+
+        // And is rebuilt.
+        let (flush, a) = (world.primary().flush, world.server("a"));
+        (a.timeline, a.flush, a.replay, a.mode) = (2, flush, flush, Mode::Follows);
+        a.started += 100;
+        world.run(seconds(2));
+        assert_eq!(world.lag("a").state, LagState::CaughtUp, "{case}");
+    }
+}
+
+/// Nobody follows the new primary yet: what was promised by the old one does not count.
+#[test]
+fn a_standby_that_waits_before_the_fork_is_behind_by_the_new_timeline() {
+    let mut world = World::running();
+    world.run(seconds(1));
+    world.writes = false;
+    world.run(seconds(20));
+    world.server("a").answers = false;
+    world.server("c").mode = Mode::NoReceiver;
+    let details = StandbyDetails { timeline: Some(1), ..StandbyDetails::default() };
+    world.details("c", Details { standby: Some(details), ..Details::default() });
+    world.run(seconds(4));
+    world.promote("b", true);
+    world.run(seconds(10));
+    let LagView { state, replay, .. } = world.lag("c");
+    assert_eq!((state, about(replay)), (LagState::Ok, Some(10)));
+    assert!(width(replay) <= ms(2 * INTERVAL), "the outage of 4 s widens nothing: {replay:?}");
+}
+
+#[test]
+fn what_was_received_beyond_the_fork_does_not_count() {
+    let mut world = World::running();
+    world.server("b").mode = Mode::ReceiverStopped;
+    world.server("c").mode = Mode::Paused;
+    world.run(seconds(10));
+    world.server("a").answers = false;
+    world.promote("b", true);
+    // It has not heard of the new timeline, and replays nothing.
+    world.server("c").mode = Mode::Stuck;
+    world.run(seconds(20));
+    let LagView { state, receive, receive_bytes, .. } = world.lag("c");
+    assert_eq!((state, about(receive)), (LagState::Ok, Some(20)));
+    assert!(receive_bytes > Some(350_000), "{receive_bytes:?}");
+}
+
+/// Timeline 2 is left by nobody: 3 began on 1, as 2 did, but elsewhere.
+#[test]
+fn a_dead_branch_is_no_part_of_the_history() {
+    for (first, second) in [("b", "c"), ("c", "b")] {
+        let mut world = World::of(&["a", "b", "c", "d"]);
+        world.run(seconds(30));
+        // `b` stays at 30 s, `d` at 40 s, `c` at 50 s.
+        world.server("b").mode = Mode::NoReceiver;
+        world.run(seconds(10));
+        world.server("d").mode = Mode::NoReceiver;
+        world.run(seconds(10));
+        world.server("c").mode = Mode::NoReceiver;
+        world.run(seconds(2));
+        world.server("a").answers = false;
+        world.promote(first, true);
+        world.run(seconds(60));
+        world.server(first).answers = false;
+        world.promote(second, true);
+        world.run(seconds(10));
+        let promoted = |from| Change::Promoted { from, to: from + 1 };
+        assert_eq!(world.changes, [promoted(1), promoted(2)]);
+        let state = world.lag("d").state;
+        if second == "b" {
+            assert_eq!(state, LagState::Diverged);
+            continue;
+        }
+        assert_eq!(state, LagState::Unknown);
+        // It is found to share the history, and its lag began long before that was known.
+        let primary = world.primary().clone();
+        let d = world.server("d");
+        (d.timeline, d.history, d.mode) = (3, primary.history, Mode::Paused);
+        world.run(seconds(2));
+        assert_eq!(world.lag("d").state, LagState::BeyondHistory);
+    }
+}
+
+#[test]
+fn a_primary_that_went_back_makes_its_standby_diverged() {
+    let mut world = World::running();
+    world.writes = false;
+    // The server starts again, from a disk that had lost a second of WAL.
+    let a = world.server("a");
+    a.flush -= 20 * COMMIT_BYTES;
+    a.started += 100;
+    let flush = a.flush;
+    world.lines.get_mut(&1).unwrap().retain(|(_, lsn)| *lsn <= flush);
+    world.run(seconds(2));
+    let lag = world.lag("b");
+    assert_eq!((lag.state, lag.replay), (LagState::Diverged, Lag::default()));
+    // That the primary has written as much again does not make it the same.
+    world.writes = true;
+    world.run(seconds(5));
+    assert_eq!(world.lag("b").state, LagState::Diverged);
+    assert_eq!(world.view().rpo, Rpo::NoStandby);
+    // But to build it anew does.
+    let (flush, b) = (world.primary().flush, world.server("b"));
+    (b.flush, b.replay, b.started) = (flush, flush, b.started + 100);
+    world.run(seconds(2));
+    assert_eq!(world.lag("b").state, LagState::CaughtUp);
+}
+
+#[test]
+fn two_primaries_are_told_and_a_lag_between_them_is_not() {
+    // The old primary lives on, on the older timeline.
+    let mut world = World::running();
+    world.promote("b", true);
+    world.run(seconds(3));
+    let view = world.view();
+    let names = || vec!["a".to_owned(), "b".to_owned()];
+    assert_eq!(view.split_brain, SplitBrain::Confirmed(names()));
+    assert_eq!((view.primaries, view.primary.as_deref()), (2, Some("b")));
+    assert_eq!(world.lag("c").state, LagState::CaughtUp);
+
+    // A copy that was started as a primary, on the same timeline.
+    let mut world = World::running();
+    world.server("c").is_primary = true;
+    world.writes = false;
+    world.run(seconds(3));
+    let view = world.view();
+    let names = || vec!["a".to_owned(), "c".to_owned()];
+    assert_eq!(view.split_brain, SplitBrain::Candidate(names()));
+    assert_eq!((view.primaries, view.primary, view.rpo), (2, None, Rpo::Unknown));
+    let lag = world.lag("b");
+    assert_eq!((lag.state, lag.replay), (LagState::PrimaryUnknown, Lag::default()));
+    world.server("a").flush += 5;
+    world.server("c").flush += 7;
+    world.run(seconds(1));
+    assert_eq!(world.view().split_brain, SplitBrain::Confirmed(names()));
+    // One is stopped: the other's history is its own.
+    world.server("a").answers = false;
+    world.server("a").is_primary = false;
+    world.run(seconds(8));
+    assert_eq!(world.changes, [Change::BegunAnew]);
+    assert_eq!(world.view().primary.as_deref(), Some("c"));
+    assert_eq!(world.view().split_brain, SplitBrain::No);
+}
+
+#[test]
+fn an_old_primary_is_followed_only_if_the_newer_one_is_long_gone() {
+    let mut world = World::running();
+    world.server("c").mode = Mode::NoReceiver;
+    world.promote("b", true);
+    world.run(seconds(2));
+    world.server("b").answers = false;
+    world.run(seconds(200));
+    assert_eq!((world.view().primary, world.view().timeline), (None, Some(2)));
+    assert_eq!(world.lag("c").state, LagState::Ok, "it waits where timeline 2 began");
+    world.server("b").is_primary = false;
+    world.server("c").mode = Mode::Follows;
+    world.run(seconds(110));
+    assert_eq!(world.changes, [Change::Promoted { from: 1, to: 2 }, Change::BegunAnew]);
+    assert_eq!((world.view().primary.as_deref(), world.view().timeline), (Some("a"), Some(1)));
+    assert_eq!(world.lag("c").state, LagState::CaughtUp);
+}
+
+#[test]
+fn another_cluster_and_a_newer_timeline_have_no_number() {
+    let mut world = World::running();
+    world.server("b").system_identifier = 8;
+    world.server("c").timeline = 3;
+    world.run(seconds(2));
+    let (b, c) = (world.lag("b"), world.lag("c"));
+    assert_eq!((b.state, b.replay), (LagState::OtherCluster, Lag::default()));
+    assert_eq!((c.state, c.replay), (LagState::PrimaryUnknown, Lag::default()));
+    assert_eq!(world.view().rpo, Rpo::NoStandby);
+}
+
+#[test]
+fn a_node_by_a_new_name_goes_on_and_the_old_name_is_forgotten_later() {
+    let mut world = World::running();
+    world.server("c").mode = Mode::Paused;
+    world.run(seconds(10));
+    world.server("a").name = "a2";
+    world.server("b").name = "b2";
+    world.set_members();
+    world.run(seconds(10));
+    assert_eq!(world.changes, []);
+    let view = world.view();
+    assert_eq!((view.primaries, view.primary.as_deref()), (1, Some("a2")));
+    assert_eq!(view.split_brain, SplitBrain::No);
+    let names: Vec<_> = view.nodes.iter().map(|it| it.name.as_str()).collect();
+    assert_eq!(names, ["a", "a2", "b", "b2", "c"]);
+    assert_eq!(world.lag("b").state, LagState::Unreachable);
+    assert_eq!(about(world.lag("c").replay), Some(20));
+    world.run(seconds(300));
+    let names: Vec<_> = world.view().nodes.into_iter().map(|it| it.name).collect();
+    assert_eq!(names, ["a2", "b2", "c"]);
+    assert_eq!(world.group.record("a", Report::Failed { at: ms(0), stage: Stage::Dial }), None);
+}
+
+#[test]
+fn what_would_be_lost_is_what_the_best_standby_has_not_received() {
+    let mut world = World::running();
+    world.server("b").mode = Mode::ReceiverStopped;
+    world.run(seconds(10));
+    world.server("c").mode = Mode::Paused;
+    world.run(seconds(20));
+    // This one has replayed less and received all.
+    let Rpo::Loss { standby, lag, bytes } = world.view().rpo else { panic!("no loss") };
+    assert_eq!((standby.as_str(), about(lag), bytes), ("c", Some(0), Some(0)));
+    world.server("c").answers = false;
+    world.run(seconds(10));
+    let Rpo::Loss { standby, lag, bytes } = world.view().rpo else { panic!("no loss") };
+    assert_eq!((standby.as_str(), about(lag)), ("b", Some(40)));
+    assert!(bytes.unwrap().abs_diff(800 * COMMIT_BYTES) <= 20 * COMMIT_BYTES, "{bytes:?}");
+    world.server("b").answers = false;
+    world.run(seconds(10));
+    assert_eq!(world.view().rpo, Rpo::NoStandby);
+    assert_eq!(World::new().view().rpo, Rpo::Unknown);
+}
+
+#[test]
+fn a_standby_says_when_it_will_have_caught_up() {
+    let mut world = World::running();
+    world.server("b").mode = Mode::Paused;
+    world.run(seconds(100));
+    assert_eq!(world.lag("b").catch_up, CatchUp::Never);
+    assert_eq!(world.lag("c").catch_up, CatchUp::Done);
+    // It replays five times as fast as the primary writes.
+    world.server("b").mode = Mode::StartupStopped;
+    for _ in 0..10_000 / STEP {
+        world.server("b").replay += 5 * COMMIT_BYTES;
+        world.run(STEP);
+    }
+    let CatchUp::In(time) = world.lag("b").catch_up else { panic!("never") };
+    assert!((ms(seconds(15))..ms(seconds(60))).contains(&time), "{time:?}");
+    // As fast as the primary writes is not enough.
+    for _ in 0..70_000 / STEP {
+        world.server("b").replay += COMMIT_BYTES - 1;
+        world.run(STEP);
+    }
+    assert_eq!(world.lag("b").catch_up, CatchUp::Never);
+}
+
+#[test]
+fn a_group_shows_its_nodes_with_what_they_said() {
+    let mut world = World::running();
+    world.server("b").clock_ahead = -30_000;
+    world.run(seconds(60));
+    let sender = Sender {
+        application_name: "b".to_owned(),
+        client_address: None,
+        state: "streaming".to_owned(),
+        logical: false,
+        flush_lsn: Some(1.into()),
+        replay_lsn: Some(1.into()),
+        write_lag: None,
+        flush_lag: None,
+        replay_lag: None,
+        reply_age: None,
+        sync_priority: 1,
+        sync_state: "sync".to_owned(),
+    };
+    let slot = Slot {
+        name: "b".to_owned(),
+        logical: false,
+        active: true,
+        restart_lsn: Some(PgLsn::from(1 << 24)),
+        wal_status: Some(WalStatus::Reserved),
+        safe_wal_bytes: Some(20_000_000),
+        inactive_for: None,
+        xmin_age: Some(3),
+    };
+    world.details(
+        "a",
+        Details {
+            synchronous_standby_names: Some("ANY 2 (b, c)".to_owned()),
+            senders: Some(vec![sender]),
+            slots: Some(vec![slot]),
+            ..Details::default()
+        },
+    );
+    let view = world.view();
+    assert_eq!(view.quorum, Quorum::Missed(SyncCount { wanted: 2, present: 1 }));
+    let rate = view.wal_bytes_per_second.unwrap();
+    assert!((19_000.0..21_000.0).contains(&rate), "{rate}");
+    assert!(view.wal_written_bytes.abs_diff(90 * 20_000) <= 40_000, "{}", view.wal_written_bytes);
+    assert_eq!(view.system_identifier, Some(7));
+    assert!(view.history > Some(ms(seconds(88))), "{:?}", view.history);
+
+    let a = world.node("a");
+    assert_eq!(a.lag, None, "a primary is not behind");
+    let slot = &a.details.as_ref().unwrap().slots.as_ref().unwrap()[0];
+    let Runway::Lasts(runway) = slot.runway else { panic!("{slot:?}") };
+    assert!((950..1050).contains(&runway.as_secs()), "{runway:?}");
+    assert_eq!(slot.retained_bytes, Some(world.primary().flush - 12 * COMMIT_BYTES - (1 << 24)));
+    let b = world.node("b").state.unwrap();
+    assert_eq!((b.role, b.timeline), (Role::Standby, Some(1)));
+    assert!((b.clock.ahead_seconds + 30.0).abs() < 1e-9 && b.clock.error_seconds < 0.0021);
+    let json = serde_json::to_string(&view).unwrap();
+    assert_eq!(serde_json::from_str::<GroupView>(&json).unwrap(), view);
+
+    // Details that are too old say nothing about now.
+    world.run(seconds(61));
+    assert_eq!((world.node("a").details, world.view().quorum), (None, Quorum::Unknown));
+}
+
+/// What may happen next.
+#[derive(Clone, Copy, Debug)]
+enum Event {
+    Time(u64),
+    Mode(usize, Mode),
+    Writes(bool),
+    Bulk(u64),
+    Answers(usize, bool),
+    Promote(usize, bool),
+    Restart { with_history: bool },
+}
+
+fn events() -> impl Strategy<Value = Vec<Event>> {
+    let mode = prop_oneof![
+        3 => Just(Mode::Follows),
+        1 => Just(Mode::Paused),
+        1 => Just(Mode::StartupStopped),
+        1 => Just(Mode::ReceiverStopped),
+        1 => Just(Mode::NoReceiver),
+    ];
+    let event = prop_oneof![
+        8 => (1..400_u64).prop_map(|steps| Event::Time(steps * STEP)),
+        4 => (1..4_usize, mode).prop_map(|(index, mode)| Event::Mode(index, mode)),
+        2 => any::<bool>().prop_map(Event::Writes),
+        2 => (1..1_000_000_u64).prop_map(Event::Bulk),
+        2 => (0..4_usize, any::<bool>()).prop_map(|(index, it)| Event::Answers(index, it)),
+        1 => (1..4_usize, any::<bool>()).prop_map(|(index, told)| Event::Promote(index, told)),
+        1 => any::<bool>().prop_map(|with_history| Event::Restart { with_history }),
+    ];
+    proptest::collection::vec(event, 1..40)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+    /// [`World::check`] holds whatever happens.
+    #[test]
+    fn the_truth_is_within_the_bounds(events in events()) {
+        let mut world = World::of(&["a", "b", "c", "d"]);
+        world.all_answer = false;
+        for event in events {
+            match event {
+                Event::Time(time) => world.run(time),
+                Event::Mode(index, mode) => world.servers[index].mode = mode,
+                Event::Writes(writes) => world.writes = writes,
+                Event::Bulk(bytes) => world.write(bytes),
+                Event::Answers(index, answers) => world.servers[index].answers = answers,
+                Event::Promote(index, fork_is_told) => {
+                    let Server { name, is_primary, .. } = world.servers[index];
+                    if !is_primary {
+                        world.promote(name, fork_is_told);
+                    }
+                }
+                Event::Restart { with_history } => {
+                    let saved = world.group.saved().filter(|_| with_history);
+                    world.group = Group::new(0, LIMITS);
+                    world.set_members();
+                    if let Some(saved) = saved {
+                        prop_assert!(world.group.restore(saved));
+                    }
+                }
+            }
+        }
+        let entries = world.group.saved().map_or(0, |saved| saved.entries.len());
+        prop_assert!(entries < 1500, "{entries} entries");
+    }
+}

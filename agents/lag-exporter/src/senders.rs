@@ -1,0 +1,213 @@
+//! Who receives WAL from a server, and what it holds back for them.
+
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use chrono::TimeDelta;
+
+use crate::observation::{Sender, Slot, WalStatus};
+use crate::pace::float;
+use crate::view::{Runway, SenderKind, SenderView, SlotView};
+
+/// Tells what is at the other end of a walsender.
+///
+/// A standby reports what it has replayed, from its first reply on; `pg_receivewal` and its like
+/// never do.
+pub fn kind(sender: &Sender) -> SenderKind {
+    match sender.state.as_str() {
+        _ if sender.logical => SenderKind::Logical,
+        "backup" => SenderKind::Backup,
+        "startup" => SenderKind::Starting,
+        _ if sender.replay_lsn.is_some() => SenderKind::Standby,
+        _ if sender.flush_lsn.is_some() => SenderKind::Receiver,
+        _ => SenderKind::Starting,
+    }
+}
+
+/// Gives each of the walsenders a name of its own.
+///
+/// Somebody who connects anew may for a while be there twice, until the server misses the old
+/// connection; then the one that replied last is taken. Names that several addresses share get
+/// the address as well.
+pub fn sender_views(senders: &[Sender]) -> Vec<SenderView> {
+    let mut freshest: BTreeMap<(&str, Option<&str>), &Sender> = BTreeMap::new();
+    let freshness = |it: &Sender| Reverse(it.reply_age.unwrap_or(TimeDelta::MAX));
+    for sender in senders {
+        let whose = (sender.application_name.as_str(), sender.client_address.as_deref());
+        let known = freshest.entry(whose).or_insert(sender);
+        if freshness(known) < freshness(sender) {
+            *known = sender;
+        }
+    }
+    let mut addresses: BTreeMap<&str, u32> = BTreeMap::new();
+    for (name, _) in freshest.keys() {
+        *addresses.entry(name).or_default() += 1;
+    }
+    let view = |((name, address), sender): (&(&str, Option<&str>), &&Sender)| SenderView {
+        name: match addresses.get(name) {
+            Some(2..) => format!("{name}@{}", address.unwrap_or("local")),
+            _ => (*name).to_owned(),
+        },
+        kind: kind(sender),
+        state: sender.state.clone(),
+        sync_state: sender.sync_state.clone(),
+        write_lag: sender.write_lag,
+        flush_lag: sender.flush_lag,
+        replay_lag: sender.replay_lag,
+        reply_age_seconds: sender.reply_age.map(TimeDelta::as_seconds_f64),
+    };
+    freshest.iter().map(view).collect()
+}
+
+/// Shows a slot of a server whose WAL ends at `end_lsn` and grows at that pace.
+pub fn slot_view(slot: &Slot, end_lsn: Option<u64>, bytes_per_second: Option<f64>) -> SlotView {
+    let retained = |restart_lsn: u64| end_lsn.map(|end| end.saturating_sub(restart_lsn));
+    // Below 0 the next checkpoint takes it.
+    let safe_wal_bytes = slot.safe_wal_bytes.map(|it| u64::try_from(it).unwrap_or(0));
+    let runway = match (slot.wal_status, safe_wal_bytes) {
+        (Some(WalStatus::Lost), _) | (_, Some(0)) => Runway::Lasts(Duration::ZERO),
+        (_, Some(safe)) => lasts(safe, bytes_per_second),
+        (_, None) => Runway::Unknown,
+    };
+    SlotView {
+        name: slot.name.clone(),
+        logical: slot.logical,
+        active: slot.active,
+        retained_bytes: slot.restart_lsn.and_then(|lsn| retained(lsn.into())),
+        safe_wal_bytes,
+        wal_status: slot.wal_status,
+        inactive_for: slot.inactive_for,
+        runway,
+        xmin_age: slot.xmin_age,
+    }
+}
+
+fn lasts(bytes: u64, bytes_per_second: Option<f64>) -> Runway {
+    match bytes_per_second {
+        None => Runway::Unknown,
+        Some(rate) => {
+            Duration::try_from_secs_f64(float(bytes) / rate).map_or(Runway::Endless, Runway::Lasts)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sender(name: &str, address: Option<&str>, reply_age: Option<i64>) -> Sender {
+        Sender {
+            application_name: name.to_owned(),
+            client_address: address.map(str::to_owned),
+            state: "streaming".to_owned(),
+            logical: false,
+            flush_lsn: Some(5.into()),
+            replay_lsn: Some(5.into()),
+            write_lag: None,
+            flush_lag: None,
+            replay_lag: None,
+            reply_age: reply_age.map(TimeDelta::seconds),
+            sync_priority: 0,
+            sync_state: "async".to_owned(),
+        }
+    }
+
+    #[test]
+    fn only_who_replays_is_a_standby() {
+        let base = sender("a", None, None);
+        let with = |state: &str| Sender { state: state.to_owned(), ..base.clone() };
+        for (name, sender, expected) in [
+            ("streaming", with("streaming"), SenderKind::Standby),
+            ("catching up", with("catchup"), SenderKind::Standby),
+            ("just connected", with("startup"), SenderKind::Starting),
+            ("a base backup", with("backup"), SenderKind::Backup),
+            ("pg_receivewal", Sender { replay_lsn: None, ..base.clone() }, SenderKind::Receiver),
+            (
+                "before its first reply",
+                Sender { replay_lsn: None, flush_lsn: None, ..base.clone() },
+                SenderKind::Starting,
+            ),
+            ("a subscription", Sender { logical: true, ..base.clone() }, SenderKind::Logical),
+        ] {
+            assert_eq!(kind(&sender), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn each_walsender_has_a_name_of_its_own() {
+        let named = |senders: &[Sender]| -> Vec<_> {
+            sender_views(senders).into_iter().map(|it| (it.name, it.reply_age_seconds)).collect()
+        };
+        let expect = |pairs: &[(&str, Option<f64>)]| -> Vec<_> {
+            pairs.iter().map(|(name, age)| ((*name).to_owned(), *age)).collect()
+        };
+        for (name, senders, expected) in [
+            ("none", vec![], expect(&[])),
+            (
+                "two names",
+                vec![sender("a", Some("10.0.0.1"), Some(1)), sender("b", None, None)],
+                expect(&[("a", Some(1.0)), ("b", None)]),
+            ),
+            (
+                "one that came back",
+                vec![
+                    sender("a", Some("10.0.0.1"), Some(40)),
+                    sender("a", Some("10.0.0.1"), Some(0)),
+                    sender("a", Some("10.0.0.1"), None),
+                ],
+                expect(&[("a", Some(0.0))]),
+            ),
+            (
+                "two that nobody named",
+                vec![
+                    sender("walreceiver", Some("10.0.0.2"), Some(1)),
+                    sender("walreceiver", Some("10.0.0.1"), Some(2)),
+                    sender("walreceiver", None, Some(3)),
+                ],
+                expect(&[
+                    ("walreceiver@local", Some(3.0)),
+                    ("walreceiver@10.0.0.1", Some(2.0)),
+                    ("walreceiver@10.0.0.2", Some(1.0)),
+                ]),
+            ),
+        ] {
+            assert_eq!(named(&senders), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_slot_lasts_until_what_may_still_be_written_is_written() {
+        let slot = |wal_status, safe_wal_bytes| Slot {
+            name: "s".to_owned(),
+            logical: false,
+            active: false,
+            restart_lsn: Some(1000.into()),
+            wal_status,
+            safe_wal_bytes,
+            inactive_for: None,
+            xmin_age: None,
+        };
+        let lasts = |seconds| Runway::Lasts(Duration::from_secs(seconds));
+        for (name, wal_status, safe, rate, expected) in [
+            ("no limit", WalStatus::Extended, None, Some(10.0), Runway::Unknown),
+            ("a rate", WalStatus::Reserved, Some(600), Some(10.0), lasts(60)),
+            ("no rate yet", WalStatus::Reserved, Some(600), None, Runway::Unknown),
+            ("nothing is written", WalStatus::Reserved, Some(600), Some(0.0), Runway::Endless),
+            ("the next checkpoint takes it", WalStatus::Unreserved, Some(-5), Some(0.0), lasts(0)),
+            ("no rate, and nothing left", WalStatus::Unreserved, Some(0), None, lasts(0)),
+            ("lost", WalStatus::Lost, None, None, lasts(0)),
+        ] {
+            let view = slot_view(&slot(Some(wal_status), safe), Some(5000), rate);
+            assert_eq!(view.runway, expected, "{name}");
+            assert_eq!(view.retained_bytes, Some(4000), "{name}");
+        }
+        let nothing = Slot { restart_lsn: None, ..slot(None, None) };
+        let view = slot_view(&nothing, Some(5000), Some(1.0));
+        assert_eq!((view.retained_bytes, view.safe_wal_bytes), (None, None));
+        assert_eq!(slot_view(&slot(None, None), None, None).retained_bytes, None);
+        // A position of ours may be older than one of the slot's.
+        let ahead = slot_view(&slot(None, None), Some(10), None);
+        assert_eq!(ahead.retained_bytes, Some(0));
+    }
+}

@@ -1,0 +1,179 @@
+//! The service: watches every node of the topology, and publishes what is known.
+
+use std::collections::BTreeMap;
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use prometheus_client::registry::Registry;
+use shared::admin::Admin;
+use shared::etcd::Etcd;
+use shared::pg::{Node, Settings};
+use shared::tasks::Tasks;
+use shared::topology::{Members, Topology};
+use shared::{metrics, shutdown};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use crate::alarms::Alarms;
+use crate::commands::{AGENT, APPLICATION_NAME};
+use crate::config::Config;
+use crate::fleet::Fleet;
+use crate::group::Limits;
+use crate::keeper::Keeper;
+use crate::metrics::FleetCollector;
+use crate::session::{ANSWER_TIMEOUT, limited};
+use crate::target::Watch;
+
+/// Between two looks at the members, if none of them changes.
+const MEMBERS_EVERY: Duration = Duration::from_secs(10);
+/// What a first connection may take of this thread: a TLS handshake and the thousands of hashes of
+/// SCRAM. If all were made at once, the last would be too late.
+const CONNECT_COST: Duration = Duration::from_millis(10);
+/// The fractional part of the golden ratio: its multiples are spread evenly over 0 to 1, however
+/// many there are.
+const GOLDEN: f64 = 0.618_033_988_749_894_9;
+
+/// Runs until a signal, or until a part of the agent fails.
+///
+/// # Errors
+///
+/// The configuration cannot be used, or a task ended.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let stop = shutdown::signalled().context("install signal handlers")?;
+    info!(?config, "agent started");
+    let watcher = Watcher::new(&config)?;
+    let fleet = watcher.fleet.clone();
+    let keeper = match &config.state_directory {
+        Some(directory) => Some(Keeper::new(&config.cluster, directory, fleet.clone())?),
+        None => None,
+    };
+    if let Some(keeper) = &keeper {
+        keeper.restore();
+    }
+
+    // Without a prefix, for the names of another exporter.
+    let mut registry = Registry::default();
+    let ours = registry.sub_registry_with_prefix("pgmesh");
+    metrics::build_info(ours, AGENT, env!("CARGO_PKG_VERSION"));
+    FleetCollector::register(&mut registry, fleet.clone(), config.compat);
+    let (ready, told) = (fleet.clone(), fleet.clone());
+    let admin = Admin::bind(
+        config.admin_address,
+        registry,
+        move || ready.not_ready().into_iter().collect(),
+        move || serde_json::to_value(fleet.snapshot()).unwrap_or_default(),
+    )
+    .await
+    .with_context(|| format!("listen on {}", config.admin_address))?;
+
+    let topology = watcher.topology.clone();
+    let mut tasks = Tasks::default();
+    tasks.spawn("admin", |shutdown| admin.serve(shutdown));
+    tasks.spawn("topology", |shutdown| topology.follow(shutdown));
+    tasks.spawn("watch", |shutdown| watcher.run(shutdown));
+    tasks.spawn("alarms", |shutdown| Alarms::default().run(told, shutdown));
+    if let Some(keeper) = keeper {
+        tasks.spawn("history", |shutdown| keeper.run(shutdown));
+    }
+    tasks.join(stop, config.shutdown_grace).await?;
+    info!("agent stopped");
+    Ok(())
+}
+
+/// Watches the nodes of the topology: a task for each.
+#[derive(Debug)]
+pub struct Watcher {
+    /// What is known.
+    pub fleet: Fleet,
+    /// Which nodes there are.
+    pub topology: Topology,
+    settings: Arc<Settings>,
+    interval: Duration,
+}
+
+impl Watcher {
+    /// Reads the password and the certificates that the configuration names. Nobody is asked yet.
+    ///
+    /// # Errors
+    ///
+    /// One of them cannot be used.
+    pub fn new(config: &Config) -> anyhow::Result<Self> {
+        let settings = limited(config.postgres.settings(APPLICATION_NAME)?);
+        let etcd = config.etcd.as_ref().map(Etcd::new).transpose()?;
+        let limits = Limits {
+            stale_after: config.sample_interval * 3 + ANSWER_TIMEOUT,
+            history: config.history,
+            forget_after: config.forget_after,
+        };
+        Ok(Self {
+            fleet: Fleet::new(&config.cluster, limits),
+            topology: Topology::new(config.topology(), etcd)?,
+            settings: Arc::new(settings),
+            interval: config.sample_interval,
+        })
+    }
+
+    /// Watches until `shutdown`; what is under way then is dropped.
+    ///
+    /// # Errors
+    ///
+    /// A task panicked.
+    pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
+        tokio::select! {
+            () = shutdown.cancelled() => Ok(()),
+            ended = self.watch() => ended,
+        }
+    }
+
+    async fn watch(&self) -> anyhow::Result<()> {
+        let mut members = self.topology.subscribe();
+        let mut tasks = JoinSet::new();
+        let mut running: BTreeMap<(u32, String), (Node, AbortHandle)> = BTreeMap::new();
+        // So that replicas of this agent do not ask at the same moments.
+        let random = RandomState::new().hash_one(0) & u64::from(u16::MAX);
+        let mut phase = u16::try_from(random).map_or(0.0, f64::from) / f64::from(u16::MAX);
+        loop {
+            let nodes = members.borrow_and_update().as_ref().map(Members::nodes);
+            if let Some(nodes) = nodes {
+                self.fleet.set_members(&nodes);
+                running.retain(|_, (node, task)| {
+                    let stays = nodes.contains(node);
+                    if !stays {
+                        task.abort();
+                    }
+                    stays
+                });
+                let count = u32::try_from(nodes.len()).unwrap_or(u32::MAX);
+                let start = self.interval.max(CONNECT_COST.saturating_mul(count));
+                for node in nodes {
+                    phase = (phase + GOLDEN).fract();
+                    running.entry((node.group, node.name.clone())).or_insert_with(|| {
+                        let watch = self.watch_one(node.clone(), start, phase);
+                        (node, tasks.spawn(watch.run()))
+                    });
+                }
+            }
+            tokio::select! {
+                // Also to forget those that left long ago.
+                () = sleep(MEMBERS_EVERY) => {}
+                changed = members.changed() => changed.context("follow the topology")?,
+                Some(Err(error)) = tasks.join_next(), if !tasks.is_empty() => {
+                    // One that was aborted above has nothing to say.
+                    if error.is_panic() {
+                        return Err(error).context("watch a node");
+                    }
+                }
+            }
+        }
+    }
+
+    fn watch_one(&self, node: Node, start: Duration, phase: f64) -> Watch {
+        let (settings, fleet) = (Arc::clone(&self.settings), self.fleet.clone());
+        Watch { node, settings, interval: self.interval, start, phase, fleet }
+    }
+}

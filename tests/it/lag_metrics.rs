@@ -1,0 +1,246 @@
+//! What the lag exporter is to Prometheus, to PostgreSQL's permissions, and on the command line.
+
+use std::path::Path;
+use std::time::Duration;
+
+use harness::postgres::postgres_is_missing;
+use harness::{PgServer, directory, program, server_port, skip};
+use serde_json::Value;
+use tokio::time::{Instant, sleep};
+
+use crate::exporter::{Exporter, LIMIT, node, piped, server};
+use crate::scene::write;
+
+/// One that keeps WAL for a standby, with somebody connected and a slot nobody uses.
+async fn pair() -> (PgServer, PgServer) {
+    let primary = PgServer::builder()
+        .setting("archive_mode", "on")
+        .setting("archive_command", "true")
+        .primary()
+        .await;
+    primary.psql("SELECT pg_create_physical_replication_slot('unused', true)").await;
+    primary.psql("CREATE TABLE t AS SELECT generate_series(1, 1000)").await;
+    let standby = primary.standby("standby").await;
+    standby.catch_up(&primary).await;
+    (primary, standby)
+}
+
+/// A role that can log in; `grants` follow.
+async fn role(primary: &PgServer, standby: &PgServer, name: &str, grants: &str) {
+    primary.psql(&format!("CREATE ROLE {name} LOGIN; {grants}")).await;
+    standby.catch_up(primary).await;
+}
+
+fn is_missing(program: &str) -> bool {
+    let is_missing = !Path::new(program).exists();
+    if is_missing {
+        skip(&format!("{program} is not installed"));
+    }
+    is_missing
+}
+
+#[tokio::test]
+async fn promtool_has_nothing_to_say() {
+    if postgres_is_missing() || is_missing("/usr/bin/promtool") {
+        return;
+    }
+    let (primary, standby) = pair().await;
+    let extra = "compat = \"postgres_exporter\"\n";
+    let dead = node("dead", "127.0.0.1", server_port());
+    let nodes = [server(&primary), server(&standby), dead].concat();
+    let mut exporter = Exporter::configured("postgres", &nodes, extra);
+    exporter.run().await;
+    let scrape = exporter.until("all is there", LIMIT, |it| {
+        it.value("slot_active", &[("slot", "unused")]).is_some()
+            && !it.values("sender_state", &[]).is_empty()
+    });
+    let text = scrape.await.text;
+    let checked = piped(&directory(), "/usr/bin/promtool check metrics", &text).await;
+    checked.assert_success();
+    assert_eq!((checked.stdout.as_str(), checked.stderr.as_str()), ("", ""), "{text}");
+}
+
+/// What Prometheus answers to a query: the value of each series.
+async fn query(port: u16, query: &str) -> Vec<f64> {
+    let url = format!("http://127.0.0.1:{port}/api/v1/query");
+    let client = reqwest::Client::builder().no_proxy().timeout(LIMIT).build().unwrap();
+    let request = client.post(url).header("content-type", "application/x-www-form-urlencoded");
+    let Ok(answer) = request.body(format!("query={query}")).send().await else {
+        return Vec::new();
+    };
+    let answer: Value = serde_json::from_str(&answer.text().await.unwrap()).unwrap_or_default();
+    let series = answer["data"]["result"].as_array().cloned().unwrap_or_default();
+    series.iter().map(|it| it["value"][1].as_str().unwrap().parse().unwrap()).collect()
+}
+
+#[tokio::test]
+async fn prometheus_scrapes_it_without_a_warning() {
+    if postgres_is_missing() || is_missing("/usr/bin/prometheus") {
+        return;
+    }
+    let (primary, standby) = pair().await;
+    let exporter = Exporter::start(&[server(&primary), server(&standby)]).await;
+    let (directory, port) = (directory(), server_port());
+    let config = directory.path().join("prometheus.yml");
+    let target = exporter.address();
+    write(
+        &config,
+        &format!(
+            "global:\n  scrape_interval: 1s\n  scrape_timeout: 1s\nscrape_configs:\n\
+             - job_name: lag\n  static_configs:\n  - targets: ['{target}']\n"
+        ),
+    );
+    let log = directory.path().join("log");
+    write(&log, "");
+    let file = std::fs::File::options().append(true).open(&log).unwrap();
+    let mut prometheus = program::command("/usr/bin/prometheus");
+    prometheus
+        .arg(format!("--config.file={}", config.display()))
+        .arg(format!("--storage.tsdb.path={}", directory.path().join("data").display()))
+        .arg(format!("--web.listen-address=127.0.0.1:{port}"))
+        .stdin(std::process::Stdio::null())
+        .stdout(file.try_clone().unwrap())
+        .stderr(file)
+        .kill_on_drop(true);
+    let mut prometheus = prometheus.spawn().unwrap();
+    harness::eventually("Prometheus has scraped five times", LIMIT, async || {
+        query(port, "count_over_time(up[1m])").await.first().is_some_and(|it| 5.0 <= *it)
+    })
+    .await;
+    for (expression, expected) in [
+        ("min_over_time(up[1m])", vec![1.0]),
+        ("pgmesh_lag_replay_lag_seconds{node=\"standby\"}", vec![0.0]),
+        ("pgmesh_lag_lag_state{state=\"caught_up\"}", vec![1.0]),
+        ("count(pgmesh_lag_target_up == 1)", vec![2.0]),
+        ("count(pgmesh_lag_target_poll_duration_seconds_bucket)", vec![14.0]),
+        ("increase(pgmesh_lag_dropped_series_total[1m])", vec![0.0]),
+    ] {
+        let escaped = expression.replace('=', "%3D").replace('+', "%2B");
+        assert_eq!(query(port, &escaped).await, expected, "{expression}");
+    }
+    prometheus.kill().await.unwrap();
+    let log = std::fs::read_to_string(&log).unwrap();
+    let bad = log.lines().filter(|it| it.contains("level=warn") || it.contains("level=error"));
+    assert_eq!(bad.collect::<Vec<_>>(), Vec::<&str>::new());
+    assert!(log.contains("level=info"), "no log: {log}");
+}
+
+/// Series of a standby or primary that need `pg_monitor`.
+const FOR_MONITORS: [(&str, &str); 5] = [
+    ("wal_receiver_last_message_age_seconds", "standby"),
+    ("sender_state", "primary"),
+    ("sender_reply_age_seconds", "primary"),
+    ("archiver_archived_total", "primary"),
+    ("recovery_conflicts_total", "standby"),
+];
+
+#[tokio::test]
+async fn pg_monitor_is_enough() {
+    if postgres_is_missing() {
+        return;
+    }
+    let (primary, standby) = pair().await;
+    role(&primary, &standby, "lag", "GRANT pg_monitor TO lag").await;
+    // So that the first sample is not the first thing that is known.
+    primary.psql("SELECT pg_switch_wal()").await;
+    sleep(Duration::from_secs(5)).await;
+    primary.psql("INSERT INTO t VALUES (1)").await;
+    let nodes = [server(&primary), server(&standby)].concat();
+    let mut exporter = Exporter::configured("lag", &nodes, "");
+    let started_at = Instant::now();
+    exporter.run().await;
+    let scrape = exporter.until("all is there", LIMIT, |it| {
+        let is_there =
+            |(name, node): &(&str, &str)| !it.values(name, &[("node", *node)]).is_empty();
+        FOR_MONITORS.iter().all(is_there) && it.state("standby") == Some("caught_up")
+    });
+    let scrape = scrape.await;
+    let streaming = [("node", "standby"), ("state", "streaming")];
+    assert_eq!(scrape.value("wal_receiver_state", &streaming), Some(1.0));
+    assert_eq!(scrape.value("slot_active", &[("slot", "unused")]), Some(0.0));
+    // From the files' times, which are whole seconds.
+    let own = started_at.elapsed().as_secs_f64();
+    assert!(scrape.value("history_seconds", &[]) > Some(own + 1.0), "{}", scrape.text);
+    let finished = exporter.stop().await;
+    let unexpected = finished.unexpected_log_lines(&[]);
+    assert!(unexpected.is_empty(), "{unexpected:?}");
+}
+
+#[tokio::test]
+async fn without_pg_monitor_nothing_is_made_up() {
+    if postgres_is_missing() {
+        return;
+    }
+    let (primary, standby) = pair().await;
+    role(&primary, &standby, "lag", "").await;
+    let nodes = [server(&primary), server(&standby)].concat();
+    let mut exporter = Exporter::configured("lag", &nodes, "");
+    exporter.run().await;
+    let scrape = exporter
+        .until("the slots were read", LIMIT, |it| !it.values("slot_active", &[]).is_empty())
+        .await;
+    for (name, node) in FOR_MONITORS {
+        assert_eq!(scrape.values(name, &[("node", node)]), Vec::<f64>::new(), "{name}");
+    }
+    // The receiver streams, which this role may not know.
+    let is_other = [("node", "standby"), ("state", "other")];
+    assert_eq!(scrape.value("wal_receiver_state", &is_other), Some(1.0));
+    assert_eq!(scrape.of("target_up", "standby"), Some(1.0));
+    // Positions are for everybody.
+    assert!(scrape.of("wal_lsn_bytes", "standby").is_some());
+    let finished = exporter.stop().await;
+    assert!(finished.stdout.contains("GRANT pg_monitor"), "{finished}");
+}
+
+#[tokio::test]
+async fn commands_say_by_their_exit_code_what_is_the_matter() {
+    if postgres_is_missing() {
+        return;
+    }
+    let (primary, mut standby) = pair().await;
+    let nodes = [server(&primary), server(&standby)].concat();
+    let mut exporter = Exporter::configured("postgres", &nodes, "");
+    exporter.command(&["check-config"]).await.assert_success();
+
+    // By itself, and from the agent that runs.
+    let shown = exporter.command(&["show"]).await;
+    shown.assert_success();
+    assert!(shown.stdout.contains("asked just now"), "{shown}");
+    exporter.run().await;
+    exporter.state("standby", "caught_up").await;
+    let shown = exporter.command(&["show"]).await;
+    shown.assert_success();
+    assert!(shown.stdout.contains("as the agent at"), "{shown}");
+    for name in ["primary", "standby"] {
+        let of_node = |it: &&str| it.split_whitespace().nth(1) == Some(name);
+        assert_eq!(shown.stdout.lines().filter(of_node).count(), 1, "{shown}");
+    }
+    let shown = exporter.command(&["show", "--json"]).await;
+    let status: Value = serde_json::from_str(&shown.assert_success().stdout).unwrap();
+    assert_eq!(status["groups"][0]["primary"], "primary", "{status:#}");
+    assert_eq!(status["groups"][0]["nodes"][1]["lag"]["state"], "caught_up", "{status:#}");
+
+    standby.stop(harness::Mode::Fast).await;
+    exporter.state("standby", "unreachable").await;
+    for arguments in [&["show"][..], &["show", "--json"], &["show", "--direct"]] {
+        let shown = exporter.command(arguments).await;
+        shown.assert_code(1);
+        assert!(shown.stderr.contains("the lag of standby"), "{shown}");
+        let text = if arguments.contains(&"--json") { "unreachable" } else { "NO ANSWER" };
+        assert!(shown.stdout.contains(text), "{shown}");
+    }
+    exporter.stop().await;
+
+    for (extra, topology, text) in [
+        ("", format!("surplus = 1\n{nodes}"), "surplus"),
+        ("state_directory = \"/nowhere\"\n", nodes.clone(), "state_directory"),
+        ("", String::new(), "nodes: must list at least one server"),
+    ] {
+        let exporter = Exporter::configured("postgres", &topology, extra);
+        let checked = exporter.command(&["check-config"]).await;
+        checked.assert_code(1);
+        assert!(checked.stderr.contains(text), "{checked}");
+    }
+    let unknown = exporter.command(&["shwo"]).await;
+    unknown.assert_code(2);
+}
