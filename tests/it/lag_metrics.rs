@@ -241,6 +241,6 @@ async fn commands_say_by_their_exit_code_what_is_the_matter() {
         checked.assert_code(1);
         assert!(checked.stderr.contains(text), "{checked}");
     }
-    let unknown = exporter.command(&["shwo"]).await;
+    let unknown = exporter.command(&["display"]).await;
     unknown.assert_code(2);
 }
