@@ -14,6 +14,7 @@ readonly base_image=debian:trixie-slim
 readonly postgres_image=pgmesh-postgres
 readonly backup_agent_image=pgmesh-backup-agent
 readonly lag_exporter_image=pgmesh-lag-exporter
+readonly health_monitor_image=pgmesh-health-monitor
 readonly tests_image=pgmesh-tests
 readonly inputs_label=pgmesh.inputs
 readonly spec_label=pgmesh.spec
@@ -254,7 +255,11 @@ ensure_postgres_image() {
     ensure_image "$postgres_image" configs/postgres/Dockerfile "$base_image" configs/postgres/entrypoint.sh --
 }
 
+# With the engine and the images below it.
 ensure_tests_image() {
+    ensure_docker
+    ensure_base_image
+    ensure_postgres_image
     ensure_image "$tests_image" tests/Dockerfile "$postgres_image" tests/load-regression.sh --
 }
 

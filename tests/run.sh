@@ -97,13 +97,6 @@ ensure_host_packages() {
     docker image inspect "$base_image" >/dev/null 2>&1 || ensure_program debootstrap debootstrap
 }
 
-ensure_images() {
-    ensure_docker
-    ensure_base_image
-    ensure_postgres_image
-    ensure_tests_image
-}
-
 # The images wait for the network and the disk while cargo keeps the cores busy.
 setup() {
     local images
@@ -111,7 +104,7 @@ setup() {
     exec 9>"$cache/setup.lock"
     flock 9
     ensure_host_packages
-    (ensure_images) &
+    (ensure_tests_image) &
     images=$!
     python_tool 'moto[server]' "$moto_version"
     ensure_nextest

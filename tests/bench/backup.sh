@@ -8,12 +8,9 @@
 # therefore the contestants take turns, and the minimum of all rounds is what is compared.
 set -euo pipefail
 
-# shellcheck source=init-scripts/lib.sh
-source "$(dirname "${BASH_SOURCE[0]}")/../../init-scripts/lib.sh"
+# shellcheck source=tests/bench/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-readonly container="pgmesh-bench-$$"
-# The volume of the image, which belongs to the user postgres: on a real disk, and not on overlayfs.
-readonly work=/var/lib/postgresql/17
 readonly results="$cache/bench/backup.tsv"
 # Free disk space needed for each unit of scale: database, WAL, four repositories, one restored copy.
 readonly mebibytes_per_scale=130
@@ -57,17 +54,6 @@ TEXT
 
 # --- options --------------------------------------------------------------------------------------
 
-wrong_use() {
-    printf '%s: %s (see --help)\n' "${0##*/}" "$1" >&2
-    exit 2
-}
-
-# positive OPTION VALUE: the value, if it is a number above 0.
-positive() {
-    [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || wrong_use "$1 needs a number above 0"
-    printf '%s' "$2"
-}
-
 parse_options() {
     while [[ $# -gt 0 ]]; do
         case $1 in
@@ -77,61 +63,11 @@ parse_options() {
         --segments) segments=$(positive "$@") ;;
         --level) level=$(positive "$@") ;;
         --workers) workers=$(positive "$@") ;;
-        --binary)
-            [[ -x ${2:-} ]] || wrong_use "--binary needs a program"
-            binary=$(realpath "$2")
-            ;;
+        --binary) binary=$(program "$@") ;;
         *) wrong_use "unknown option $1" ;;
         esac
         shift 2
     done
-}
-
-# --- preparation ----------------------------------------------------------------------------------
-
-ensure_binary() {
-    local quiet=()
-    [[ -z $binary ]] || return 0
-    [[ -t 2 ]] || quiet=(--quiet)
-    ensure_cargo
-    say "builds backup-agent"
-    (cd "$root" && cargo build --release --locked "${quiet[@]}" --package backup-agent --bin backup-agent) ||
-        die "backup-agent does not build" "see the lines above"
-    binary="${CARGO_TARGET_DIR:-$root/target}/release/backup-agent"
-}
-
-ensure_images() {
-    ensure_docker
-    ensure_base_image
-    ensure_postgres_image
-    ensure_tests_image
-}
-
-require_disk() {
-    local needed=$((scale * mebibytes_per_scale)) free
-    free=$(docker run --rm "$tests_image" df --output=avail --block-size=1M "$work" | tail -n 1)
-    ((free > needed)) || die "$needed MiB of disk are needed for scale $scale, $free are free" "use a smaller --scale"
-}
-
-# --- the contest ----------------------------------------------------------------------------------
-
-remove_container() {
-    docker rm --force --volumes "$container" >/dev/null 2>&1 || true
-}
-
-# What contest.sh prints on standard output are the measurements; on standard error it says what it does.
-run_contest() {
-    mkdir -p "${results%/*}"
-    trap remove_container EXIT
-    docker run --name "$container" --init --network none --shm-size 1g --user "$postgres_uid" \
-        --volume "$work" --workdir "$work" \
-        --volume "$binary:/usr/local/bin/backup-agent:ro" \
-        --volume "$root/tests/bench/contest.sh:/usr/local/bin/contest:ro" \
-        --env ROUNDS="$rounds" --env SCALE="$scale" --env SEGMENTS="$segments" \
-        --env LEVEL="$level" --env WORKERS="$workers" \
-        "$tests_image" bash /usr/local/bin/contest >"$results" ||
-        die "the contest ended early" "see the lines above"
-    remove_container
 }
 
 # --- the table ------------------------------------------------------------------------------------
@@ -231,10 +167,14 @@ print_shares() {
 
 main() {
     parse_options "$@"
-    ensure_binary
-    ensure_images
-    require_disk
-    run_contest
+    binary=${binary:-$(release backup-agent backup-agent)}
+    ensure_tests_image
+    require_disk $((scale * mebibytes_per_scale)) "use a smaller --scale"
+    mkdir -p "${results%/*}"
+    inside bench/contest.sh --volume "$binary:/usr/local/bin/backup-agent:ro" \
+        --env ROUNDS="$rounds" --env SCALE="$scale" --env SEGMENTS="$segments" \
+        --env LEVEL="$level" --env WORKERS="$workers" >"$results" ||
+        die "the contest ended early" "see the lines above"
     say "measured; all measurements: ${results#"$root"/}"
     print_table
     print_shares

@@ -2,11 +2,9 @@
 # Measures lag-exporter against postgres_exporter. See --help.
 set -euo pipefail
 
-# shellcheck source=init-scripts/lib.sh
-source "$(dirname "${BASH_SOURCE[0]}")/../../init-scripts/lib.sh"
+# shellcheck source=tests/bench/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-readonly container="pgmesh-bench-exporter-$$"
-readonly work=/var/lib/postgresql/17
 readonly results="$cache/bench/exporter.tsv"
 
 rounds=5
@@ -43,62 +41,20 @@ Exit: 0 measured, whether or not the aims are met; 1 something failed; 2 wrong u
 TEXT
 }
 
-wrong_use() {
-    printf '%s: %s (see --help)\n' "${0##*/}" "$1" >&2
-    exit 2
-}
-
 parse_options() {
     while [[ $# -gt 0 ]]; do
         case $1 in
         -h | --help) usage && exit 0 ;;
-        --rounds | --sweeps | --phase | --interval)
-            [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || wrong_use "$1 needs a number above 0"
-            printf -v "${1#--}" '%s' "$2"
-            ;;
-        --binary)
-            [[ -x ${2:-} ]] || wrong_use "--binary needs a program"
-            binary=$(realpath "$2")
-            ;;
+        --rounds) rounds=$(positive "$@") ;;
+        --sweeps) sweeps=$(positive "$@") ;;
+        --phase) phase=$(positive "$@") ;;
+        --interval) interval=$(positive "$@") ;;
+        --binary) binary=$(program "$@") ;;
         *) wrong_use "unknown option $1" ;;
         esac
         shift 2
     done
     ((phase >= interval)) || wrong_use "--phase must not be shorter than --interval"
-}
-
-ensure_binary() {
-    [[ -z $binary ]] || return 0
-    ensure_cargo
-    say "builds lag-exporter"
-    (cd "$root" && cargo build --release --locked --quiet --package lag-exporter --bin lag-exporter) ||
-        die "lag-exporter does not build" "see the lines above"
-    binary="${CARGO_TARGET_DIR:-$root/target}/release/lag-exporter"
-}
-
-ensure_images() {
-    ensure_docker
-    ensure_base_image
-    ensure_postgres_image
-    ensure_tests_image
-}
-
-remove_container() {
-    docker rm --force --volumes "$container" >/dev/null 2>&1 || true
-}
-
-# What exporter-inside.sh prints on standard output are the measurements; on standard error it says what it does.
-run_contest() {
-    mkdir -p "${results%/*}"
-    trap remove_container EXIT
-    docker run --name "$container" --init --network none --shm-size 1g --user "$postgres_uid" \
-        --volume "$work" --workdir "$work" \
-        --volume "$binary:/usr/local/bin/lag-exporter:ro" \
-        --volume "$root/tests/bench/exporter-inside.sh:/usr/local/bin/exporter-inside:ro" \
-        --env ROUNDS="$rounds" --env SWEEPS="$sweeps" --env PHASE="$phase" --env INTERVAL="$interval" \
-        "$tests_image" bash /usr/local/bin/exporter-inside >"$results" ||
-        die "the contest ended early" "see the lines above"
-    remove_container
 }
 
 # The measurements: CONTESTANT OPERATION ROUND MEASURE VALUE. The least of all rounds counts.
@@ -149,9 +105,12 @@ print_table() {
 
 main() {
     parse_options "$@"
-    ensure_binary
-    ensure_images
-    run_contest
+    binary=${binary:-$(release lag-exporter lag-exporter)}
+    ensure_tests_image
+    mkdir -p "${results%/*}"
+    inside bench/exporter-inside.sh --volume "$binary:/usr/local/bin/lag-exporter:ro" \
+        --env ROUNDS="$rounds" --env SWEEPS="$sweeps" --env PHASE="$phase" --env INTERVAL="$interval" >"$results" ||
+        die "the contest ended early" "see the lines above"
     say "measured; all measurements: ${results#"$root"/}"
     print_table
 }

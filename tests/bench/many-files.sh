@@ -5,12 +5,9 @@
 # many-files-inside.sh makes the cluster and measures, and prints the table.
 set -euo pipefail
 
-# shellcheck source=init-scripts/lib.sh
-source "$(dirname "${BASH_SOURCE[0]}")/../../init-scripts/lib.sh"
+# shellcheck source=tests/bench/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-readonly container="pgmesh-many-files-$$"
-# The volume of the image, which belongs to the user postgres: on a real disk, and not on overlayfs.
-readonly work=/var/lib/postgresql/17
 # Of one process, whatever the size of the database.
 readonly peak_mebibytes_max=256
 
@@ -37,66 +34,17 @@ Exit: 0 measured, whether or not the aim is met; 1 something failed; 2 wrong use
 TEXT
 }
 
-wrong_use() {
-    printf '%s: %s (see --help)\n' "${0##*/}" "$1" >&2
-    exit 2
-}
-
-# number OPTION VALUE: the value, if it is a number.
-number() {
-    [[ ${2:-} =~ ^[0-9]+$ ]] || wrong_use "$1 needs a number"
-    printf '%s' "$2"
-}
-
 parse_options() {
     while [[ $# -gt 0 ]]; do
         case $1 in
         -h | --help) usage && exit 0 ;;
         --files) file_count=$(number "$@") ;;
         --noise) noise=$(number "$@") ;;
-        --binary)
-            [[ -x ${2:-} ]] || wrong_use "--binary needs a program"
-            binary=$(realpath "$2")
-            ;;
+        --binary) binary=$(program "$@") ;;
         *) wrong_use "unknown option $1" ;;
         esac
         shift 2
     done
-}
-
-ensure_binary() {
-    local quiet=()
-    [[ -z $binary ]] || return 0
-    [[ -t 2 ]] || quiet=(--quiet)
-    ensure_cargo
-    say "builds backup-agent"
-    (cd "$root" && cargo build --release --locked "${quiet[@]}" --package backup-agent --bin backup-agent) ||
-        die "backup-agent does not build" "see the lines above"
-    binary="${CARGO_TARGET_DIR:-$root/target}/release/backup-agent"
-}
-
-ensure_images() {
-    ensure_docker
-    ensure_base_image
-    ensure_postgres_image
-    ensure_tests_image
-}
-
-remove_container() {
-    docker rm --force --volumes "$container" >/dev/null 2>&1 || true
-}
-
-# What the container prints: OPERATION, SECONDS, PEAK in KiB.
-measure() {
-    trap remove_container EXIT
-    docker run --name "$container" --init --network none --shm-size 1g --user "$postgres_uid" \
-        --volume "$work" --workdir "$work" \
-        --volume "$binary:/usr/local/bin/backup-agent:ro" \
-        --volume "$root/tests/bench/many-files-inside.sh:/usr/local/bin/many-files-inside:ro" \
-        --env FILES="$file_count" --env NOISE="$noise" \
-        "$tests_image" bash /usr/local/bin/many-files-inside ||
-        die "the measurement ended early" "see the lines above"
-    remove_container
 }
 
 print_table() {
@@ -111,9 +59,12 @@ print_table() {
 main() {
     local measurements
     parse_options "$@"
-    ensure_binary
-    ensure_images
-    measurements=$(measure)
+    binary=${binary:-$(release backup-agent backup-agent)}
+    ensure_tests_image
+    # OPERATION, SECONDS, PEAK in KiB.
+    measurements=$(inside bench/many-files-inside.sh --volume "$binary:/usr/local/bin/backup-agent:ro" \
+        --env FILES="$file_count" --env NOISE="$noise") ||
+        die "the measurement ended early" "see the lines above"
     print_table <<<"$measurements"
 }
 

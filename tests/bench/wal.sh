@@ -6,12 +6,9 @@
 # account is the whole cost of an operation, the contestants take turns, and the best of all rounds counts.
 set -euo pipefail
 
-# shellcheck source=init-scripts/lib.sh
-source "$(dirname "${BASH_SOURCE[0]}")/../../init-scripts/lib.sh"
+# shellcheck source=tests/bench/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-readonly container="pgmesh-bench-wal-$$"
-# The volume of the image, which belongs to the user postgres: on a real disk, and not on overlayfs.
-readonly work=/var/lib/postgresql/17
 readonly results="$cache/bench/wal.tsv"
 
 rounds=5
@@ -60,17 +57,6 @@ TEXT
 
 # --- options --------------------------------------------------------------------------------------
 
-wrong_use() {
-    printf '%s: %s (see --help)\n' "${0##*/}" "$1" >&2
-    exit 2
-}
-
-# positive OPTION VALUE: the value, if it is a number above 0.
-positive() {
-    [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || wrong_use "$1 needs a number above 0"
-    printf '%s' "$2"
-}
-
 parse_options() {
     while [[ $# -gt 0 ]]; do
         case $1 in
@@ -79,62 +65,11 @@ parse_options() {
         --segments) segments=$(positive "$@") ;;
         --scale) scale=$(positive "$@") ;;
         --ahead) ahead=$(positive "$@") ;;
-        --binary)
-            [[ -x ${2:-} ]] || wrong_use "--binary needs a program"
-            binary=$(realpath "$2")
-            ;;
+        --binary) binary=$(program "$@") ;;
         *) wrong_use "unknown option $1" ;;
         esac
         shift 2
     done
-}
-
-# --- preparation ----------------------------------------------------------------------------------
-
-ensure_binary() {
-    local quiet=()
-    [[ -z $binary ]] || return 0
-    [[ -t 2 ]] || quiet=(--quiet)
-    ensure_cargo
-    say "builds backup-agent"
-    (cd "$root" && cargo build --release --locked "${quiet[@]}" --package backup-agent --bin backup-agent) ||
-        die "backup-agent does not build" "see the lines above"
-    binary="${CARGO_TARGET_DIR:-$root/target}/release/backup-agent"
-}
-
-ensure_images() {
-    ensure_docker
-    ensure_base_image
-    ensure_postgres_image
-    ensure_tests_image
-}
-
-# The WAL four times: the server's, archived, in pg_wal of a recovery, in the repositories; the database three times.
-require_disk() {
-    local needed=$((segments * 16 * 4 + scale * 15 * 3 + 1024)) free
-    free=$(docker run --rm "$tests_image" df --output=avail --block-size=1M "$work" | tail -n 1)
-    ((free > needed)) || die "$needed MiB of disk are needed, $free are free" "use fewer --segments"
-}
-
-# --- the contest ----------------------------------------------------------------------------------
-
-remove_container() {
-    docker rm --force --volumes "$container" >/dev/null 2>&1 || true
-}
-
-# What wal-inside.sh prints on standard output are the measurements; on standard error it says what it does.
-run_contest() {
-    mkdir -p "${results%/*}"
-    trap remove_container EXIT
-    docker run --name "$container" --init --network none --shm-size 1g --user "$postgres_uid" \
-        --volume "$work" --workdir "$work" \
-        --volume "$binary:/usr/local/bin/backup-agent:ro" \
-        --volume "$root/tests/bench/wal-inside.sh:/usr/local/bin/wal-inside:ro" \
-        --env ROUNDS="$rounds" --env SCALE="$scale" --env SEGMENTS="$segments" --env PAUSES="$pauses" \
-        --env AHEAD="$ahead" \
-        "$tests_image" bash /usr/local/bin/wal-inside >"$results" ||
-        die "the contest ended early" "see the lines above"
-    remove_container
 }
 
 # --- the table ------------------------------------------------------------------------------------
@@ -185,10 +120,15 @@ print_table() {
 
 main() {
     parse_options "$@"
-    ensure_binary
-    ensure_images
-    require_disk
-    run_contest
+    binary=${binary:-$(release backup-agent backup-agent)}
+    ensure_tests_image
+    # The WAL four times (the server's, archived, in pg_wal of a recovery, in the repositories), the database three times.
+    require_disk $((segments * 16 * 4 + scale * 15 * 3 + 1024)) "use fewer --segments"
+    mkdir -p "${results%/*}"
+    inside bench/wal-inside.sh --volume "$binary:/usr/local/bin/backup-agent:ro" \
+        --env ROUNDS="$rounds" --env SCALE="$scale" --env SEGMENTS="$segments" --env PAUSES="$pauses" \
+        --env AHEAD="$ahead" >"$results" ||
+        die "the contest ended early" "see the lines above"
     say "measured; all measurements: ${results#"$root"/}"
     print_table
 }

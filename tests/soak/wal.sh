@@ -2,12 +2,9 @@
 # Kills what stores WAL at random moments, and restores each time. See --help.
 set -euo pipefail
 
-# shellcheck source=init-scripts/lib.sh
-source "$(dirname "${BASH_SOURCE[0]}")/../../init-scripts/lib.sh"
+# shellcheck source=tests/bench/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../bench/lib.sh"
 
-readonly container="pgmesh-soak-wal-$$"
-# The volume of the image, which belongs to the user postgres: on a real disk, and not on overlayfs.
-readonly work=/var/lib/postgresql/17
 readonly results="$cache/soak/wal.txt"
 
 rounds=100
@@ -56,72 +53,30 @@ Exit: 0 nothing was lost; 1 a commit was lost, or something failed; 2 wrong use.
 TEXT
 }
 
-wrong_use() {
-    printf '%s: %s (see --help)\n' "${0##*/}" "$1" >&2
-    exit 2
-}
-
 parse_options() {
     while [[ $# -gt 0 ]]; do
         case $1 in
         -h | --help) usage && exit 0 ;;
-        --rounds | --seed | --writers)
-            [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || wrong_use "$1 needs a number above 0"
-            printf -v "${1#--}" '%s' "$2"
-            ;;
-        --agent)
-            [[ -x ${2:-} ]] || wrong_use "--agent needs a program"
-            agent=$(realpath "$2")
-            ;;
-        --s3-server)
-            [[ -x ${2:-} ]] || wrong_use "--s3-server needs a program"
-            s3_server=$(realpath "$2")
-            ;;
+        --rounds) rounds=$(positive "$@") ;;
+        --seed) seed=$(positive "$@") ;;
+        --writers) writers=$(positive "$@") ;;
+        --agent) agent=$(program "$@") ;;
+        --s3-server) s3_server=$(program "$@") ;;
         *) wrong_use "unknown option $1" ;;
         esac
         shift 2
     done
 }
 
-# build PACKAGE PROGRAM: prints where the program is.
-build() {
-    say "builds $2" >&2
-    (cd "$root" && cargo build --release --locked --quiet --package "$1" --bin "$2") ||
-        die "$2 does not build" "see the lines above"
-    printf '%s' "${CARGO_TARGET_DIR:-$root/target}/release/$2"
-}
-
-# The two are built one after the other: together, the S3 server's features would get into the agent.
-ensure_programs() {
-    [[ -n $agent && -n $s3_server ]] || ensure_cargo
-    [[ -n $agent ]] || agent=$(build backup-agent backup-agent)
-    [[ -n $s3_server ]] || s3_server=$(build cluster-tests s3-server)
-}
-
-ensure_images() {
-    ensure_docker
-    ensure_base_image
-    ensure_postgres_image
-    ensure_tests_image
-}
-
-remove_container() {
-    docker rm --force --volumes "$container" >/dev/null 2>&1 || true
-}
-
 main() {
     parse_options "$@"
-    ensure_programs
-    ensure_images
+    agent=${agent:-$(release backup-agent backup-agent)}
+    s3_server=${s3_server:-$(release cluster-tests s3-server)}
+    ensure_tests_image
     mkdir -p "${results%/*}"
-    trap remove_container EXIT
-    docker run --name "$container" --init --network none --shm-size 1g --user "$postgres_uid" \
-        --volume "$work" --workdir "$work" \
-        --volume "$agent:/usr/local/bin/backup-agent:ro" \
+    inside soak/wal-inside.sh --volume "$agent:/usr/local/bin/backup-agent:ro" \
         --volume "$s3_server:/usr/local/bin/s3-server:ro" \
-        --volume "$root/tests/soak/wal-inside.sh:/usr/local/bin/soak-wal:ro" \
-        --env ROUNDS="$rounds" --env SEED="$seed" --env WRITERS="$writers" \
-        "$tests_image" bash /usr/local/bin/soak-wal | tee "$results"
+        --env ROUNDS="$rounds" --env SEED="$seed" --env WRITERS="$writers" | tee "$results"
 }
 
 main "$@"
