@@ -1,5 +1,6 @@
 //! A TCP proxy whose connections are slow, stall, or break on demand.
 
+use std::future::pending;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -68,6 +69,8 @@ struct Controls {
     refuse: bool,
     /// Connections opened under a lower number are to be broken.
     generation: u64,
+    /// Connections opened under a lower number are to be lost.
+    lost: u64,
 }
 
 #[derive(Debug, Default)]
@@ -149,6 +152,12 @@ impl Proxy {
         self.controls.send_modify(|controls| controls.generation += 1);
     }
 
+    /// Loses what comes on the open connections from now on, and tells nobody: neither end is
+    /// closed, whatever the other does. New connections work.
+    pub fn lose(&self) {
+        self.controls.send_modify(|controls| controls.lost += 1);
+    }
+
     /// Resets the open connections, once, as soon as this many more bytes have passed in both
     /// directions of all connections together. New connections work. Exact to 16 KiB.
     pub fn cut_after(&self, bytes: u64) {
@@ -156,11 +165,12 @@ impl Proxy {
         *self.traffic.cut_at.lock().unwrap() = Some(target);
     }
 
-    /// Ends every disturbance. Connections that were reset stay so.
+    /// Ends every disturbance. Connections that were reset or lost stay so.
     pub fn heal(&self) {
         *self.traffic.cut_at.lock().unwrap() = None;
         self.controls.send_modify(|controls| {
-            *controls = Controls { generation: controls.generation, ..Controls::default() };
+            let Controls { generation, lost, .. } = *controls;
+            *controls = Controls { generation, lost, ..Controls::default() };
         });
     }
 
@@ -214,9 +224,10 @@ impl Acceptor {
     }
 
     fn connection(&self) -> Connection {
-        let generation = self.orders.borrow().generation;
+        let Controls { generation, lost, .. } = *self.orders.borrow();
         Connection {
             generation,
+            lost,
             orders: self.orders.clone(),
             cut: self.cut.clone(),
             traffic: Arc::clone(&self.traffic),
@@ -227,13 +238,14 @@ impl Acceptor {
 async fn accept(listener: Option<&TcpListener>) -> io::Result<TcpStream> {
     match listener {
         Some(listener) => Ok(listener.accept().await?.0),
-        None => std::future::pending().await,
+        None => pending().await,
     }
 }
 
 #[derive(Clone)]
 struct Connection {
     generation: u64,
+    lost: u64,
     orders: watch::Receiver<Controls>,
     cut: watch::Sender<Controls>,
     traffic: Arc<Traffic>,
@@ -274,13 +286,26 @@ impl Connection {
         }
     }
 
+    /// Resolves when this connection is to be lost.
+    async fn lost(&self) {
+        let mut orders = self.orders.clone();
+        drop(orders.wait_for(|controls| controls.lost != self.lost).await);
+    }
+
     async fn copy<S: AsyncRead + AsyncWrite>(&self, client: TcpStream, server: S) {
         let (mut from_client, mut to_client) = tokio::io::split(client);
         let (mut from_server, mut to_server) = tokio::io::split(server);
-        let up = self.pump(&mut from_client, &mut to_server);
-        let down = self.pump(&mut from_server, &mut to_client);
-        let (up, down) = tokio::join!(up, down);
-        if up.is_ok() && down.is_ok() {
+        let pumped = async {
+            let up = self.pump(&mut from_client, &mut to_server);
+            let down = self.pump(&mut from_server, &mut to_client);
+            let (up, down) = tokio::join!(up, down);
+            up.is_ok() && down.is_ok()
+        };
+        let in_order = tokio::select! {
+            in_order = pumped => in_order,
+            () = self.lost() => pending().await,
+        };
+        if in_order {
             // Both sides have closed in order, so that no reset is due.
             let client = from_client.unsplit(to_client);
             #[expect(deprecated, reason = "without a linger time it does not block on drop")]

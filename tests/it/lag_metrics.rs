@@ -8,7 +8,7 @@ use harness::{PgServer, directory, program, server_port, skip};
 use serde_json::Value;
 use tokio::time::{Instant, sleep};
 
-use crate::exporter::{Exporter, LIMIT, node, piped, server};
+use crate::exporter::{Exporter, LIMIT, Scrape, node, piped, server};
 use crate::scene::write;
 
 /// One that keeps WAL for a standby, with somebody connected and a slot nobody uses.
@@ -60,15 +60,21 @@ async fn promtool_has_nothing_to_say() {
     assert_eq!((checked.stdout.as_str(), checked.stderr.as_str()), ("", ""), "{text}");
 }
 
+fn client() -> reqwest::Client {
+    reqwest::Client::builder().no_proxy().timeout(LIMIT).build().unwrap()
+}
+
+/// What Prometheus answers to a request; nothing if it does not.
+async fn answer(request: reqwest::RequestBuilder) -> Value {
+    let Ok(answer) = request.send().await else { return Value::Null };
+    serde_json::from_str(&answer.text().await.unwrap()).unwrap_or_default()
+}
+
 /// What Prometheus answers to a query: the value of each series.
 async fn query(port: u16, query: &str) -> Vec<f64> {
     let url = format!("http://127.0.0.1:{port}/api/v1/query");
-    let client = reqwest::Client::builder().no_proxy().timeout(LIMIT).build().unwrap();
-    let request = client.post(url).header("content-type", "application/x-www-form-urlencoded");
-    let Ok(answer) = request.body(format!("query={query}")).send().await else {
-        return Vec::new();
-    };
-    let answer: Value = serde_json::from_str(&answer.text().await.unwrap()).unwrap_or_default();
+    let request = client().post(url).header("content-type", "application/x-www-form-urlencoded");
+    let answer = answer(request.body(format!("query={query}"))).await;
     let series = answer["data"]["result"].as_array().cloned().unwrap_or_default();
     series.iter().map(|it| it["value"][1].as_str().unwrap().parse().unwrap()).collect()
 }
@@ -107,6 +113,13 @@ async fn prometheus_scrapes_it_without_a_warning() {
         query(port, "count_over_time(up[1m])").await.first().is_some_and(|it| 5.0 <= *it)
     })
     .await;
+    let url = format!("http://127.0.0.1:{port}/api/v1/status/buildinfo");
+    let built = answer(client().get(url)).await;
+    let version = built["data"]["version"].as_str().unwrap();
+    let mut numbers = version.split('.').map(|it| it.parse::<u32>().unwrap_or(0));
+    let version = (version, numbers.next().unwrap(), numbers.next().unwrap());
+    println!("Prometheus {}", version.0);
+    assert!((2, 53) <= (version.1, version.2), "{version:?}");
     for (expression, expected) in [
         ("min_over_time(up[1m])", vec![1.0]),
         ("pgmesh_lag_replay_lag_seconds{node=\"standby\"}", vec![0.0]),
@@ -188,8 +201,21 @@ async fn without_pg_monitor_nothing_is_made_up() {
     assert_eq!(scrape.of("target_up", "standby"), Some(1.0));
     // Positions are for everybody.
     assert!(scrape.of("wal_lsn_bytes", "standby").is_some());
+    // It is told once of each server, not again on each connection.
+    let lost = |it: &Scrape| {
+        let nodes = ["primary", "standby"].map(|node| [("node", node), ("stage", "dial")]);
+        nodes.iter().all(|labels| it.value("target_errors_total", labels) == Some(1.0))
+    };
+    sleep(Duration::from_secs(2)).await;
+    for server in [&primary, &standby] {
+        let terminate = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity";
+        server.psql(&format!("{terminate} WHERE usename = 'lag'")).await;
+    }
+    exporter.until("the sessions were replaced", LIMIT, lost).await;
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!(exporter.scrape().await.of("target_up", "standby"), Some(1.0));
     let finished = exporter.stop().await;
-    assert!(finished.stdout.contains("GRANT pg_monitor"), "{finished}");
+    assert_eq!(finished.stdout.matches("GRANT pg_monitor").count(), 2, "{finished}");
 }
 
 #[tokio::test]

@@ -16,6 +16,7 @@ mod faults;
 mod harness;
 mod lag_accuracy;
 mod lag_changes;
+mod lag_connections;
 mod lag_metrics;
 mod lease;
 mod many_objects;

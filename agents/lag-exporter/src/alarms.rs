@@ -16,8 +16,15 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 const REJOIN: &str = "run pg_rewind on it, or rebuild it";
 /// Of several primaries. What only one of them has is lost when the other is kept.
 const CHOOSE: &str = "decide which one stays; stop the other, keep its data, then pg_rewind it";
-/// Without a primary.
+/// Without the primary that was there.
 const PROMOTE: &str = "see whether it runs and takes connections; if it is lost, promote a standby";
+/// Where none was ever there: perhaps all is well with one that is elsewhere.
+const FIND: &str = "see whether one is a member and takes connections of this role; a standby \
+                    cluster needs a leader that streams, and every member to be seen once";
+
+/// So many looks may go by before it is told that no primary was ever seen: a standby leader is only
+/// known when each member was asked, and then asked again.
+const NEVER_SEEN_AFTER: u32 = 15;
 
 /// What was told last.
 #[derive(Debug, Default)]
@@ -29,7 +36,9 @@ pub struct Alarms {
 struct GroupAlarms {
     diverged: BTreeSet<String>,
     rivals: Option<Rivals>,
-    /// Whether nobody knows a primary.
+    /// For how many looks nobody has known a primary.
+    headless: u32,
+    /// Whether that was told.
     is_headless: bool,
     /// The primary there was last.
     primary: Option<Place>,
@@ -77,9 +86,13 @@ pub enum Event {
     PrimaryUnknown {
         /// The last one, and how far it had written.
         last: Option<Place>,
+        /// Whether several are there.
+        are_several: bool,
     },
     /// One is known.
     PrimaryKnown(Place),
+    /// There is none, but a leader of a standby cluster is known.
+    LeaderKnown(Place),
 }
 
 impl Alarms {
@@ -109,7 +122,7 @@ impl Alarms {
                 () = shutdown.cancelled() => return Ok(()),
                 () = sleep(LOOK_EVERY) => {}
             }
-            for (group, event) in self.update(&fleet.snapshot().groups) {
+            for (group, event) in self.update(&fleet.groups()) {
                 event.log(group);
             }
         }
@@ -126,22 +139,25 @@ impl GroupAlarms {
     }
 
     fn primary(&mut self, group: &GroupView, events: &mut Vec<Event>) {
-        let primary = group.primary.as_ref().and_then(|name| node(group, name)).map(place);
-        let was_headless = std::mem::replace(&mut self.is_headless, primary.is_none());
-        match primary {
-            None if !was_headless => {
-                events.push(Event::PrimaryUnknown { last: self.primary.clone() });
+        let place_of = |name: &Option<String>| node(group, name.as_ref()?).map(place);
+        let (primary, leader) = (place_of(&group.primary), place_of(&group.standby_leader));
+        if primary.is_none() && leader.is_none() {
+            let are_several = group.primaries > 1;
+            let was_seen = self.primary.is_some() || are_several;
+            self.headless = self.headless.saturating_add(1);
+            let is_due = was_seen || NEVER_SEEN_AFTER <= self.headless;
+            if is_due && !std::mem::replace(&mut self.is_headless, true) {
+                events.push(Event::PrimaryUnknown { last: self.primary.clone(), are_several });
             }
-            None => {}
-            Some(primary) => {
-                if was_headless {
-                    events.push(Event::PrimaryKnown(primary.clone()));
-                }
-                // One that has just gone no longer says where it is.
-                if primary.position != UNKNOWN {
-                    self.primary = Some(primary);
-                }
-            }
+            return;
+        }
+        self.headless = 0;
+        // One that has just gone no longer says where it is.
+        if let Some(primary) = primary.clone().filter(|it| it.position != UNKNOWN) {
+            self.primary = Some(primary);
+        }
+        if std::mem::take(&mut self.is_headless) {
+            events.extend(primary.map(Event::PrimaryKnown).or(leader.map(Event::LeaderKnown)));
         }
     }
 
@@ -242,12 +258,20 @@ impl Event {
                 let (nodes, silent) = (nodes.join(", "), silent.join(", "));
                 info!(group, nodes, silent, "two primaries no longer seen");
             }
-            Self::PrimaryUnknown { last } => {
+            Self::PrimaryUnknown { last, are_several } => {
+                let next = match last {
+                    _ if *are_several => CHOOSE,
+                    Some(_) => PROMOTE,
+                    None => FIND,
+                };
                 let last = list(last.as_slice());
-                warn!(group, last, next = PROMOTE, "primary unknown: no lag can be told");
+                warn!(group, last, next, "primary unknown: no lag can be told");
             }
             Self::PrimaryKnown(Place { node, position }) => {
                 info!(group, node, timeline = position, "primary known");
+            }
+            Self::LeaderKnown(Place { node, position }) => {
+                info!(group, node, timeline = position, "standby leader known");
             }
         }
     }
@@ -285,6 +309,13 @@ mod tests {
         group.primary = None;
     }
 
+    /// What is told in the end.
+    fn told(turns: Vec<GroupView>) -> Vec<Event> {
+        let mut alarms = Alarms::default();
+        let events = turns.into_iter().flat_map(|group| alarms.update(&[group]));
+        events.map(|(_, event)| event).collect()
+    }
+
     #[test]
     fn each_thing_is_told_once_when_it_begins_and_once_when_it_is_over() {
         let well = || group(|_| ());
@@ -295,13 +326,13 @@ mod tests {
         let not_diverged = || Event::NotDiverged("postgres-2".to_owned());
         let rivals = || vec![primary.clone(), silent.clone()];
         let one = Event::OnePrimary { nodes: names(), silent: vec!["postgres-3".to_owned()] };
-        let unknown = || Event::PrimaryUnknown { last: Some(primary.clone()) };
+        let unknown = || Event::PrimaryUnknown { last: Some(primary.clone()), are_several: false };
         let not_asked = |group: &mut GroupView| {
             headless(group);
             group.nodes[2].up = None;
         };
         let left = |group: &mut GroupView| drop(group.nodes.remove(1));
-        let table: [(&str, Vec<GroupView>, Vec<Event>); 10] = [
+        let table: [(&str, Vec<GroupView>, Vec<Event>); 9] = [
             ("all is well", vec![well(), well()], vec![]),
             (
                 "it stays diverged, and is mended",
@@ -356,18 +387,52 @@ mod tests {
                 ],
                 vec![unknown()],
             ),
-            (
-                "there never was one",
-                vec![group(headless)],
-                vec![Event::PrimaryUnknown { last: None }],
-            ),
             ("not all were asked yet", vec![group(not_asked), well()], vec![]),
         ];
         for (name, turns, expected) in table {
-            let mut alarms = Alarms::default();
-            let events = turns.into_iter().flat_map(|group| alarms.update(&[group]));
-            let expected: Vec<_> = expected.into_iter().map(|event| (0, event)).collect();
-            assert_eq!(events.collect::<Vec<_>>(), expected, "{name}");
+            assert_eq!(told(turns), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn where_no_primary_was_seen_there_may_be_one_elsewhere() {
+        let [primary, standby] = [0, 1].map(|index| place(&group(|_| ()).nodes[index]));
+        let never = |are_several| Event::PrimaryUnknown { last: None, are_several };
+        let looks = |change: fn(&mut GroupView), count: u32| -> Vec<_> {
+            (0..count).map(|_| group(change)).collect()
+        };
+        let lead = |group: &mut GroupView| {
+            headless(group);
+            group.standby_leader = Some("postgres-2".to_owned());
+        };
+        let table: [(&str, Vec<GroupView>, Vec<Event>); 5] = [
+            ("there was none yet", looks(headless, NEVER_SEEN_AFTER - 1), vec![]),
+            (
+                "there never was one, and then there is",
+                [looks(headless, NEVER_SEEN_AFTER + 9), looks(|_| (), 2)].concat(),
+                vec![never(false), Event::PrimaryKnown(primary.clone())],
+            ),
+            (
+                "several at once",
+                vec![group(|group| {
+                    headless(group);
+                    group.primaries = 2;
+                })],
+                vec![never(true)],
+            ),
+            (
+                "it is elsewhere",
+                [looks(headless, 3), looks(lead, 3), looks(headless, 3)].concat(),
+                vec![],
+            ),
+            (
+                "its leader goes and comes",
+                [looks(lead, 3), looks(headless, NEVER_SEEN_AFTER), looks(lead, 3)].concat(),
+                vec![never(false), Event::LeaderKnown(standby.clone())],
+            ),
+        ];
+        for (name, turns, expected) in table {
+            assert_eq!(told(turns), expected, "{name}");
         }
     }
 

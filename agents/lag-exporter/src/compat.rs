@@ -9,10 +9,10 @@ use crate::metrics::{NodeRow, Rows, gauges};
 /// Name, help and value.
 type Gauge = (&'static str, &'static str, fn(&NodeRow<'_>) -> Option<f64>);
 
-/// Of a primary that exporter says 0.
+/// Of a primary that exporter says 0. A second one may lack anything.
 fn lag(node: &NodeRow<'_>) -> Option<f64> {
     if node.is_primary() {
-        return Some(0.0);
+        return (node.group.view.primary.as_ref() == Some(&node.view.name)).then_some(0.0);
     }
     Some(node.view.lag.as_ref()?.replay.estimate?.as_secs_f64())
 }
@@ -22,7 +22,7 @@ const NODE_GAUGES: &[Gauge] = &[
         let is_up = it.view.up? && it.view.fresh_connect != Some(false);
         Some(f64::from(u8::from(is_up)))
     }),
-    ("pg_replication_lag_seconds", "As pgmesh_lag_replay_lag_seconds; 0 on a primary.", lag),
+    ("pg_replication_lag_seconds", "As pgmesh_lag_replay_lag_seconds; 0 on the primary.", lag),
     ("pg_replication_lag", "As pg_replication_lag_seconds.", lag),
     ("pg_replication_is_replica", "1 if the node is a standby.", |it| {
         it.state().map(|_| f64::from(u8::from(!it.is_primary())))

@@ -11,7 +11,7 @@ use crate::quorum::quorum;
 use crate::senders::{sender_views, slot_view};
 use crate::split::{Reign, fresh};
 use crate::view::{
-    Clock, DetailsView, GroupView, LagState, LagView, NodeState, NodeView, Quorum, Role, Rpo,
+    Clock, DetailsView, GroupView, Lag, LagState, LagView, NodeState, NodeView, Quorum, Role, Rpo,
 };
 
 /// Details older than this say nothing about now: several times the interval between them.
@@ -24,7 +24,9 @@ pub fn view(group: &Group, now: Duration) -> GroupView {
     let reigns = group.reigns();
     let fresh: Vec<_> = fresh(&reigns, now, stale_after).map(|(_, reign)| reign).collect();
     let uncontested = line.filter(|line| servers(writers(&fresh, line)) <= 1);
-    let context = Context { line: uncontested, now, stale_after };
+    // An age on a leader's disk means nothing without the leader.
+    let measures = |line: &&Line| !line.is_of_standby || line.is_fresh(now, stale_after);
+    let context = Context { line: uncontested.filter(measures), now, stale_after };
     let primary = context.line.filter(|line| line.is_fresh(now, stale_after));
     let source = primary.and_then(|line| line.source.as_ref());
     let source = source.and_then(|it| group.nodes.get_key_value(&it.name));
@@ -40,6 +42,7 @@ pub fn view(group: &Group, now: Duration) -> GroupView {
         nodes: nodes.map(|(name, node)| context.node(name, node)).collect(),
         primaries: servers(fresh.iter()),
         primary: source.map(|(name, _)| name.clone()),
+        standby_leader: primary.filter(|line| line.is_of_standby).and_then(Line::source_name),
         primary_sample_age: asked_at.map(|asked_at| now.saturating_sub(asked_at)),
         system_identifier: line.map(|line| line.system_identifier),
         timeline: line.map(|line| line.timeline),
@@ -84,22 +87,30 @@ impl Context<'_> {
         let state = fresh.map(|sample| state(sample, node));
         NodeView {
             name: name.to_owned(),
-            up: node.up,
+            is_member: node.left_at.is_none(),
+            // One that was lately not asked at all does not answer either.
+            up: node.up.map(|_| fresh.is_some()),
             fresh_connect: node.fresh_connect,
             last_success_age: node.sample.map(|it| now.saturating_sub(it.answered_at)),
             round_trip: node.sample.as_ref().map(round_trip),
-            lag: self.lag(node),
-            details: self.details(node).map(|details| self.details_view(details, state.as_ref())),
+            lag: self.lag(name, node),
+            details: self
+                .details(node)
+                .map(|details| self.details_view(details, node, state.as_ref())),
             state,
         }
     }
 
-    fn lag(self, node: &NodeMemory) -> Option<LagView> {
+    fn lag(self, name: &str, node: &NodeMemory) -> Option<LagView> {
         let state = match (node.fresh(self.now, self.stale_after), self.line) {
             (Some(Sample { position: Position::Primary { .. }, .. }), _) => return None,
             (Some(_), Some(line)) => {
                 let standby = self.standby(node)?;
-                return Some(lag::lag(standby, line, self.stale_after));
+                let lag = lag::lag(standby, line, self.stale_after);
+                // What the leader itself has not received, nobody here knows.
+                let leads = line.is_of_standby && line.source_name().as_deref() == Some(name);
+                let unknown = LagView { receive: Lag::default(), receive_bytes: None, ..lag };
+                return Some(if leads { unknown } else { lag });
             }
             (Some(_), None) => LagState::PrimaryUnknown,
             (None, _) if node.up.is_none() => LagState::Unknown,
@@ -116,6 +127,7 @@ impl Context<'_> {
             position,
             received_before: node.received_before,
             timeline: node.timeline,
+            replayed_on_it: node.replayed_surely.map(|it| it.lsn),
             ahead_on: node.ahead_on,
             bytes_per_second: node.replay_pace.bytes_per_second(),
         })
@@ -124,17 +136,45 @@ impl Context<'_> {
     /// Which standby has most of the primary's WAL on its disk, and what it lacks.
     fn rpo(self, group: &Group) -> Rpo {
         let Some(line) = self.line else { return Rpo::Unknown };
-        let candidates = group.nodes.iter().filter_map(|(name, node)| {
-            let standby = self.standby(node)?;
-            let positions = lag::positions(standby, line).ok()?;
-            Some((positions.receive, name, lag::lag(standby, line, self.stale_after)))
-        });
-        let best = candidates.max_by_key(|(received, ..)| *received);
-        best.map_or(Rpo::NoStandby, |(_, name, LagView { receive, receive_bytes, .. })| Rpo::Loss {
-            standby: name.clone(),
-            lag: receive,
-            bytes: receive_bytes,
-        })
+        let mut best: Option<(u64, &String, LagView)> = None;
+        let mut lower = Some(Duration::MAX);
+        let mut is_undecided = false;
+        for (name, node) in &group.nodes {
+            match self.received(node, line) {
+                Ok(Some((received, lag))) => {
+                    lower = lower.min(lag.receive.lower);
+                    if best.as_ref().is_none_or(|(most, ..)| *most < received) {
+                        best = Some((received, name, lag));
+                    }
+                }
+                Ok(None) | Err(LagState::Diverged | LagState::OtherCluster) => {}
+                // It may have more than all that are known.
+                Err(state) => {
+                    lower = None;
+                    is_undecided |= state == LagState::Unknown;
+                }
+            }
+        }
+        match best {
+            Some((_, name, LagView { receive, receive_bytes, .. })) => Rpo::Loss {
+                standby: name.clone(),
+                lag: Lag { lower, ..receive },
+                bytes: receive_bytes,
+            },
+            None if is_undecided => Rpo::Unknown,
+            None => Rpo::NoStandby,
+        }
+    }
+
+    /// How far a standby has received the line, and its lag; `None` of a primary.
+    fn received(self, node: &NodeMemory, line: &Line) -> Result<Option<(u64, LagView)>, LagState> {
+        if node.fresh(self.now, self.stale_after).is_none() {
+            let is_asked = node.up.is_some();
+            return Err(if is_asked { LagState::Unreachable } else { LagState::Unknown });
+        }
+        let Some(standby) = self.standby(node) else { return Ok(None) };
+        let received = lag::positions(standby, line)?.receive;
+        Ok(Some((received, lag::lag(standby, line, self.stale_after))))
     }
 
     /// The details of a node that answers, unless they are too old.
@@ -144,15 +184,22 @@ impl Context<'_> {
         node.details.as_deref().filter(is_fresh)
     }
 
-    fn details_view(self, details: &Details, state: Option<&NodeState>) -> DetailsView {
+    fn details_view(
+        self,
+        details: &Details,
+        node: &NodeMemory,
+        state: Option<&NodeState>,
+    ) -> DetailsView {
         let end_lsn = state.and_then(|state| state.wal_lsn).map(u64::from);
-        let rate = self.line.and_then(|line| line.runway_rate.bytes_per_second());
-        let slots = details.slots.as_ref();
+        let slots = details.slots.as_ref().map(|slots| {
+            let view = |slot| slot_view(slot, end_lsn, node.slot_paces.growth(slot));
+            slots.iter().map(view).collect()
+        });
         let standby = details.standby.as_ref();
         DetailsView {
             age: Some(self.now.saturating_sub(details.answered_at)),
             senders: details.senders.as_deref().map(sender_views),
-            slots: slots.map(|it| it.iter().map(|slot| slot_view(slot, end_lsn, rate)).collect()),
+            slots,
             conflicts: details.conflicts,
             archiver: details.archiver,
             apply_delay: standby.and_then(|it| it.apply_delay),

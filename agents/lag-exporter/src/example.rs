@@ -30,6 +30,7 @@ pub(crate) fn example() -> Snapshot {
     };
     let node = |name: &str, state, lag, details| NodeView {
         name: name.to_owned(),
+        is_member: true,
         up: Some(true),
         fresh_connect: Some(true),
         last_success_age: seconds(500),
@@ -137,6 +138,7 @@ pub(crate) fn example() -> Snapshot {
         ],
         primaries: 1,
         primary: Some("postgres-1".to_owned()),
+        standby_leader: None,
         primary_sample_age: seconds(400),
         system_identifier: Some(7_710_571_483_085_197_328),
         timeline: Some(3),

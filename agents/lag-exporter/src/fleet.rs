@@ -130,6 +130,15 @@ struct Known {
     is_ready: bool,
 }
 
+impl Known {
+    fn views(&self) -> Vec<GroupView> {
+        let now = clock::now();
+        // One without nodes is only remembered.
+        let groups = self.groups.values().filter(|group| !group.nodes.is_empty());
+        groups.map(|group| group.view(now)).collect()
+    }
+}
+
 impl Fleet {
     /// No group yet.
     pub fn new(cluster: &str, limits: Limits) -> Self {
@@ -176,10 +185,15 @@ impl Fleet {
             let group = groups.entry(number).or_insert_with(|| Group::new(number, self.limits));
             group.set_members(&names, now);
         }
-        groups.retain(|_, group| !group.nodes.is_empty());
+        groups.retain(|_, group| !group.is_forgotten(now));
         targets.retain(|(number, name), _| {
             groups.get(number).is_some_and(|group| group.nodes.contains_key(name))
         });
+    }
+
+    /// Whether `node` is a member, or left not long ago.
+    pub fn remembers(&self, node: &Node) -> bool {
+        self.known().targets.contains_key(&(node.group, node.name.clone()))
     }
 
     /// Takes in what was learnt about `node`. Returns whether it should be asked for a seed.
@@ -211,9 +225,12 @@ impl Fleet {
                 target.error = Some(failure.error);
                 Report::Failed { at, stage: failure.stage }
             }
-            Learnt::Sample(Err(failure))
-            | Learnt::Details(Err(failure))
-            | Learnt::Seed(Err(failure)) => {
+            // Which says nothing about its positions.
+            Learnt::Seed(Err(failure)) => {
+                target.count(failure.stage);
+                Report::SeedRefused
+            }
+            Learnt::Sample(Err(failure)) | Learnt::Details(Err(failure)) => {
                 target.count(failure.stage);
                 target.error = Some(failure.error);
                 Report::Failed { at, stage: failure.stage }
@@ -244,29 +261,75 @@ impl Fleet {
 
     /// What is known now.
     pub fn snapshot(&self) -> Snapshot {
-        let now = clock::now();
         let known = self.known();
-        let groups = known.groups.values().map(|group| group.view(now)).collect();
+        let groups = known.views();
         let targets = known.targets.values().cloned().collect();
         Snapshot { cluster: self.cluster.to_string(), made_at: Utc::now(), groups, targets }
+    }
+
+    /// The groups of a [`Snapshot`].
+    pub fn groups(&self) -> Vec<GroupView> {
+        self.known().views()
     }
 
     /// Why the first round is not over. Once it is, a node that comes later, or does not answer,
     /// is no reason.
     pub fn not_ready(&self) -> Option<String> {
-        if self.known().is_ready {
+        let mut known = self.known();
+        if known.is_ready {
             return None;
         }
-        let groups = self.snapshot().groups;
-        let nodes = || groups.iter().flat_map(|group| &group.nodes);
+        let nodes = || known.groups.values().flat_map(|group| group.nodes.values());
         let waiting = nodes().filter(|node| node.up.is_none()).count();
         match (nodes().count(), waiting) {
             (0, _) => Some("no node is known yet".to_owned()),
             (_, 0) => {
-                self.known().is_ready = true;
+                known.is_ready = true;
                 None
             }
             (all, waiting) => Some(format!("{waiting} of {all} nodes were not asked yet")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio_postgres::types::PgLsn;
+
+    use super::*;
+    use crate::observation::{Identity, Position};
+
+    #[test]
+    fn a_seed_that_is_refused_is_asked_for_once_and_proves_nothing() {
+        let limits = Limits {
+            stale_after: Duration::from_secs(5),
+            history: Duration::from_hours(1),
+            forget_after: Duration::from_mins(5),
+        };
+        let node = Node { group: 0, name: "a".to_owned(), host: "a".to_owned(), port: 5432 };
+        let fleet = Fleet::new("demo", limits);
+        fleet.set_members(std::slice::from_ref(&node));
+        assert_eq!(fleet.not_ready().as_deref(), Some("1 of 1 nodes were not asked yet"));
+        let sample = || Sample {
+            asked_at: clock::now(),
+            answered_at: clock::now(),
+            identity: Identity {
+                system_identifier: 7,
+                server_version: 170_002,
+                wal_segment_bytes: 16 << 20,
+                started_at: DateTime::UNIX_EPOCH,
+            },
+            clock_ahead: chrono::TimeDelta::zero(),
+            position: Position::Primary { timeline: 1, flush_lsn: PgLsn::from(5), fork_lsn: None },
+        };
+        assert!(fleet.record(&node, Learnt::Sample(Ok(sample()))), "a seed is wanted");
+        let refused =
+            Failure { stage: Stage::Query, error: "permission denied".to_owned(), is_final: false };
+        assert!(!fleet.record(&node, Learnt::Seed(Err(refused))));
+        assert_eq!(fleet.groups()[0].nodes[0].up, Some(true));
+        assert_eq!(fleet.snapshot().targets[0].error, None);
+        assert!(!fleet.record(&node, Learnt::Sample(Ok(sample()))));
+        assert_eq!(fleet.not_ready(), None);
+        assert!(fleet.remembers(&node));
     }
 }

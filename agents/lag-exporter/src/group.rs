@@ -7,10 +7,12 @@ use chrono::{DateTime, Utc};
 
 use crate::decide;
 use crate::history::SavedGroup;
+use crate::leader;
 use crate::line::{Change, Line, Offer, Replayed, Source};
-use crate::observation::{Details, Position, Report, Sample, StandbyPosition};
+use crate::observation::{Details, Position, Report, Sample, Stage, StandbyPosition};
 use crate::pace::Pace;
-use crate::ring::Ring;
+use crate::ring::{Ring, micros};
+use crate::senders::SlotPaces;
 use crate::split::{Reign, Rivals};
 use crate::view::GroupView;
 
@@ -55,9 +57,15 @@ pub(crate) struct NodeMemory {
     pub(crate) ahead_on: Option<u32>,
     /// What it was when it was last seen in recovery.
     replayed: Option<Replayed>,
+    /// The same at the last moment after which its timeline was learnt: it may have moved on to a
+    /// newer one since.
+    pub(crate) replayed_surely: Option<Replayed>,
     pub(crate) replay_pace: Pace,
     pub(crate) reign: Option<Reign>,
     pub(crate) details: Option<Box<Details>>,
+    pub(crate) slot_paces: SlotPaces,
+    /// Whether the last question was refused.
+    is_refused: bool,
     /// When it left the topology.
     pub(crate) left_at: Option<Duration>,
 }
@@ -72,9 +80,12 @@ impl NodeMemory {
             timeline: None,
             ahead_on: None,
             replayed: None,
+            replayed_surely: None,
             replay_pace: Pace::over(REPLAY_WINDOW),
             reign: None,
             details: None,
+            slot_paces: SlotPaces::default(),
+            is_refused: false,
             left_at: None,
         }
     }
@@ -112,12 +123,50 @@ impl NodeMemory {
             let Sample { asked_at, answered_at, .. } = *sample;
             let replayed = |timeline| Replayed { asked_at, answered_at, timeline, lsn };
             self.replayed = self.timeline.map(replayed);
+            // A receiver is asked after the position, and replay is not beyond its timeline.
+            if received.is_some() {
+                self.replayed_surely = self.replayed;
+            }
         }
+    }
+
+    /// Takes in what a standby said between two samples.
+    fn learn(&mut self, details: Box<Details>) {
+        let timeline = details.standby.as_ref().and_then(|standby| standby.timeline);
+        // Details of a standby say nothing about the primary that it has become since.
+        if self.reign.is_none() && timeline.is_some() {
+            self.timeline = self.timeline.max(timeline);
+            if let (
+                Some(Sample {
+                    asked_at, answered_at, position: Position::Standby(position), ..
+                }),
+                Some(timeline),
+            ) = (self.sample, self.timeline)
+                && let Some(lsn) = position.replay_lsn.map(u64::from)
+                && answered_at <= details.asked_at
+            {
+                self.replayed_surely = Some(Replayed { asked_at, answered_at, timeline, lsn });
+            }
+        }
+        // They were asked for right after the positions.
+        let end_lsn = self.sample.and_then(|sample| sample.position.lsn());
+        self.slot_paces.push(details.answered_at, end_lsn, details.slots.as_deref());
+        self.details = Some(details);
+    }
+
+    /// Takes in that a question was not answered.
+    fn fail(&mut self, stage: Stage) {
+        // A promotion makes a server refuse the question that it interrupts.
+        let was_refused = std::mem::replace(&mut self.is_refused, stage == Stage::Query);
+        if self.is_refused && !was_refused && self.up == Some(true) {
+            return;
+        }
+        self.up = Some(false);
     }
 
     /// Compares what it had replayed with what the primary said later.
     fn compare(&mut self, timeline: u32, source: &Source) {
-        let is_ahead = self.replayed.is_some_and(|it| {
+        let is_ahead = self.replayed_surely.is_some_and(|it| {
             it.timeline == timeline
                 && it.answered_at <= source.asked_at
                 && source.flush_lsn < it.lsn
@@ -160,7 +209,8 @@ impl Group {
 
     /// What another process would need to know.
     pub fn saved(&self) -> Option<SavedGroup> {
-        self.line.as_ref().map(|line| SavedGroup {
+        // A primary that comes cannot be compared with the disk of a standby.
+        self.line.as_ref().filter(|line| !line.is_of_standby).map(|line| SavedGroup {
             group: self.number,
             system_identifier: line.system_identifier,
             timeline: line.timeline,
@@ -170,16 +220,31 @@ impl Group {
     }
 
     /// Says which nodes the topology has now. One that it no longer has is remembered for
-    /// [`Limits::forget_after`].
+    /// [`Limits::forget_after`], and longer if it is a primary beside another one.
     pub fn set_members(&mut self, names: &[String], now: Duration) {
         for name in names {
             self.nodes.entry(name.clone()).or_insert_with(NodeMemory::new).left_at = None;
         }
         let forget_after = self.limits.forget_after;
         self.nodes.retain(|name, node| {
+            // Of one that was never asked there is nothing to remember.
+            if !names.contains(name) && node.up.is_none() {
+                return false;
+            }
             let left_at = (!names.contains(name)).then(|| *node.left_at.get_or_insert(now));
             left_at.is_none_or(|left_at| now < left_at + forget_after)
         });
+    }
+
+    /// Whether nothing is left of it: neither a node nor a position whose age may still be asked
+    /// for. A group may be missing from the topology for a while, as when it is read for the first
+    /// time.
+    pub fn is_forgotten(&self, now: Duration) -> bool {
+        let newest = self.line.as_ref().and_then(|line| line.ring.newest());
+        let knows_ages = newest.is_some_and(|newest| {
+            micros(now).saturating_sub(newest.not_passed_at) < micros(self.limits.history)
+        });
+        self.nodes.is_empty() && !knows_ages
     }
 
     /// Takes in what was learnt about a node; what is said of a node nobody named is dropped.
@@ -187,20 +252,18 @@ impl Group {
         let node = self.nodes.get_mut(name)?;
         match report {
             Report::Sample(sample) => return self.record_sample(name, sample),
-            Report::Details(details) => {
-                let timeline = details.standby.as_ref().and_then(|standby| standby.timeline);
-                // Details of a standby say nothing about the primary that it has become since.
-                if node.reign.is_none() {
-                    node.timeline = node.timeline.max(timeline);
-                }
-                node.details = Some(details);
-            }
+            Report::Details(details) => node.learn(details),
             Report::Seed(seed) => {
                 if let Some(line) = &mut self.line {
                     line.plant(name, &seed);
                 }
             }
-            Report::Failed { .. } => node.up = Some(false),
+            Report::SeedRefused => {
+                if let Some(line) = &mut self.line {
+                    line.leave_unplanted(name);
+                }
+            }
+            Report::Failed { stage, .. } => node.fail(stage),
             Report::FreshConnect { outcome, .. } => node.fresh_connect = Some(outcome.is_ok()),
         }
         None
@@ -209,7 +272,7 @@ impl Group {
     /// The primary that should be asked for a [`crate::observation::Seed`], or none. Once it is
     /// recorded, no longer; one without files is as good as any.
     pub fn wants_seed(&self) -> Option<&str> {
-        let line = self.line.as_ref().filter(|line| line.wants_seed)?;
+        let line = self.line.as_ref().filter(|line| line.wants_seed && !line.is_of_standby)?;
         line.source.as_ref().map(|source| source.name.as_str())
     }
 
@@ -218,11 +281,10 @@ impl Group {
         decide::view(self, now)
     }
 
-    /// Who says that they are primaries. A node that left the topology does not count: it may be
-    /// another one by a new name.
+    /// Who says that they are primaries, also after they left the topology: Patroni's members
+    /// leave it when Patroni dies, and the server may go on.
     pub(crate) fn reigns(&self) -> Vec<(&str, Reign)> {
-        let members = self.nodes.iter().filter(|(_, node)| node.left_at.is_none());
-        members.filter_map(|(name, node)| Some((name.as_str(), node.reign?))).collect()
+        self.nodes.iter().filter_map(|(name, node)| Some((name.as_str(), node.reign?))).collect()
     }
 
     fn record_sample(&mut self, name: &str, sample: Sample) -> Option<Change> {
@@ -232,30 +294,51 @@ impl Group {
         }
         let identity = sample.identity;
         node.forget_unless(identity.system_identifier, identity.started_at);
-        node.up = Some(true);
-        let mut change = None;
-        match sample.position {
-            Position::Standby(position) => node.follows(&sample, &position),
-            Position::Primary { timeline, flush_lsn, fork_lsn } => {
-                let flush_lsn = u64::from(flush_lsn);
-                node.reigns(&sample, timeline, flush_lsn);
-                let (fork_lsn, replayed) = (fork_lsn.map(u64::from), node.replayed);
-                let offer =
-                    Offer { name, sample: &sample, timeline, flush_lsn, fork_lsn, replayed };
-                let line = self.line.get_or_insert_with(|| Line::begin(offer));
-                change = line.follow(offer, self.limits);
-                if let Some(source) = line.source.as_ref().filter(|it| it.name == name) {
-                    for node in self.nodes.values_mut() {
-                        node.compare(timeline, source);
-                    }
-                }
+        (node.up, node.is_refused) = (Some(true), false);
+        let replayed = node.replayed;
+        let offer = |timeline, flush_lsn, fork_lsn| Offer {
+            name,
+            sample: &sample,
+            timeline,
+            flush_lsn,
+            fork_lsn,
+            replayed,
+        };
+        let offer = match sample.position {
+            Position::Standby(position) => {
+                node.follows(&sample, &position);
+                let timeline = node.timeline;
+                let leads = timeline.zip(leader::leads(self, name, &sample));
+                leads.map(|(timeline, received)| offer(timeline, received, None))
             }
-        }
+            Position::Primary { timeline, flush_lsn, fork_lsn } => {
+                let (flush_lsn, fork_lsn) = (flush_lsn.into(), fork_lsn.map(u64::from));
+                node.reigns(&sample, timeline, flush_lsn);
+                Some(offer(timeline, flush_lsn, fork_lsn))
+            }
+        };
+        let change = offer.and_then(|offer| self.follow(offer));
         let mut rivals = std::mem::take(&mut self.rivals);
         rivals.update(&self.reigns(), sample.answered_at, self.limits.stale_after);
+        for (_, node) in self.nodes.iter_mut().filter(|(name, _)| rivals.has(name)) {
+            node.left_at = node.left_at.map(|_| sample.answered_at);
+        }
         self.rivals = rivals;
         if let Some(node) = self.nodes.get_mut(name) {
             node.sample = Some(sample);
+        }
+        change
+    }
+
+    fn follow(&mut self, offer: Offer<'_>) -> Option<Change> {
+        let line = self.line.get_or_insert_with(|| Line::begin(offer));
+        let change = line.follow(offer, self.limits);
+        let is_primary = !line.is_of_standby;
+        if let Some(source) = line.source.as_ref().filter(|it| is_primary && it.name == offer.name)
+        {
+            for node in self.nodes.values_mut() {
+                node.compare(offer.timeline, source);
+            }
         }
         change
     }

@@ -24,6 +24,8 @@ pub struct Standby<'a> {
     pub received_before: Option<u64>,
     /// The newest timeline of which it surely has WAL.
     pub timeline: Option<u32>,
+    /// How far it had replayed when that was learnt.
+    pub replayed_on_it: Option<u64>,
     /// The timeline on which it had replayed more than the primary had written later on.
     pub ahead_on: Option<u32>,
     /// Bytes that it replays per second.
@@ -55,7 +57,8 @@ pub fn lag(standby: Standby<'_>, line: &Line, stale_after: Duration) -> LagView 
     let bytes = |lsn: u64| end.map(|end| end.saturating_sub(lsn));
     let (state, mut replay_lag) = behind(replay);
     if replay < replay_at_most {
-        replay_lag.lower = replay_lag.lower.min(behind(replay_at_most).1.lower);
+        let at_least = behind(replay_at_most).1.lower.unwrap_or_default();
+        replay_lag.lower = replay_lag.lower.map(|lower| lower.min(at_least));
     }
     let replay_bytes = bytes(replay);
     LagView {
@@ -73,7 +76,7 @@ pub fn lag(standby: Standby<'_>, line: &Line, stale_after: Duration) -> LagView 
 pub struct Positions {
     /// How far it has replayed, for all that queries can see.
     pub replay: u64,
-    /// The same, unless only the first signs of a record's missing part are there.
+    /// The same, unless what it has received beyond that may be part of a single record.
     pub replay_at_most: u64,
     /// How far it has the line's WAL on its disk.
     pub receive: u64,
@@ -85,14 +88,14 @@ pub struct Positions {
 ///
 /// The state of a standby whose lag has no number.
 pub fn positions(standby: Standby<'_>, line: &Line) -> Result<Positions, LagState> {
-    let Standby { sample, position, timeline, ahead_on, .. } = standby;
+    let Standby { sample, position, timeline, replayed_on_it, ahead_on, .. } = standby;
     if sample.identity.system_identifier != line.system_identifier {
         return Err(LagState::OtherCluster);
     }
     let (Some(replayed), Some(timeline)) = (position.replay_lsn.map(u64::from), timeline) else {
         return Err(LagState::Unknown);
     };
-    match kinship(&line.forks, line.timeline, timeline, replayed) {
+    match kinship(&line.forks, line.timeline, timeline, replayed, replayed_on_it) {
         Kinship::Diverged => return Err(LagState::Diverged),
         Kinship::Newer => return Err(LagState::PrimaryUnknown),
         Kinship::Unclear => return Err(LagState::Unknown),
@@ -111,18 +114,19 @@ pub fn positions(standby: Standby<'_>, line: &Line) -> Result<Positions, LagStat
 ///
 /// A primary with an open transaction and nothing to do writes whole pages only, so what is on
 /// the standby's disk may end within a record. It cannot be replayed, and no commit is in it,
-/// but the position stays before the record. The signs: the startup process waits for WAL, the
-/// received WAL ends at a page, and it did so a sample ago. Without the last it may as well be a
-/// startup process that was stopped while it waited, and looks as if it still did.
+/// but the position stays before the record. The signs: the received WAL ends at a page, the startup
+/// process waits for WAL, and the WAL ended there a sample ago. Without the last it may as well be a
+/// startup process that was stopped while it waited, and looks as if it still did. Without the
+/// second, as when replay is paused or the link is cut, it may be so and may not.
 fn visible(Standby { position, received_before, .. }: Standby<'_>, replayed: u64) -> (u64, u64) {
     match position.receive_lsn.map(u64::from) {
         Some(received)
-            if position.startup_waits == Some(true)
-                && received.is_multiple_of(PAGE_BYTES)
+            if received.is_multiple_of(PAGE_BYTES)
                 && (replayed..=replayed + PARTIAL_RECORD_BYTES_MAX).contains(&received) =>
         {
-            let stays = received_before == Some(received);
-            (if stays { received } else { replayed }, received)
+            let is_partial =
+                position.startup_waits == Some(true) && received_before == Some(received);
+            (if is_partial { received } else { replayed }, received)
         }
         _ => (replayed, replayed),
     }

@@ -17,6 +17,7 @@ pub mod decide;
 pub mod group;
 pub mod history;
 pub mod lag;
+pub mod leader;
 pub mod line;
 pub mod pace;
 pub mod quorum;

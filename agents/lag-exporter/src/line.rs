@@ -7,7 +7,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 
 use crate::group::Limits;
-use crate::observation::{Sample, Seed};
+use crate::observation::{Position, Sample, Seed};
 use crate::pace::Pace;
 use crate::ring::Ring;
 use crate::seed;
@@ -15,8 +15,6 @@ use crate::timelines::Fork;
 
 /// The rate that is shown, and that a standby must beat to catch up.
 const RATE_WINDOW: Duration = Duration::from_mins(1);
-/// The rate that a slot's runway is reckoned by: a burst of a minute is not the end of a slot.
-const RUNWAY_WINDOW: Duration = Duration::from_mins(5);
 /// So many forks are remembered; who is on a timeline before that was rebuilt long ago.
 const FORKS_MAX: usize = 16;
 
@@ -31,6 +29,9 @@ pub struct Line {
     pub ring: Ring,
     /// Where it left older timelines, oldest first.
     pub forks: Vec<Fork>,
+    /// Whether it is read from the leader of a standby cluster: its positions are those that are
+    /// on that server's disk, see [`crate::leader`].
+    pub is_of_standby: bool,
     /// Who wrote last; `None` until one was seen by this process.
     pub source: Option<Source>,
     /// Whether the source should be asked for what it remembers.
@@ -39,11 +40,9 @@ pub struct Line {
     pub written_bytes: u64,
     /// How fast WAL is written.
     pub rate: Pace,
-    /// The same over a longer time.
-    pub runway_rate: Pace,
 }
 
-/// The primary that the line is read from.
+/// The primary, or the standby leader, that the line is read from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Source {
     /// Its name.
@@ -56,21 +55,27 @@ pub struct Source {
     pub flush_lsn: u64,
 }
 
-/// A sample of a primary.
+/// A sample of a primary, or of a standby leader.
 #[derive(Clone, Copy, Debug)]
 pub struct Offer<'a> {
     /// The node.
     pub name: &'a str,
     /// What it said.
     pub sample: &'a Sample,
-    /// The timeline that it writes.
+    /// The timeline that it writes, or receives.
     pub timeline: u32,
-    /// How far it has written.
+    /// How far it has written, or received.
     pub flush_lsn: u64,
     /// Where that timeline began, if it says so.
     pub fork_lsn: Option<u64>,
     /// What it was when it was last seen in recovery.
     pub replayed: Option<Replayed>,
+}
+
+impl Offer<'_> {
+    fn is_of_standby(&self) -> bool {
+        matches!(self.sample.position, Position::Standby(_))
+    }
 }
 
 /// What a node was when it was last seen in recovery.
@@ -96,8 +101,8 @@ pub enum Change {
         /// The timeline that it writes.
         to: u32,
     },
-    /// The history begins anew: another cluster, an older state of this one, or a second server
-    /// with the same timeline. What was known is forgotten.
+    /// The history begins anew: another cluster, an older state of this one, a second server with
+    /// the same timeline, or a primary in place of a standby leader. What was known is forgotten.
     BegunAnew,
 }
 
@@ -123,20 +128,22 @@ impl Line {
             wants_seed: ring.is_empty(),
             ring,
             forks,
+            is_of_standby: false,
             source: None,
             written_bytes: 0,
             rate: Pace::over(RATE_WINDOW),
-            runway_rate: Pace::over(RUNWAY_WINDOW),
         }
     }
 
     /// The line of the first primary that was seen.
-    pub fn begin(Offer { sample, timeline, fork_lsn, .. }: Offer<'_>) -> Self {
+    pub fn begin(offer: Offer<'_>) -> Self {
+        let Offer { sample, timeline, fork_lsn, .. } = offer;
         // Which timeline it left is not known, only that it left all older ones by then.
         let left = timeline.saturating_sub(1);
         let fork = fork_lsn.map(|lsn| Fork { timeline: left, not_before: 0, not_after: lsn });
         let forks = fork.into_iter().collect();
-        Self::new(sample.identity.system_identifier, timeline, Ring::default(), forks)
+        let line = Self::new(sample.identity.system_identifier, timeline, Ring::default(), forks);
+        Self { is_of_standby: offer.is_of_standby(), ..line }
     }
 
     /// Takes in a sample, if it is from the primary that counts.
@@ -163,7 +170,11 @@ impl Line {
         change
     }
 
-    fn claim(&self, Offer { name, sample, timeline, .. }: Offer<'_>, limits: Limits) -> Claim {
+    fn claim(&self, offer: Offer<'_>, limits: Limits) -> Claim {
+        if self.is_of_standby != offer.is_of_standby() {
+            return Claim::BeginsAnew;
+        }
+        let Offer { name, sample, timeline, .. } = offer;
         let begins_anew_after = |silence: Duration| match &self.source {
             Some(source) if sample.asked_at <= source.asked_at + silence => Claim::None,
             _ => Claim::BeginsAnew,
@@ -171,9 +182,10 @@ impl Line {
         if sample.identity.system_identifier != self.system_identifier {
             return begins_anew_after(limits.stale_after);
         }
+        // All standbys of one primary have the same WAL.
         let is_source = self.source.as_ref().is_none_or(|source| {
             source.name == name || source.started_at == sample.identity.started_at
-        });
+        }) || self.is_of_standby;
         match timeline.cmp(&self.timeline) {
             Ordering::Greater => Claim::Promoted,
             Ordering::Equal if is_source => Claim::GoesOn,
@@ -193,9 +205,19 @@ impl Line {
         }
     }
 
+    /// Takes in that the node does not tell what it remembers.
+    pub fn leave_unplanted(&mut self, name: &str) {
+        self.wants_seed &= self.source.as_ref().is_none_or(|source| source.name != name);
+    }
+
     /// Whether the source was asked so lately, at the moment `at`, that it is where it was.
     pub fn is_fresh(&self, at: Duration, stale_after: Duration) -> bool {
         self.source.as_ref().is_some_and(|source| at <= source.asked_at + stale_after)
+    }
+
+    /// The name of [`Self::source`].
+    pub fn source_name(&self) -> Option<String> {
+        self.source.as_ref().map(|source| source.name.clone())
     }
 
     fn begin_anew(&mut self, offer: Offer<'_>) {
@@ -242,7 +264,6 @@ impl Line {
         }
         self.ring.push(flush_lsn, sample.asked_at, sample.answered_at, history);
         self.rate.push(sample.answered_at, flush_lsn);
-        self.runway_rate.push(sample.answered_at, flush_lsn);
         self.source = Some(Source {
             name: name.to_owned(),
             started_at: sample.identity.started_at,

@@ -94,13 +94,14 @@ impl Rows<'_> {
                 .filter_map(|it| Some((it.0.with(slot_labels(it.1)), value(it.1)?)));
             gauges(encoder, (name, help, unit.as_ref()), samples)?;
         }
+        self.encode_group_states(encoder)?;
         self.encode_states(encoder)?;
         self.encode_counters(encoder, dropped)?;
         self.encode_round_trips(encoder)
     }
 
-    /// What is one of several words.
-    fn encode_states(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    /// What is one of several words of a group.
+    fn encode_group_states(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         let samples = self.groups.iter().flat_map(|group| {
             let current = match &group.view.split_brain {
                 SplitBrain::No => "no",
@@ -115,6 +116,23 @@ impl Rows<'_> {
             "Whether more than one primary takes writes: at the same moment, and both wrote.";
         gauges(encoder, ("pgmesh_lag_group_split_brain", help, None), samples)?;
 
+        let samples = self.groups.iter().flat_map(|group| {
+            let current = match (&group.view.primary, &group.view.standby_leader) {
+                (Some(_), _) => "primary",
+                (None, Some(_)) => "standby_leader",
+                (None, None) => NONE,
+            };
+            ["primary", "standby_leader", NONE]
+                .into_iter()
+                .map(move |method| (group.with([("method", method)]), bit(method == current)))
+        });
+        let help = "What the lag is measured against. A standby leader, where the primary is in \
+                    another cluster, may be behind itself.";
+        gauges(encoder, ("pgmesh_lag_group_lag_method", help, None), samples)
+    }
+
+    /// What is one of several words of something in it.
+    fn encode_states(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         let samples =
             self.nodes.iter().filter_map(|it| Some((it, it.lag()?))).flat_map(|(node, lag)| {
                 LagState::ALL.into_iter().map(move |state| {
@@ -321,6 +339,7 @@ mod tests {
 
     use super::*;
     use crate::example::example;
+    use crate::view::Rpo;
 
     #[derive(Debug)]
     struct Fixed(Snapshot, Option<Compat>);
@@ -386,6 +405,32 @@ mod tests {
         let text = scrape(twice, None);
         assert_eq!(series(&text), before);
         assert!(text.contains("pgmesh_lag_dropped_series_total 10\n"), "{text}");
+    }
+
+    #[test]
+    fn what_is_not_sure_is_left_out() {
+        let mut snapshot = example();
+        let mut second = snapshot.groups[0].nodes[0].clone();
+        second.name = "postgres-4".to_owned();
+        snapshot.groups[0].nodes.push(second);
+        snapshot.groups[0].rpo = Rpo::NoStandby;
+        let text = scrape(snapshot, Some(Compat::PostgresExporter));
+        let labels = "{cluster=\"demo\",group=\"0\"";
+        for (line, is_there) in [
+            (format!("pgmesh_lag_group_rpo_seconds{labels}}} inf\n"), true),
+            (format!("pgmesh_lag_group_rpo_upper_seconds{labels}}} inf\n"), true),
+            (format!("pgmesh_lag_group_rpo_lower_seconds{labels}"), false),
+            (format!("pg_replication_lag_seconds{labels},node=\"postgres-1\"}} 0.0\n"), true),
+            (format!("pg_replication_lag_seconds{labels},node=\"postgres-4\""), false),
+        ] {
+            assert_eq!(text.contains(&line), is_there, "{line}");
+        }
+        let mut elsewhere = example();
+        let group = &mut elsewhere.groups[0];
+        (group.primary, group.standby_leader) = (None, Some("postgres-2".to_owned()));
+        let text = scrape(elsewhere, None);
+        let line = format!("group_lag_method{labels},method=\"standby_leader\"}} 1.0\n");
+        assert!(text.contains(&line), "{text}");
     }
 
     #[test]

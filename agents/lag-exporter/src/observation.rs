@@ -24,6 +24,8 @@ pub enum Report {
     Details(Box<Details>),
     /// The ages of positions before the first sample.
     Seed(Seed),
+    /// The server does not tell them.
+    SeedRefused,
     /// A question on the kept connection, or the attempt to make one, gave no answer.
     Failed {
         /// When that was clear.
@@ -121,6 +123,16 @@ pub enum Position {
     },
     /// In recovery.
     Standby(StandbyPosition),
+}
+
+impl Position {
+    /// How far WAL is on a primary's disk, or replayed by a standby.
+    pub fn lsn(&self) -> Option<PgLsn> {
+        match self {
+            Self::Primary { flush_lsn, .. } => Some(*flush_lsn),
+            Self::Standby(position) => position.replay_lsn,
+        }
+    }
 }
 
 /// The positions of a server in recovery.
@@ -229,6 +241,9 @@ pub struct Details {
     pub answered_at: Duration,
     /// `synchronous_standby_names`, as it is set; empty if commits wait for nobody.
     pub synchronous_standby_names: Option<String>,
+    /// `synchronous_commit`, as it is set for this role: with `off` and `local` commits wait for
+    /// nobody either, unless a session says otherwise.
+    pub synchronous_commit: Option<String>,
     /// `pg_stat_replication`, every row.
     pub senders: Option<Vec<Sender>>,
     /// `pg_replication_slots`, every row.
@@ -258,7 +273,7 @@ pub struct StandbyDetails {
 }
 
 /// A row of `pg_stat_replication`.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Sender {
     /// `application_name`: of a standby its `cluster_name` or what `primary_conninfo` says.
     pub application_name: String,
@@ -385,6 +400,8 @@ pub struct Seed {
     pub answered_at: Duration,
     /// Who answered.
     pub identity: Identity,
+    /// Time since the server was started, `clock_timestamp() - pg_postmaster_start_time()`.
+    pub up_for: TimeDelta,
     /// The timeline that it writes.
     pub timeline: u32,
     /// The name of the segment that it writes, `pg_walfile_name(pg_current_wal_lsn())`. Later

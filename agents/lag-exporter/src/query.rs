@@ -64,6 +64,7 @@ pub(crate) fn general(server_version: u32) -> String {
         "SELECT pg_is_in_recovery(),
                 clock_timestamp(),
                 current_setting('synchronous_standby_names'),
+                current_setting('synchronous_commit'),
                 conflicts.*,
                 archiver.archived_count, archiver.failed_count,
                 archiver.last_archived_time, archiver.last_failed_time,
@@ -258,6 +259,7 @@ impl<'a> PositionRow<'a> {
 #[derive(Debug)]
 pub(crate) struct General {
     pub(crate) synchronous_standby_names: String,
+    pub(crate) synchronous_commit: String,
     pub(crate) conflicts: Conflicts,
     pub(crate) archiver: Archiver,
     pub(crate) standby: Option<StandbyDetails>,
@@ -268,7 +270,7 @@ impl General {
         let mut columns = Columns::of(row);
         let in_recovery: bool = columns.take()?;
         let now: DateTime<Utc> = columns.take()?;
-        let synchronous_standby_names = columns.take()?;
+        let (synchronous_standby_names, synchronous_commit) = (columns.take()?, columns.take()?);
         let mut count = || -> Result<Option<u64>, AnswerError> {
             let count: Option<i64> = columns.take()?;
             count.map(|it| unsigned(it, "a count")).transpose()
@@ -303,7 +305,7 @@ impl General {
             slot: columns.take()?,
         };
         let standby = in_recovery.then_some(standby);
-        Ok(Self { synchronous_standby_names, conflicts, archiver, standby })
+        Ok(Self { synchronous_standby_names, synchronous_commit, conflicts, archiver, standby })
     }
 }
 
@@ -365,18 +367,29 @@ pub(crate) fn slot(row: &Row) -> Result<Slot, AnswerError> {
     })
 }
 
-/// The answer to [`CHECKPOINT`]: the timeline, the name of the segment, the checkpoint.
-pub(crate) fn checkpoint(row: &Row) -> Result<(u32, String, CheckpointAge), AnswerError> {
+/// The answer to [`CHECKPOINT`].
+#[derive(Debug)]
+pub(crate) struct LastCheckpoint {
+    /// By the server's clock.
+    pub(crate) now: DateTime<Utc>,
+    pub(crate) timeline: u32,
+    pub(crate) current_segment: String,
+    pub(crate) checkpoint: CheckpointAge,
+}
+
+/// Reads the answer to [`CHECKPOINT`].
+pub(crate) fn checkpoint(row: &Row) -> Result<LastCheckpoint, AnswerError> {
     let mut columns = Columns::of(row);
     let now: DateTime<Utc> = columns.take()?;
     let timeline: i32 = columns.take()?;
-    let segment = columns.take()?;
+    let current_segment = columns.take()?;
     let redo_lsn = columns.take()?;
     let of_checkpoint: i32 = columns.take()?;
     let at: DateTime<Utc> = columns.take()?;
     let checkpoint =
         CheckpointAge { redo_lsn, timeline: unsigned(of_checkpoint, "timeline")?, age: now - at };
-    Ok((unsigned(timeline, "timeline")?, segment, checkpoint))
+    let timeline = unsigned(timeline, "timeline")?;
+    Ok(LastCheckpoint { now, timeline, current_segment, checkpoint })
 }
 
 /// Reads a row of [`WAL_FILES`].

@@ -6,6 +6,7 @@ use std::str::Chars;
 use thiserror::Error;
 
 use crate::observation::{Details, Sender};
+use crate::senders::alive;
 use crate::view::{Quorum, SyncCount};
 
 /// What `synchronous_standby_names` says.
@@ -153,20 +154,26 @@ fn quoted(chars: &mut Peekable<Chars<'_>>) -> Option<String> {
 /// Decides from what a primary said whether commits that wait for standbys go on.
 ///
 /// Which walsenders match a name, the server knows best: it gives them a `sync_priority`. Those
-/// that catch up do not count. Source: `SyncRepGetCandidateStandbys` in `syncrep.c`.
+/// that catch up do not count, nor those that have not yet told what is on their disk. Source:
+/// `SyncRepGetCandidateStandbys` in `syncrep.c`. The server does count a dead connection beside the
+/// one that a standby made anew, but no commit is confirmed on it.
 pub fn quorum(details: &Details) -> Quorum {
     let (Some(names), Some(senders)) = (&details.synchronous_standby_names, &details.senders)
     else {
         return Quorum::Unknown;
     };
-    let counts = |it: &&Sender| {
-        it.sync_priority > 0 && matches!(it.state.as_str(), "streaming" | "stopping")
+    if matches!(details.synchronous_commit.as_deref(), Some("off" | "local")) {
+        return Quorum::NotWanted;
+    }
+    let counts = |it: &&&Sender| {
+        let streams = matches!(it.state.as_str(), "streaming" | "stopping");
+        it.sync_priority > 0 && streams && it.flush_lsn.is_some()
     };
     match parse(names) {
         Err(_) => Quorum::Unknown,
         Ok(None) => Quorum::NotWanted,
         Ok(Some(SyncStandbys { count: wanted, .. })) => {
-            let present = senders.iter().filter(counts).count();
+            let present = alive(senders).values().filter(counts).count();
             let present = u32::try_from(present).unwrap_or(u32::MAX);
             let count = SyncCount { wanted, present };
             if present >= wanted { Quorum::Met(count) } else { Quorum::Missed(count) }
@@ -237,11 +244,11 @@ mod tests {
 
     fn sender(state: &str, sync_priority: u32) -> Sender {
         Sender {
-            application_name: String::new(),
+            application_name: format!("s{sync_priority}"),
             client_address: None,
             state: state.to_owned(),
             logical: false,
-            flush_lsn: None,
+            flush_lsn: Some(1.into()),
             replay_lsn: None,
             write_lag: None,
             flush_lag: None,
@@ -267,6 +274,18 @@ mod tests {
             ("it catches up", Some("*"), Some(vec![sender("catchup", 1)]), missed(1, 0)),
             ("a backup", Some("*"), Some(vec![sender("backup", 1)]), missed(1, 0)),
             ("the primary stops", Some("*"), Some(vec![sender("stopping", 1)]), met(1, 1)),
+            (
+                "it has not told what it has",
+                Some("*"),
+                Some(vec![Sender { flush_lsn: None, ..sender("streaming", 1) }]),
+                missed(1, 0),
+            ),
+            (
+                "it connected anew",
+                Some("ANY 2 (s1, s2)"),
+                Some(vec![sender("streaming", 1), sender("streaming", 1)]),
+                missed(2, 1),
+            ),
             ("not read", Some("a b"), Some(two()), Quorum::Unknown),
             ("not told", None, Some(two()), Quorum::Unknown),
             ("senders not told", Some("*"), None, Quorum::Unknown),
@@ -274,6 +293,26 @@ mod tests {
             let synchronous_standby_names = names.map(str::to_owned);
             let details = Details { synchronous_standby_names, senders, ..Details::default() };
             assert_eq!(quorum(&details), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn commits_wait_only_if_they_are_told_to() {
+        for (synchronous_commit, expected) in [
+            (Some("off"), Quorum::NotWanted),
+            (Some("local"), Quorum::NotWanted),
+            (Some("remote_write"), Quorum::Missed(SyncCount { wanted: 1, present: 0 })),
+            (Some("on"), Quorum::Missed(SyncCount { wanted: 1, present: 0 })),
+            (Some("remote_apply"), Quorum::Missed(SyncCount { wanted: 1, present: 0 })),
+            (None, Quorum::Missed(SyncCount { wanted: 1, present: 0 })),
+        ] {
+            let details = Details {
+                synchronous_standby_names: Some("*".to_owned()),
+                synchronous_commit: synchronous_commit.map(str::to_owned),
+                senders: Some(Vec::new()),
+                ..Details::default()
+            };
+            assert_eq!(quorum(&details), expected, "{synchronous_commit:?}");
         }
     }
 }

@@ -1,8 +1,11 @@
 //! What a primary remembers of the time before it was first asked: the file times of its WAL
 //! segments, and its last checkpoint.
 //!
-//! All by the primary's clock, which tells ages rightly unless it was set in between. Segments of
-//! an older timeline are left out: they were copied, and have the time of that.
+//! All by the primary's clock, which tells ages rightly unless it was set in between. What is from
+//! before the server was started is left out: the directory may be a copy, whose files have the
+//! time of the copy or of another clock. So are segments of an older timeline, which were received
+//! or restored. The rest this server wrote itself: who recovers from an archive or a primary
+//! writes on a timeline of its own.
 
 use std::time::Duration;
 
@@ -25,18 +28,21 @@ pub fn entries(seed: &Seed) -> Vec<Entry> {
         _ => None,
     };
     let Some(current) = segment(&seed.current_segment) else { return Vec::new() };
+    let is_own = |age: TimeDelta| age <= seed.up_for;
     // A later name is an old file, waiting to be used again.
     let is_complete = |it: &Segment| it.number < current.number;
     let mut entries: Vec<_> = seed
         .files
         .iter()
+        .filter(|file| is_own(file.age))
         .filter_map(|file| {
             let end = segment(&file.name).filter(is_complete)?.next().number * segment_bytes;
             let written_by = before(seed.answered_at, file.age) + CUT + SYNC;
             Some(Entry { lsn: end, written_by, not_passed_at: before(seed.asked_at, file.age) })
         })
         .collect();
-    if let Some(checkpoint) = seed.checkpoint.filter(|it| it.timeline == seed.timeline) {
+    let checkpoint = seed.checkpoint.filter(|it| it.timeline == seed.timeline && is_own(it.age));
+    if let Some(checkpoint) = checkpoint {
         let not_passed_at = before(seed.asked_at, checkpoint.age);
         // When it was on the disk is not known: no later than the positions after it.
         let (lsn, written_by) = (checkpoint.redo_lsn.into(), Micros::MAX);
@@ -78,6 +84,7 @@ mod tests {
                 wal_segment_bytes: SEGMENT,
                 started_at: DateTime::UNIX_EPOCH,
             },
+            up_for: TimeDelta::days(30),
             timeline: 2,
             current_segment: "000000020000000000000005".to_owned(),
             files: files
@@ -127,6 +134,31 @@ mod tests {
         let expected = Entry { written_by: Micros::MAX, ..entry(5 * SEGMENT + 7, 0, 40_000) };
         assert_eq!(entries(&redo(2)), [expected]);
         assert_eq!(entries(&redo(1)), []);
+    }
+
+    /// The files of a copy have the time of the copy, or one by another clock.
+    #[test]
+    fn what_is_older_than_the_server_process_says_nothing() {
+        let files = [
+            ("000000020000000000000002", 100_000_500),
+            ("000000020000000000000003", 60_500),
+            ("000000020000000000000004", 10_500),
+        ];
+        let seed = |up_for| Seed {
+            up_for: TimeDelta::milliseconds(up_for),
+            ..seed(&files, Some((4 * SEGMENT + 7, 2, 20_000)))
+        };
+        let lsns = |seed: &Seed| -> Vec<_> { entries(seed).iter().map(|it| it.lsn).collect() };
+        let (file, redo) = (|number: u64| number * SEGMENT, 4 * SEGMENT + 7);
+        for (up_for, expected) in [
+            (200_000_000, vec![file(3), file(4), redo, file(5)]),
+            (60_500, vec![file(4), redo, file(5)]),
+            (60_499, vec![redo, file(5)]),
+            (19_999, vec![file(5)]),
+            (0, vec![]),
+        ] {
+            assert_eq!(lsns(&seed(up_for)), expected, "{up_for}");
+        }
     }
 
     #[test]

@@ -5,10 +5,14 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use chrono::TimeDelta;
+use tokio_postgres::types::PgLsn;
 
 use crate::observation::{Sender, Slot, WalStatus};
-use crate::pace::float;
+use crate::pace::{Pace, float};
 use crate::view::{Runway, SenderKind, SenderView, SlotView};
+
+/// How long is looked back at what a slot holds back: a burst of a minute is not the end of it.
+const RUNWAY_WINDOW: Duration = Duration::from_mins(5);
 
 /// Tells what is at the other end of a walsender.
 ///
@@ -25,13 +29,13 @@ pub fn kind(sender: &Sender) -> SenderKind {
     }
 }
 
-/// Gives each of the walsenders a name of its own.
-///
-/// Somebody who connects anew may for a while be there twice, until the server misses the old
-/// connection; then the one that replied last is taken. Names that several addresses share get
-/// the address as well.
-pub fn sender_views(senders: &[Sender]) -> Vec<SenderView> {
-    let mut freshest: BTreeMap<(&str, Option<&str>), &Sender> = BTreeMap::new();
+/// The walsenders by name and address.
+type Senders<'a> = BTreeMap<(&'a str, Option<&'a str>), &'a Sender>;
+
+/// Leaves out the connections that are dead: somebody who connects anew may for a while be there
+/// twice, until the server misses the old connection. Then the one that replied last is taken.
+pub fn alive(senders: &[Sender]) -> Senders<'_> {
+    let mut freshest = Senders::new();
     let freshness = |it: &Sender| Reverse(it.reply_age.unwrap_or(TimeDelta::MAX));
     for sender in senders {
         let whose = (sender.application_name.as_str(), sender.client_address.as_deref());
@@ -40,6 +44,13 @@ pub fn sender_views(senders: &[Sender]) -> Vec<SenderView> {
             *known = sender;
         }
     }
+    freshest
+}
+
+/// Gives each of the walsenders a name of its own. Names that several addresses share get the
+/// address as well.
+pub fn sender_views(senders: &[Sender]) -> Vec<SenderView> {
+    let freshest = alive(senders);
     let mut addresses: BTreeMap<&str, u32> = BTreeMap::new();
     for (name, _) in freshest.keys() {
         *addresses.entry(name).or_default() += 1;
@@ -60,14 +71,50 @@ pub fn sender_views(senders: &[Sender]) -> Vec<SenderView> {
     freshest.iter().map(view).collect()
 }
 
-/// Shows a slot of a server whose WAL ends at `end_lsn` and grows at that pace.
-pub fn slot_view(slot: &Slot, end_lsn: Option<u64>, bytes_per_second: Option<f64>) -> SlotView {
+/// How fast what the slots of a server hold back grows, over the last minutes.
+#[derive(Debug, Default)]
+pub struct SlotPaces(BTreeMap<String, SlotPace>);
+
+#[derive(Debug)]
+struct SlotPace {
+    end: Pace,
+    restart: Pace,
+}
+
+impl SlotPaces {
+    /// Takes in where WAL ended at a moment, and where the slots stood.
+    pub fn push(&mut self, at: Duration, end_lsn: Option<PgLsn>, slots: Option<&[Slot]>) {
+        let (Some(end_lsn), Some(slots)) = (end_lsn, slots) else { return };
+        let mut before = std::mem::take(&mut self.0);
+        for slot in slots {
+            let Some(restart_lsn) = slot.restart_lsn else { continue };
+            let mut pace = before.remove(&slot.name).unwrap_or_else(|| SlotPace {
+                end: Pace::over(RUNWAY_WINDOW),
+                restart: Pace::over(RUNWAY_WINDOW),
+            });
+            pace.end.push(at, end_lsn.into());
+            pace.restart.push(at, restart_lsn.into());
+            self.0.insert(slot.name.clone(), pace);
+        }
+    }
+
+    /// By how many bytes a second what `slot` holds back has grown; below 0 if it became less.
+    /// `None` until it was watched for a while.
+    pub fn growth(&self, slot: &Slot) -> Option<f64> {
+        let pace = self.0.get(&slot.name)?;
+        Some(pace.end.bytes_per_second()? - pace.restart.bytes_per_second()?)
+    }
+}
+
+/// Shows a slot of a server whose WAL ends at `end_lsn`, if what it holds back grows by so many
+/// bytes a second. Somebody who uses a slot moves it on, so the pace of WAL alone ends no slot.
+pub fn slot_view(slot: &Slot, end_lsn: Option<u64>, growth: Option<f64>) -> SlotView {
     let retained = |restart_lsn: u64| end_lsn.map(|end| end.saturating_sub(restart_lsn));
     // Below 0 the next checkpoint takes it.
     let safe_wal_bytes = slot.safe_wal_bytes.map(|it| u64::try_from(it).unwrap_or(0));
     let runway = match (slot.wal_status, safe_wal_bytes) {
         (Some(WalStatus::Lost), _) | (_, Some(0)) => Runway::Lasts(Duration::ZERO),
-        (_, Some(safe)) => lasts(safe, bytes_per_second),
+        (_, Some(safe)) => lasts(safe, growth),
         (_, None) => Runway::Unknown,
     };
     SlotView {
@@ -83,13 +130,10 @@ pub fn slot_view(slot: &Slot, end_lsn: Option<u64>, bytes_per_second: Option<f64
     }
 }
 
-fn lasts(bytes: u64, bytes_per_second: Option<f64>) -> Runway {
-    match bytes_per_second {
-        None => Runway::Unknown,
-        Some(rate) => {
-            Duration::try_from_secs_f64(float(bytes) / rate).map_or(Runway::Endless, Runway::Lasts)
-        }
-    }
+fn lasts(bytes: u64, growth: Option<f64>) -> Runway {
+    // Less than nothing gives no duration, and nothing more than there is.
+    let last = |growth: f64| Duration::try_from_secs_f64(float(bytes) / growth);
+    growth.map_or(Runway::Unknown, |it| last(it).map_or(Runway::Endless, Runway::Lasts))
 }
 
 #[cfg(test)]
@@ -177,6 +221,64 @@ mod tests {
     }
 
     #[test]
+    fn only_what_a_slot_holds_back_longer_and_longer_ends_it() {
+        const MIB: u64 = 1 << 20;
+        let slot = |name: &str, active, restart_lsn: u64| Slot {
+            name: name.to_owned(),
+            logical: false,
+            active,
+            restart_lsn: Some(restart_lsn.into()),
+            wal_status: Some(WalStatus::Reserved),
+            safe_wal_bytes: Some(6000 * MIB.cast_signed()),
+            inactive_for: None,
+            xmin_age: None,
+        };
+        let mut paces = SlotPaces::default();
+        let mut slots = Vec::new();
+        // 10 MiB a second are written; somebody replies each second or two.
+        for second in (0..=600_u64).step_by(12) {
+            let end = 1000 * MIB + second * 10 * MIB;
+            slots = vec![
+                slot("unused", false, 900 * MIB),
+                slot("stuck", true, 950 * MIB),
+                slot("slow", true, 950 * MIB + second * 8 * MIB),
+                slot("follows", true, end - (second % 5) * MIB),
+                slot("catches up", true, 400 * MIB + second * 11 * MIB),
+            ];
+            if second > 580 {
+                slots.push(slot("new", false, end));
+            }
+            paces.push(Duration::from_secs(second), Some(end.into()), Some(&slots));
+        }
+        paces.push(Duration::from_secs(601), None, Some(&slots));
+        paces.push(Duration::from_secs(601), Some(1.into()), None);
+        let runways = slots.iter().map(|it| slot_view(it, None, paces.growth(it)).runway);
+        for (slot, (runway, expected)) in slots.iter().zip(runways.zip([
+            Some(590..610),
+            Some(590..610),
+            Some(2900..3100),
+            None,
+            None,
+            None,
+        ])) {
+            match (runway, expected) {
+                (Runway::Lasts(span), Some(expected)) => {
+                    assert!(expected.contains(&span.as_secs()), "{}: {span:?}", slot.name);
+                }
+                (Runway::Lasts(span), None) => {
+                    // What is on its way looks like a little growth.
+                    assert!(span > Duration::from_hours(24), "{}: {span:?}", slot.name);
+                }
+                (runway, expected) => {
+                    assert_eq!(expected, None, "{}", slot.name);
+                    let unknown = slot.name == "new";
+                    assert_eq!(runway == Runway::Unknown, unknown, "{}", slot.name);
+                }
+            }
+        }
+    }
+
+    #[test]
     fn a_slot_lasts_until_what_may_still_be_written_is_written() {
         let slot = |wal_status, safe_wal_bytes| Slot {
             name: "s".to_owned(),
@@ -193,7 +295,8 @@ mod tests {
             ("no limit", WalStatus::Extended, None, Some(10.0), Runway::Unknown),
             ("a rate", WalStatus::Reserved, Some(600), Some(10.0), lasts(60)),
             ("no rate yet", WalStatus::Reserved, Some(600), None, Runway::Unknown),
-            ("nothing is written", WalStatus::Reserved, Some(600), Some(0.0), Runway::Endless),
+            ("it keeps pace", WalStatus::Reserved, Some(600), Some(0.0), Runway::Endless),
+            ("it catches up", WalStatus::Reserved, Some(600), Some(-10.0), Runway::Endless),
             ("the next checkpoint takes it", WalStatus::Unreserved, Some(-5), Some(0.0), lasts(0)),
             ("no rate, and nothing left", WalStatus::Unreserved, Some(0), None, lasts(0)),
             ("lost", WalStatus::Lost, None, None, lasts(0)),

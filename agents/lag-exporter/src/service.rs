@@ -103,7 +103,7 @@ impl Watcher {
     ///
     /// One of them cannot be used.
     pub fn new(config: &Config) -> anyhow::Result<Self> {
-        let settings = limited(config.postgres.settings(APPLICATION_NAME)?);
+        let settings = limited(config.postgres.settings(APPLICATION_NAME)?, config.sample_interval);
         let etcd = config.etcd.as_ref().map(Etcd::new).transpose()?;
         let limits = Limits {
             stale_after: config.sample_interval * 3 + ANSWER_TIMEOUT,
@@ -142,7 +142,7 @@ impl Watcher {
             if let Some(nodes) = nodes {
                 self.fleet.set_members(&nodes);
                 running.retain(|_, (node, task)| {
-                    let stays = nodes.contains(node);
+                    let stays = is_watched(node, &nodes, || self.fleet.remembers(node));
                     if !stays {
                         task.abort();
                     }
@@ -175,5 +175,41 @@ impl Watcher {
     fn watch_one(&self, node: Node, start: Duration, phase: f64) -> Watch {
         let (settings, fleet) = (Arc::clone(&self.settings), self.fleet.clone());
         Watch { node, settings, interval: self.interval, start, phase, fleet }
+    }
+}
+
+/// Whether `node`, which is or was a member, is watched (on): one that left may still write.
+/// Unless the members have its name at another address, or its address by another name.
+fn is_watched(node: &Node, members: &[Node], is_remembered: impl FnOnce() -> bool) -> bool {
+    let replaces = |member: &Node| {
+        (member.group, &member.name) == (node.group, &node.name)
+            || (member.port, &member.host) == (node.port, &node.host)
+    };
+    members.contains(node) || (!members.iter().any(replaces) && is_remembered())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_that_left_is_watched_until_it_is_forgotten_or_replaced() {
+        let node = |group, name: &str, host: &str| {
+            let [name, host] = [name, host].map(str::to_owned);
+            Node { group, name, host, port: 5432 }
+        };
+        let a = node(0, "a", "10.0.0.1");
+        let b = node(0, "b", "10.0.0.2");
+        for (case, members, is_remembered, expected) in [
+            ("a member", vec![a.clone(), b.clone()], true, true),
+            ("it left", vec![b.clone()], true, true),
+            ("all left", vec![], true, true),
+            ("it left long ago", vec![b.clone()], false, false),
+            ("it moved", vec![node(0, "a", "10.0.0.3"), b.clone()], true, false),
+            ("it was renamed", vec![node(0, "c", "10.0.0.1"), b.clone()], true, false),
+            ("another group has the name", vec![node(1, "a", "10.0.0.3")], true, true),
+        ] {
+            assert_eq!(is_watched(&a, &members, || is_remembered), expected, "{case}");
+        }
     }
 }

@@ -6,9 +6,9 @@ use chrono::Utc;
 use shared::pg::{ConnectError, Connection, Node, QueryError, Settings, connect};
 use shared::telemetry::chain;
 use tokio::time::timeout;
-use tokio_postgres::error::SqlState;
+use tokio_postgres::error::{DbError, Severity, SqlState};
 use tokio_postgres::{Row, Statement, ToStatement};
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::clock;
 use crate::observation::{Details, Identity, Sample, Seed, Stage};
@@ -23,6 +23,10 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Our limit on an answer: longer than the server's, so that its own error comes first. Past it
 /// the connection is closed, since a server that says nothing may say it for ever.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long after its next question should have come the server ends a session. The network may
+/// have lost it without a word, and dead sessions must not use up the role's `CONNECTION LIMIT`.
+/// An exporter that stands still for less than that need not connect anew.
+const LATE_BY: Duration = Duration::from_secs(10);
 
 /// Why a server gave no answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,6 +53,7 @@ impl From<ConnectError> for Failure {
             | ConnectError::NotAllowed { .. }
             | ConnectError::NoDatabase { .. }
             | ConnectError::NotNow { .. }
+            | ConnectError::TooOld { .. }
             | ConnectError::Refused { .. } => Stage::Auth,
         };
         Self { stage, error: chain(&error).to_string(), is_final: true }
@@ -59,10 +64,11 @@ impl From<AnswerError> for Failure {
     fn from(error: AnswerError) -> Self {
         let (stage, is_final) = match &error {
             AnswerError::Query(QueryError::TimedOut { .. }) => (Stage::Timeout, true),
-            AnswerError::Query(QueryError::Failed { source, .. }) => match source.code() {
+            AnswerError::Query(QueryError::Failed { source, .. }) => match source.as_db_error() {
                 // Without a message from the server it is the connection that failed.
                 None => (Stage::Dial, true),
-                Some(&SqlState::QUERY_CANCELED) => (Stage::Timeout, false),
+                Some(error) if ends_the_session(error) => (Stage::Dial, true),
+                Some(error) if *error.code() == SqlState::QUERY_CANCELED => (Stage::Timeout, false),
                 Some(_) => (Stage::Query, false),
             },
             AnswerError::Column(_) | AnswerError::Range(_) => (Stage::Query, false),
@@ -77,56 +83,73 @@ impl From<QueryError> for Failure {
     }
 }
 
-/// How to log in, with this agent's limits.
-pub fn limited(settings: Settings) -> Settings {
+/// Whether the server says it as its last word: it stops, or somebody terminated the session.
+fn ends_the_session(error: &DbError) -> bool {
+    matches!(error.parsed_severity(), Some(Severity::Fatal | Severity::Panic))
+}
+
+/// How to log in, with this agent's limits, to ask once in each `interval`.
+pub fn limited(settings: Settings, interval: Duration) -> Settings {
     Settings {
         connect_timeout: CONNECT_TIMEOUT,
         statement_timeout: STATEMENT_TIMEOUT,
         lock_timeout: LOCK_TIMEOUT,
+        idle_session_timeout: interval + LATE_BY,
         ..settings
     }
 }
 
-/// Makes a new connection and closes it: whether the server takes any now.
+/// Makes a new connection.
 ///
 /// # Errors
 ///
-/// It does not.
-pub async fn try_connect(settings: &Settings, node: &Node) -> Result<(), Failure> {
-    drop(connect(settings, node).await?);
-    Ok(())
+/// The server takes none now.
+pub async fn new_connection(settings: &Settings, node: &Node) -> Result<Connection, Failure> {
+    Ok(connect(settings, node).await?)
+}
+
+/// What was told of a server, so that it is told once and not again on each connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Told {
+    lacks_monitor: bool,
+    /// The questions that failed the last time.
+    refused: [bool; 4],
 }
 
 /// A kept connection, with all questions prepared. Dropping it closes it.
 #[derive(Debug)]
-pub struct Session {
+pub struct Session<'a> {
     connection: Connection,
     identity: Identity,
     position: Statement,
     general: Statement,
     senders: Statement,
     slots: Statement,
-    /// The questions that failed the last time, so that it is told once.
-    refused: [bool; 4],
+    told: &'a mut Told,
 }
 
-impl Session {
-    /// Connects, asks who is there, and prepares the questions.
+impl<'a> Session<'a> {
+    /// Asks who is there, and prepares the questions.
     ///
     /// # Errors
     ///
-    /// There is no connection or no answer, in time.
-    pub async fn open(settings: &Settings, node: &Node) -> Result<Self, Failure> {
-        let connection = connect(settings, node).await?;
-        within_limit(node, Self::prepare(connection)).await
+    /// There is no answer in time.
+    pub async fn open(connection: Connection, told: &'a mut Told) -> Result<Self, Failure> {
+        let node = connection.node().clone();
+        within_limit(&node, Self::prepare(connection, told)).await
     }
 
-    async fn prepare(connection: Connection) -> Result<Self, Failure> {
+    async fn prepare(connection: Connection, told: &'a mut Told) -> Result<Self, Failure> {
         let row = connection.query_one(query::IDENTITY, &[]).await?;
         let (identity, is_monitor) = query::identity(&row)?;
-        if !is_monitor {
-            let node = connection.node().name.as_str();
-            warn!(node, "role lacks pg_monitor: much stays unknown; GRANT pg_monitor TO it");
+        let lacked_monitor = std::mem::replace(&mut told.lacks_monitor, !is_monitor);
+        let node = connection.node().name.as_str();
+        match (lacked_monitor, !is_monitor) {
+            (false, true) => {
+                warn!(node, "role lacks pg_monitor: much stays unknown; GRANT pg_monitor TO it");
+            }
+            (true, false) => info!(node, "role has pg_monitor"),
+            _ => {}
         }
         let [general, slots] =
             [query::general, query::slots].map(|question| question(identity.server_version));
@@ -135,7 +158,7 @@ impl Session {
             general: connection.prepare(&general).await?,
             senders: connection.prepare(query::SENDERS).await?,
             slots: connection.prepare(&slots).await?,
-            refused: [false; 4],
+            told,
             identity,
             connection,
         })
@@ -188,6 +211,7 @@ impl Session {
             Details { asked_at, answered_at: clock::now(), senders, slots, ..Details::default() };
         if let Some(general) = general {
             details.synchronous_standby_names = Some(general.synchronous_standby_names);
+            details.synchronous_commit = Some(general.synchronous_commit);
             details.conflicts = Some(general.conflicts);
             details.archiver = Some(general.archiver);
             details.standby = general.standby;
@@ -204,13 +228,15 @@ impl Session {
     pub async fn seed(&mut self) -> Result<Seed, Failure> {
         let asked_at = clock::now();
         let row = self.one(query::CHECKPOINT).await?;
-        let (timeline, current_segment, checkpoint) = query::checkpoint(&row)?;
+        let query::LastCheckpoint { now, timeline, current_segment, checkpoint } =
+            query::checkpoint(&row)?;
         let rows = self.rows(query::WAL_FILES).await;
         let files = rows.and_then(|rows| each(&rows, query::wal_file));
         Ok(Seed {
             asked_at,
             answered_at: clock::now(),
             identity: self.identity,
+            up_for: now - self.identity.started_at,
             timeline,
             current_segment,
             files: self.part(3, "pg_ls_waldir()", files)?.unwrap_or_default(),
@@ -225,7 +251,7 @@ impl Session {
         what: &'static str,
         answer: Result<T, Failure>,
     ) -> Result<Option<T>, Failure> {
-        let was_refused = std::mem::replace(&mut self.refused[index], answer.is_err());
+        let was_refused = std::mem::replace(&mut self.told.refused[index], answer.is_err());
         match answer {
             Ok(answer) => Ok(Some(answer)),
             Err(failure) if failure.is_final => Err(failure),

@@ -152,11 +152,11 @@ fn unknown(snapshot: &Snapshot) -> Vec<String> {
             unknown.push(format!("which primary of group {} is the right one", group.group));
         }
         // Then no lag is known either.
-        if group.primary.is_none() {
+        if group.primary.is_none() && group.standby_leader.is_none() {
             unknown.push(format!("the primary of group {}", group.group));
             continue;
         }
-        for node in &group.nodes {
+        for node in group.nodes.iter().filter(|it| it.is_member) {
             let is_known = match &node.lag {
                 Some(lag) => lag.replay != Lag::default(),
                 None => node.state.is_some(),
@@ -252,7 +252,11 @@ fn group_notes(group: &GroupView, notes: &mut Vec<String>) {
             add(format!("SPLIT BRAIN: {} both write", names.join(" and ")));
         }
     }
-    if group.primary.is_none() {
+    if let (None, Some(leader)) = (&group.primary, &group.standby_leader) {
+        add(format!("no primary here: lag is behind {leader}, which follows one elsewhere"));
+    } else if group.primary.is_none() && group.primaries > 1 {
+        add("several primaries write one timeline, so no lag can be told".to_owned());
+    } else if group.primary.is_none() {
         add("NO PRIMARY answers, so no lag can be told".to_owned());
     } else if let Some(age) = group.primary_sample_age.filter(|age| *age > ANSWER_TIMEOUT) {
         add(format!("the primary has not answered for {}", span_text(age)));
@@ -266,12 +270,17 @@ fn group_notes(group: &GroupView, notes: &mut Vec<String>) {
     }
     match &group.rpo {
         Rpo::Unknown => {}
-        Rpo::NoStandby => add("if the primary is lost now, everything is: no standby".to_owned()),
+        Rpo::NoStandby => {
+            add("if the primary is lost now, so is all of it: no standby of it answers".to_owned());
+        }
         Rpo::Loss { standby, lag, bytes } => {
-            let bytes = bytes.map(|bytes| format!(", {}", bytes_text(bytes))).unwrap_or_default();
+            let parts = [lag_text(lag), bytes.map(bytes_text).unwrap_or_default()];
+            let parts: Vec<_> = parts.into_iter().filter(|part| !part.is_empty()).collect();
+            let lost = if parts.is_empty() { "unknown".to_owned() } else { parts.join(", ") };
+            let or_less =
+                if lag.lower.is_none() { "; a node that is silent may have more" } else { "" };
             add(format!(
-                "if the primary is lost now, {standby} lacks its last {}{bytes}",
-                lag_text(lag)
+                "lost if the primary is lost now: {lost}; {standby} has most of it{or_less}"
             ));
         }
     }
@@ -284,6 +293,9 @@ fn node_notes(
     notes: &mut Vec<String>,
 ) {
     let mut add = |text: String| notes.push(format!("{}: {text}", node.name));
+    if !node.is_member {
+        add("left the topology".to_owned());
+    }
     if let Some(target) = target {
         if let Some(error) = &target.error {
             let ago = node.last_success_age;
@@ -406,17 +418,65 @@ GROUP  NODE        ROLE     TL  STATE      LAG (FROM-TO)  BYTES  RECEIVER   SYNC
     0  postgres-2  standby   3  behind     12 s (12-13)   256 B  streaming  sync
     0  postgres-3  ?         ?  NO ANSWER
 
-group 0: if the primary is lost now, postgres-2 lacks its last 0.0 s (0.0-0.9), 0 B
+group 0: lost if the primary is lost now: 0.0 s (0.0-0.9), 0 B; postgres-2 has most of it
 postgres-1: slot old \"slot\" is LOST
 postgres-2: replay is paused: pg_wal_replay_resume()
 postgres-3: connect to postgres-3 (10.0.0.3:5432): Connection refused (os error 111), last answer 90 s ago
 ";
         assert_eq!(render(&example(), "here"), expected);
         assert_eq!(unknown(&example()), ["the lag of postgres-3"]);
+        let mut left = example();
+        left.groups[0].nodes[2].is_member = false;
+        assert_eq!(unknown(&left), Vec::<String>::new());
+        left.groups[0].primary = None;
+        assert_eq!(unknown(&left), ["the primary of group 0"]);
+        left.groups[0].standby_leader = Some("postgres-1".to_owned());
+        assert_eq!(unknown(&left), Vec::<String>::new());
         let mut split = example();
         split.groups[0].split_brain = SplitBrain::Confirmed(Vec::new());
         let expected = ["which primary of group 0 is the right one", "the lag of postgres-3"];
         assert_eq!(unknown(&split), expected);
+    }
+
+    #[test]
+    fn a_group_says_what_its_lag_and_its_loss_hang_on() {
+        let notes = |change: &dyn Fn(&mut GroupView)| {
+            let mut group = example().groups.remove(0);
+            group.rpo = Rpo::Unknown;
+            change(&mut group);
+            let mut notes = Vec::new();
+            group_notes(&group, &mut notes);
+            notes.join("\n")
+        };
+        let loss = |lag, bytes| Rpo::Loss { standby: "b".to_owned(), lag, bytes };
+        let second = Some(Duration::from_secs(1));
+        let silent = Lag { lower: None, estimate: second, upper: second };
+        for (expected, change) in [
+            ("", &(|_: &mut GroupView| ()) as &dyn Fn(&mut GroupView)),
+            ("group 0: no primary here: lag is behind b, which follows one elsewhere", &|group| {
+                (group.primary, group.standby_leader) = (None, Some("b".to_owned()));
+            }),
+            ("group 0: NO PRIMARY answers, so no lag can be told", &|group| group.primary = None),
+            ("group 0: several primaries write one timeline, so no lag can be told", &|group| {
+                (group.primary, group.primaries) = (None, 2);
+            }),
+            (
+                "group 0: if the primary is lost now, so is all of it: no standby of it answers",
+                &|group| group.rpo = Rpo::NoStandby,
+            ),
+            (
+                "group 0: lost if the primary is lost now: 1.0 s (?-1.0), 7 B; b has most of it; \
+                 a node that is silent may have more",
+                &|group| group.rpo = loss(silent, Some(7)),
+            ),
+            (
+                "group 0: lost if the primary is lost now: unknown; b has most of it; \
+                 a node that is silent may have more",
+                &|group| group.rpo = loss(Lag::default(), None),
+            ),
+        ] {
+            assert_eq!(notes(change), expected);
+        }
     }
 
     #[test]

@@ -50,6 +50,11 @@ impl Rivals {
         }
     }
 
+    /// Whether this is one of them.
+    pub fn has(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
     /// The verdict at `now`: confirmed if each has written since. What a server writes by itself
     /// counts; that it does is enough to make the two differ.
     pub fn verdict(

@@ -24,8 +24,11 @@ pub struct GroupView {
     /// The primary whose WAL the lag is measured against; `None` if none is known, or if two
     /// write the same timeline.
     pub primary: Option<String>,
-    /// Time since that primary, or the last one there was, told its position. `None` if none ever
-    /// did.
+    /// The standby whose WAL the lag is measured against, in a group whose primary is elsewhere:
+    /// the others are behind it by so much, and behind the primary by more.
+    pub standby_leader: Option<String>,
+    /// Time since one of these two, or the last one there was, told its position. `None` if none
+    /// ever did.
     #[serde(with = "json::seconds")]
     pub primary_sample_age: Option<Duration>,
     /// The number of the cluster that the primary belongs to.
@@ -54,7 +57,9 @@ pub struct GroupView {
 pub struct NodeView {
     /// Its name.
     pub name: String,
-    /// Whether the last question was answered. `None` before the first.
+    /// Whether the topology still has it.
+    pub is_member: bool,
+    /// Whether it was asked lately, and answered. `None` before the first time.
     pub up: Option<bool>,
     /// Whether the last new connection was made. `None` before the first.
     pub fresh_connect: Option<bool>,
@@ -314,15 +319,15 @@ pub struct SlotView {
     pub xmin_age: Option<u32>,
 }
 
-/// How long a slot lasts if nobody moves it, at the rate that WAL was written in the last minutes.
+/// How long a slot lasts if what it holds back goes on to grow as it did in the last minutes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Runway {
-    /// There is no limit but the disk, or the rate is not known yet.
+    /// There is no limit but the disk, or it was not watched for long enough.
     Unknown,
     /// For this time. 0: it is lost, or the next checkpoint takes it.
     Lasts(Duration),
-    /// For ever: nothing is written.
+    /// For ever: nothing is written, or somebody moves it on as fast.
     Endless,
 }
 
@@ -363,11 +368,12 @@ pub struct SyncCount {
     pub present: u32,
 }
 
-/// What would be lost if the primary were lost now and the best standby were promoted.
+/// What would be lost if the primary were lost now and the best standby that answers were
+/// promoted.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Rpo {
-    /// The primary's position is not known.
+    /// The primary's position is not known, or not yet those of the standbys.
     #[default]
     Unknown,
     /// Everything: no standby answers that has this history.
@@ -376,7 +382,8 @@ pub enum Rpo {
     Loss {
         /// Its name.
         standby: String,
-        /// The age of the oldest lost WAL.
+        /// The age of the oldest lost WAL. Without `lower` if a node does not answer, which may have
+        /// more.
         lag: Lag,
         /// How much WAL; `None` if the primary's position is too old.
         bytes: Option<u64>,

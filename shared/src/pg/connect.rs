@@ -5,7 +5,12 @@
 //! here. A query has two: the server's `statement_timeout`, and a slightly longer one of our own
 //! for a server that no longer keeps its promises.
 //!
-//! Made for direct connections: PgBouncer refuses the `options` with which the timeouts are set.
+//! The server is told to notice a client that is gone as soon as we notice a server: by itself it
+//! would wait for two hours, and the dead sessions would use up the role's `CONNECTION LIMIT`. A
+//! kernel answers for an agent that is busy or idle, so no connection that works is ended by this.
+//!
+//! [`connect`] is for direct connections: PgBouncer refuses the `options` with which the timeouts are
+//! set. [`connect_pooler`] goes without them.
 
 use std::time::Duration;
 
@@ -13,8 +18,11 @@ use rustls::ClientConfig;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
 use tokio_postgres::config::SslMode;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
-use tokio_postgres::{Client, NoTls, Row, Statement, ToStatement};
+use tokio_postgres::{
+    Client, NoTls, Row, SimpleQueryMessage, SimpleQueryRow, Statement, ToStatement,
+};
 use tokio_postgres_rustls::MakeRustlsConnect;
 use tracing::debug;
 
@@ -26,7 +34,7 @@ const STATEMENT_GRACE: Duration = Duration::from_secs(5);
 /// Limit on asking the server to cancel a statement. It is a courtesy: the connection is given
 /// up in any case.
 const CANCEL_LIMIT: Duration = Duration::from_secs(2);
-/// How long what we sent may stay unacknowledged before the kernel gives up the connection.
+/// How long what was sent may stay unacknowledged before the kernel gives up the connection.
 const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Silence after which the kernel asks whether the other side is still there …
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
@@ -34,12 +42,18 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// … and how often before it gives up.
 const KEEPALIVE_RETRIES: u32 = 3;
+/// The first version that knows all of [`server_settings`]: `idle_session_timeout` is the newest.
+const VERSION_MIN: u32 = 14;
+/// The parameter that says which version a server is.
+const VERSION: &str = "server_version";
 
 /// A connection to one node. Dropping it closes it.
 #[derive(Debug)]
 pub struct Connection {
     client: Client,
     node: Node,
+    /// `server_version`, which the server says at the login.
+    version: Option<String>,
     tls: Tls,
     /// Our own limit on one query.
     limit: Duration,
@@ -59,15 +73,43 @@ pub struct Connection {
 /// Fails when there is no login within `settings.connect_timeout`; the error says why.
 pub async fn connect(settings: &Settings, node: &Node) -> Result<Connection, ConnectError> {
     let limit = settings.connect_timeout;
-    match timeout(limit, dial(settings, node)).await {
-        Ok(Ok(connection)) => Ok(connection),
-        Ok(Err(error)) => Err(why(error, settings, node)),
+    let error = match timeout(limit, dial(settings, node, &server_settings(settings))).await {
+        Ok(Ok(connection)) => return Ok(connection),
+        Ok(Err(error)) => error,
+        Err(_) => return Err(ConnectError::TimedOut { node: node.to_string(), limit }),
+    };
+    // It does not know one of the settings, and refuses the login before it says which version it is.
+    if error.code() == Some(&SqlState::UNDEFINED_OBJECT)
+        && let Ok(Ok(connection)) = timeout(limit, Box::pin(dial(settings, node, ""))).await
+        && let Some(version) = connection.version_before(VERSION_MIN)
+    {
+        let (node, version) = (node.to_string(), version.to_owned());
+        return Err(ConnectError::TooOld { node, version, needed: VERSION_MIN });
+    }
+    Err(why(error, settings, node))
+}
+
+/// Connects to a `PgBouncer` and logs in: without the session settings of [`connect`], which it refuses
+/// unless its `ignore_startup_parameters` has `options`, and would then drop. So the server's own
+/// timeouts hold, and ours; use [`Connection::simple_query`] only, which needs no prepared statements.
+///
+/// # Errors
+///
+/// As [`connect`].
+pub async fn connect_pooler(settings: &Settings, node: &Node) -> Result<Connection, ConnectError> {
+    let limit = settings.connect_timeout;
+    match timeout(limit, dial(settings, node, "")).await {
+        Ok(connected) => connected.map_err(|error| why(error, settings, node)),
         Err(_) => Err(ConnectError::TimedOut { node: node.to_string(), limit }),
     }
 }
 
-/// Connects and logs in without a limit.
-async fn dial(settings: &Settings, node: &Node) -> Result<Connection, tokio_postgres::Error> {
+/// Connects and logs in without a limit, with these `-c` options.
+async fn dial(
+    settings: &Settings,
+    node: &Node,
+    options: &str,
+) -> Result<Connection, tokio_postgres::Error> {
     let mut config = tokio_postgres::Config::new();
     // A host that begins with `/` is taken as the directory of a Unix socket.
     config
@@ -76,32 +118,37 @@ async fn dial(settings: &Settings, node: &Node) -> Result<Connection, tokio_post
         .user(&settings.user)
         .dbname(&settings.database)
         .application_name(&settings.application_name)
-        .options(server_settings(settings))
         .tcp_user_timeout(TCP_USER_TIMEOUT)
         .keepalives(true)
         .keepalives_idle(KEEPALIVE_IDLE)
         .keepalives_interval(KEEPALIVE_INTERVAL)
         .keepalives_retries(KEEPALIVE_RETRIES);
+    if !options.is_empty() {
+        config.options(options);
+    }
     if let Some(password) = &settings.password {
         config.password(password.expose());
     }
 
     let mut driver = JoinSet::new();
     let tls = if node.is_local() { Tls::Disable } else { settings.tls.clone() };
-    let (client, driver_abort) = match &tls {
+    let (client, version, driver_abort) = match &tls {
         Tls::Disable => {
             let (client, connection) = config.ssl_mode(SslMode::Disable).connect(NoTls).await?;
-            (client, driver.spawn(drive(connection, node.name.clone())))
+            let version = connection.parameter(VERSION).map(str::to_owned);
+            (client, version, driver.spawn(drive(connection, node.name.clone())))
         }
         Tls::VerifyFull(client_config) => {
             // The rustls configuration always verifies, so `require` is verify-full here.
             let connector = MakeRustlsConnect::new(ClientConfig::clone(client_config));
             let (client, connection) = config.ssl_mode(SslMode::Require).connect(connector).await?;
-            (client, driver.spawn(drive(connection, node.name.clone())))
+            let version = connection.parameter(VERSION).map(str::to_owned);
+            (client, version, driver.spawn(drive(connection, node.name.clone())))
         }
     };
     let limit = settings.statement_timeout + STATEMENT_GRACE;
-    Ok(Connection { client, node: node.clone(), tls, limit, driver_abort, _driver: driver })
+    let node = node.clone();
+    Ok(Connection { client, node, version, tls, limit, driver_abort, _driver: driver })
 }
 
 /// Moves bytes until the connection ends. The query under way gets the error as well, so it is
@@ -116,9 +163,14 @@ async fn drive(connection: impl Future<Output = Result<(), tokio_postgres::Error
 fn server_settings(settings: &Settings) -> String {
     format!(
         "-c statement_timeout={} -c lock_timeout={} -c search_path=pg_catalog \
-         -c idle_session_timeout=0",
+         -c idle_session_timeout={} -c tcp_user_timeout={} -c tcp_keepalives_idle={} \
+         -c tcp_keepalives_interval={} -c tcp_keepalives_count={KEEPALIVE_RETRIES}",
         settings.statement_timeout.as_millis(),
         settings.lock_timeout.as_millis(),
+        settings.idle_session_timeout.as_millis(),
+        TCP_USER_TIMEOUT.as_millis(),
+        KEEPALIVE_IDLE.as_secs(),
+        KEEPALIVE_INTERVAL.as_secs(),
     )
 }
 
@@ -126,6 +178,13 @@ impl Connection {
     /// The node this connection leads to.
     pub fn node(&self) -> &Node {
         &self.node
+    }
+
+    /// The server's version, such as `13.14`, if it is one before `major`.
+    fn version_before(&self, major: u32) -> Option<&str> {
+        let version = self.version.as_deref()?.split_whitespace().next()?;
+        let number = version.split(|it: char| !it.is_ascii_digit()).next()?.parse::<u32>().ok()?;
+        (number < major).then_some(version)
     }
 
     /// Tells whether the connection has ended.
@@ -167,6 +226,21 @@ impl Connection {
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Row, QueryError> {
         self.bounded(self.client.query_one(statement, parameters)).await
+    }
+
+    /// Runs statements by the simple protocol, which is all that the admin console of `PgBouncer`
+    /// speaks, and returns their rows, every column as text.
+    ///
+    /// # Errors
+    ///
+    /// As [`Connection::query`].
+    pub async fn simple_query(&self, sql: &str) -> Result<Vec<SimpleQueryRow>, QueryError> {
+        let messages = self.bounded(self.client.simple_query(sql)).await?;
+        let rows = messages.into_iter().filter_map(|message| match message {
+            SimpleQueryMessage::Row(row) => Some(row),
+            _ => None,
+        });
+        Ok(rows.collect())
     }
 
     /// Runs a statement and returns the number of rows it changed.
@@ -245,6 +319,7 @@ mod tests {
             connect_timeout: Duration::from_secs(10),
             statement_timeout: Duration::from_secs(30),
             lock_timeout: Duration::from_secs(5),
+            idle_session_timeout: Duration::ZERO,
         }
     }
 
@@ -374,6 +449,40 @@ mod tests {
         }
     }
 
+    /// It refuses the login for a setting that it does not know, before it says which version it is.
+    #[tokio::test]
+    async fn a_server_that_is_too_old_is_named_with_its_version() {
+        let unknown = "no parameter \"idle_session_timeout\"";
+        let needed = "PostgreSQL 14 or later is needed, and postgres-1 (127.0.0.1:PORT) runs 13.14";
+        let refused = format!(
+            "postgres-1 (127.0.0.1:PORT) refuses the connection: {unknown} (SQLSTATE 42704)"
+        );
+        for (version, expected) in
+            [("13.14 (Debian 13.14-1)", needed), ("13.14", needed), ("17.2", &refused)]
+        {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let port = listener.local_addr().unwrap().port();
+            let mut running = JoinSet::new();
+            running.spawn(async move {
+                let mut stream = listener.accept().await.unwrap().0;
+                read_startup(&mut stream).await;
+                let fields = format!("SFATAL\0C42704\0M{unknown}\0\0");
+                send(&mut stream, b'E', fields.as_bytes()).await;
+                let mut stream = listener.accept().await.unwrap().0;
+                let startup = read_startup(&mut stream).await;
+                assert!(!String::from_utf8_lossy(&startup).contains("-c "));
+                send(&mut stream, b'R', &[0, 0, 0, 0]).await;
+                send(&mut stream, b'S', format!("server_version\0{version}\0").as_bytes()).await;
+                send(&mut stream, b'K', &[0, 0, 0, 1, 0, 0, 0, 2]).await;
+                send(&mut stream, b'Z', b"I").await;
+                stream.read_to_end(&mut Vec::new()).await.ok();
+            });
+            let (error, message) = refusal(&settings(), "127.0.0.1", port).await;
+            assert_eq!(message, expected, "{version}");
+            assert!(!error.is_transient());
+        }
+    }
+
     #[tokio::test]
     async fn the_session_gets_its_limits_and_its_name() {
         let (port, mut running) = server(async |mut stream| {
@@ -384,7 +493,9 @@ mod tests {
                 "database\0postgres\0",
                 "application_name\0pgmesh/test\0",
                 "options\0-c statement_timeout=30000 -c lock_timeout=5000 \
-                 -c search_path=pg_catalog -c idle_session_timeout=0\0",
+                 -c search_path=pg_catalog -c idle_session_timeout=0 -c tcp_user_timeout=30000 \
+                 -c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 \
+                 -c tcp_keepalives_count=3\0",
             ] {
                 assert!(startup.contains(setting), "{startup:?}");
             }

@@ -116,6 +116,16 @@ pub enum ConnectError {
         /// What the server said.
         source: tokio_postgres::Error,
     },
+    /// The server is of a version that lacks what the agents need.
+    #[error("PostgreSQL {needed} or later is needed, and {node} runs {version}")]
+    TooOld {
+        /// The node.
+        node: String,
+        /// The version that it runs, such as `13.14`.
+        version: String,
+        /// The first major version that will do.
+        needed: u32,
+    },
     /// The server refuses for another reason.
     #[error("{node} refuses the connection")]
     Refused {
@@ -163,6 +173,7 @@ impl ConnectError {
             | Self::WrongPassword { .. }
             | Self::NotAllowed { .. }
             | Self::NoDatabase { .. }
+            | Self::TooOld { .. }
             | Self::Refused { .. } => false,
         }
     }

@@ -5,6 +5,6 @@ pub mod error;
 pub mod settings;
 pub mod wal;
 
-pub use connect::{Connection, connect};
+pub use connect::{Connection, connect, connect_pooler};
 pub use error::{ConnectError, QueryError};
-pub use settings::{Node, PostgresConfig, Settings, SettingsError, Tls};
+pub use settings::{Node, PostgresConfig, Settings, SettingsError, Tls, TlsMode};

@@ -97,6 +97,7 @@ impl PostgresConfig {
             connect_timeout: CONNECT_TIMEOUT,
             statement_timeout: STATEMENT_TIMEOUT,
             lock_timeout: LOCK_TIMEOUT,
+            idle_session_timeout: Duration::ZERO,
         })
     }
 }
@@ -120,6 +121,8 @@ pub struct Settings {
     pub statement_timeout: Duration,
     /// The server's limit on waiting for a lock.
     pub lock_timeout: Duration,
+    /// How long the server keeps a session that asks for nothing; zero is for ever.
+    pub idle_session_timeout: Duration,
 }
 
 /// Encryption of TCP connections.

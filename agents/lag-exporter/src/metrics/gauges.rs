@@ -18,6 +18,15 @@ fn rpo(group: &GroupRow<'_>, part: fn(&Lag) -> Option<Duration>) -> Option<f64> 
     }
 }
 
+/// It is not less than this. If no standby answers, nothing is sure but that it is not more than
+/// everything.
+fn rpo_lower(group: &GroupRow<'_>) -> Option<f64> {
+    match &group.view.rpo {
+        Rpo::Unknown | Rpo::NoStandby => None,
+        Rpo::Loss { lag, .. } => seconds(lag.lower),
+    }
+}
+
 /// Name, help, unit and value of a gauge of one kind of thing.
 type Gauge<F> = (&'static str, &'static str, Option<Unit>, F);
 type OfGroup = fn(&GroupRow<'_>) -> Option<f64>;
@@ -31,14 +40,15 @@ pub(super) const GROUP_GAUGES: &[Gauge<OfGroup>] = &[
     }),
     (
         "pgmesh_lag_group_primary_sample_age",
-        "Time since the primary told its position; above a few seconds the lag is not known.",
+        "Time since the primary, or the standby leader, told its position; above a few seconds the \
+         lag is not known.",
         Some(Unit::Seconds),
         |it| seconds(it.view.primary_sample_age),
     ),
     (
         "pgmesh_lag_group_sync_quorum_met",
         "1 if as many standbys are connected as commits wait for, 0 if commits hang; none if \
-         they wait for nobody.",
+         they wait for nobody, as with synchronous_commit off or local.",
         None,
         |it| match it.view.quorum {
             Quorum::Unknown | Quorum::NotWanted => None,
@@ -67,19 +77,23 @@ pub(super) const GROUP_GAUGES: &[Gauge<OfGroup>] = &[
     ),
     (
         "pgmesh_lag_group_rpo",
-        "Age of the oldest WAL that is lost if the primary is lost now; +Inf without a standby.",
+        "Age of the oldest WAL that is lost if the primary is lost now and the best standby that \
+         answers is promoted; +Inf if none answers.",
         Some(Unit::Seconds),
         |it| rpo(it, |lag| lag.estimate),
     ),
-    ("pgmesh_lag_group_rpo_lower", "It is not less than this.", Some(Unit::Seconds), |it| {
-        rpo(it, |lag| lag.lower)
-    }),
+    (
+        "pgmesh_lag_group_rpo_lower",
+        "It is not less than this; none if a node does not answer, which may have more.",
+        Some(Unit::Seconds),
+        rpo_lower,
+    ),
     ("pgmesh_lag_group_rpo_upper", "It is not more than this.", Some(Unit::Seconds), |it| {
         rpo(it, |lag| lag.upper)
     }),
     (
         "pgmesh_lag_group_rpo",
-        "WAL that is lost if the primary is lost now; +Inf without a standby.",
+        "WAL that is lost then; +Inf if no standby answers.",
         Some(Unit::Bytes),
         |it| match it.view.rpo {
             Rpo::Unknown => None,
@@ -149,7 +163,7 @@ pub(super) const NODE_GAUGES: &[Gauge<OfNode>] = &[
             CatchUp::Never => Some(f64::INFINITY),
         },
     ),
-    ("pgmesh_lag_target_up", "1 if the last question was answered.", None, |it| {
+    ("pgmesh_lag_target_up", "1 if the node was asked lately and answered.", None, |it| {
         it.view.up.map(bit)
     }),
     (
@@ -281,8 +295,8 @@ pub(super) const SLOT_GAUGES: &[Gauge<OfSlot>] = &[
     }),
     (
         "pgmesh_lag_slot_runway",
-        "How long the slot lasts at the rate WAL is written; 0 if it is lost, +Inf for ever; none if \
-         only the disk is its limit, whose free space no query tells.",
+        "How long the slot lasts if what it holds back goes on to grow; 0 if it is lost, +Inf if it \
+         does not grow; none if only the disk is its limit, whose free space no query tells.",
         Some(Unit::Seconds),
         |it| match it.runway {
             Runway::Unknown => None,
