@@ -20,7 +20,7 @@ use tokio_postgres::Client;
 use tokio_postgres::types::PgLsn;
 
 use crate::receive::{Receiving, WAL, commits, load, objects, stored_up_to};
-use crate::scene::{Kind, Scene, config_text, directory_repository, write};
+use crate::scene::{Kind, config_text, directory_repository, write};
 
 /// A failover waits for the leader's key, 20 s, and for the promotion.
 const LIMIT: Duration = Duration::from_mins(2);
@@ -330,13 +330,7 @@ async fn a_promotion_that_loses_what_is_stored_is_refused_or_followed() {
         return;
     }
     let refuse = format!("{WAL}on_divergence = \"refuse\"\n");
-    let scene = Scene::streaming(Kind::Directory, &refuse).await;
-    let standby = scene.primary.standby("standby1").await;
-    scene.configure(&[&scene.primary, &standby]);
-    let agent = scene.agent().spawn(&["run"]);
-    let mut receiving = Receiving { scene, agent };
-    receiving.stored_all().await;
-    receiving.scene.backup().await;
+    let (mut receiving, standby) = Receiving::with_standby(Kind::Directory, &refuse).await;
     receiving.primary().psql("CREATE TABLE marks (i int); INSERT INTO marks VALUES (1)").await;
     standby.catch_up(receiving.primary()).await;
 

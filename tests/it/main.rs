@@ -27,6 +27,7 @@ mod prefetch;
 mod promotion;
 mod receive;
 mod replicas;
+mod restores;
 mod s3_access;
 mod store;
 mod wal_faults;

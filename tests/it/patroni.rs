@@ -59,6 +59,7 @@ fn settings() -> Settings {
         connect_timeout: Duration::from_secs(5),
         statement_timeout: Duration::from_secs(5),
         lock_timeout: Duration::from_secs(5),
+        idle_session_timeout: Duration::ZERO,
     }
 }
 

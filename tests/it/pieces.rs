@@ -83,7 +83,7 @@ impl Pieces {
         let place = self.place().await;
         let mut growing = Growing::new(segment, SEGMENT_BYTES, 1, Vec::new()).unwrap();
         growing.take(&vec![0; usize::try_from(from).unwrap()]).unwrap();
-        growing.ship(0, from);
+        growing.ship(0, from, false);
         growing.take(content).unwrap();
         let cut = growing.cut(true).unwrap().unwrap();
         let name = format!("{from:08X}-{:08X}", from + content.len() as u64);

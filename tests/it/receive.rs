@@ -39,6 +39,18 @@ impl Receiving {
         receiving
     }
 
+    /// With a standby that may be promoted.
+    pub(crate) async fn with_standby(kind: Kind, wal: &str) -> (Self, PgServer) {
+        let scene = Scene::streaming(kind, wal).await;
+        let standby = scene.primary.standby("standby1").await;
+        scene.configure(&[&scene.primary, &standby]);
+        let agent = scene.agent().spawn(&["run"]);
+        let receiving = Self { scene, agent };
+        receiving.stored_all().await;
+        receiving.scene.backup().await;
+        (receiving, standby)
+    }
+
     pub(crate) fn primary(&self) -> &PgServer {
         &self.scene.primary
     }
@@ -227,13 +239,7 @@ async fn a_failover_leaves_one_window() {
     if postgres_is_missing() {
         return;
     }
-    let scene = Scene::streaming(Kind::Directory, WAL).await;
-    let standby = scene.primary.standby("standby1").await;
-    scene.configure(&[&scene.primary, &standby]);
-    let agent = scene.agent().spawn(&["run"]);
-    let mut receiving = Receiving { scene, agent };
-    receiving.stored_all().await;
-    receiving.scene.backup().await;
+    let (mut receiving, standby) = Receiving::with_standby(Kind::Directory, WAL).await;
     let slot =
         format!("SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = '{RECEIVER}'");
     eventually("the standby has the slot", LIMIT, async || !standby.psql(&slot).await.is_empty())

@@ -202,7 +202,12 @@ async fn a_stopped_replica_writes_nothing_after_its_lease(fault: Fault) {
     one.logged("not responsible for the group any more", LIMIT).await;
     // Whatever it would do, it would have done before this is stored.
     mark(primary, 3, Instant::now()).await;
-    let writes = [Operation::PutObject, Operation::UploadPart, Operation::DeleteObject];
+    let writes = [
+        Operation::PutObject,
+        Operation::UploadPart,
+        Operation::DeleteObject,
+        Operation::DeleteObjects,
+    ];
     let late: Vec<_> = faults
         .record()
         .into_iter()
@@ -235,11 +240,12 @@ async fn a_replica_that_was_stopped_while_it_read_back_removes_nothing_after_its
     }
 }
 
-/// It has removed one piece, and would remove the next.
+/// It has removed the pieces of one segment, and would remove those of the next.
 #[tokio::test]
 async fn a_replica_that_was_stopped_while_it_removed_pieces_removes_no_more_after_its_lease() {
     if !something_is_missing() {
-        let fault = Fault::new(HOLD).on(Operation::DeleteObject).key("/partial/");
+        let fault = Fault::new(HOLD).on(Operation::DeleteObject).on(Operation::DeleteObjects);
+        let fault = fault.key("/partial/");
         Box::pin(a_stopped_replica_writes_nothing_after_its_lease(fault)).await;
     }
 }

@@ -9,7 +9,7 @@ use harness::postgres::postgres_is_missing;
 use harness::{Effect, Fault, Mode, Operation, PgServer, Refusal, eventually};
 
 use crate::receive::{LIMIT, RECEIVER, Receiving, commits, load, objects, stored_up_to};
-use crate::scene::{Kind, Scene, write};
+use crate::scene::{Kind, write};
 use crate::wal_files::{data_directory, run_in};
 
 /// Ships often, and reads nothing back by itself.
@@ -44,7 +44,12 @@ async fn a_damaged_complete_segment_does_not_stand_for_its_pieces() {
     let lie = Fault::new(Effect::StoreTruncated { bytes: 2_000 }).on(Operation::PutObject);
     let lie = faults.add(lie.key(&complete));
     // Whatever it asks then, it gets no answer.
-    for operation in [Operation::HeadObject, Operation::GetObject, Operation::DeleteObject] {
+    for operation in [
+        Operation::HeadObject,
+        Operation::GetObject,
+        Operation::DeleteObject,
+        Operation::DeleteObjects,
+    ] {
         faults.add(Fault::new(Effect::Stall).on(operation).key(&complete));
     }
     receiving.primary().psql("INSERT INTO marks VALUES (3); SELECT pg_switch_wal()").await;
@@ -172,13 +177,7 @@ async fn the_first_pieces_of_a_timeline_do_not_hide_the_one_before() {
         return;
     }
     let small = format!("{QUIET}ship_bytes = 65536\n");
-    let scene = Scene::streaming(Kind::S3, &small).await;
-    let standby = scene.primary.standby("standby1").await;
-    scene.configure(&[&scene.primary, &standby]);
-    let agent = scene.agent().spawn(&["run"]);
-    let mut receiving = Receiving { scene, agent };
-    receiving.stored_all().await;
-    receiving.scene.backup().await;
+    let (mut receiving, standby) = Receiving::with_standby(Kind::S3, &small).await;
     let slots = format!("SELECT count(*) FROM pg_replication_slots WHERE slot_name = '{RECEIVER}'");
     eventually("the standby has the slot", LIMIT, async || standby.psql(&slots).await == "1").await;
     let primary = receiving.primary();

@@ -5,7 +5,6 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use shared::pg::wal::{Segment, WalFile};
-use shared::store::StoreErrorKind;
 use shared::telemetry::chain;
 use thiserror::Error;
 use tokio_postgres::types::PgLsn;
@@ -26,9 +25,6 @@ pub const NEVER_PRODUCED: u8 = 1;
 /// the end of the WAL, and promoting without what was committed after.
 /// Source: PostgreSQL manual, "Archive Recovery"; `shell_restore.c`.
 pub const GIVE_UP: u8 = 254;
-
-/// How often a growing segment is looked at anew because a piece of it was replaced.
-const LISTS_MAX: u32 = 30;
 
 /// Why a WAL file was not pushed or fetched.
 #[derive(Debug, Error)]
@@ -130,7 +126,8 @@ pub enum Fetched {
 }
 
 /// Fetches one WAL file: `file` is `%f`, `path` is `%p`. `until` promises that the recovery has a target
-/// there or before: PostgreSQL ends it with an error if it does not come so far.
+/// there or before: PostgreSQL ends it with an error if it does not come so far. It reads ahead of
+/// what it replays all the same (`recovery_prefetch`), so what comes after is the end of its WAL.
 ///
 /// The content is checked before the file gets its name, so PostgreSQL never sees a part of it.
 ///
@@ -144,6 +141,13 @@ pub async fn fetch(
     until: Option<PgLsn>,
 ) -> Result<Fetched, ArchiveError> {
     let place = Repository::open(config).await?.place(config.wal.group, system_identifier()?);
+    if let Some(until) = until {
+        let segment_bytes = catalog::wal_segment_bytes(&place).await?.unwrap_or(16 << 20);
+        if is_behind(file, segment_bytes, until) {
+            info!(segment = file, %until, "WAL behind the target is left");
+            return Ok(Fetched::NeverProduced);
+        }
+    }
     match fetch_from(&place, file, path, until).await {
         Err(ArchiveError::Wal(WalError::Repository(error)))
             if error.is_transient() && is_standby() =>
@@ -163,6 +167,12 @@ pub async fn fetch(
         }
         result => result,
     }
+}
+
+/// Whether a file is a segment that begins at a position or after it.
+pub(crate) fn is_behind(file: &str, segment_bytes: u64, until: PgLsn) -> bool {
+    let segment = WalFile::parse(file, segment_bytes);
+    matches!(segment, Ok(WalFile::Segment(it)) if it.number * segment_bytes >= until.into())
 }
 
 async fn fetch_from(
@@ -186,16 +196,12 @@ async fn fetch_from(
     let written = wal::read(place, found, |chunk| target.write_all(chunk).map_err(failed)).await;
     if let Err(error) = written {
         fs::remove_file(&provisional).map_err(failed)?;
-        return Err(match error {
-            // Listed and gone: somebody deletes. Nothing is proven by that.
-            WalError::Repository(RepositoryError::Store(error))
-                if error.kind == StoreErrorKind::NotFound =>
-            {
-                let reason = "it was listed a moment ago".to_owned();
-                ArchiveError::Missing { file: file.to_owned(), reason }
-            }
-            error => error.into(),
-        });
+        // Listed and gone: somebody deletes. Nothing is proven by that.
+        if error.is_gone() {
+            let reason = "it was listed a moment ago".to_owned();
+            return Err(ArchiveError::Missing { file: file.to_owned(), reason });
+        }
+        return Err(error.into());
     }
     fs::rename(&provisional, path)
         .map_err(|source| ArchiveError::Write { path: path.to_owned(), source })?;
@@ -215,7 +221,7 @@ async fn fetch_growing(
     let Ok(WalFile::Segment(segment)) = WalFile::parse(file, segment_bytes) else {
         return absent(place, file, segment_bytes).await;
     };
-    for _ in 0..LISTS_MAX {
+    for _ in 0..wal::LISTS_MAX {
         let stored = WalMap::around(place, segment, segment_bytes).await?;
         if let Some(fetched) = fetch_listed(&stored, segment, (place, file, path, until)).await? {
             return Ok(fetched);
@@ -253,11 +259,7 @@ async fn fetch_listed(
     }
     let content = match beginning(place, stored, segment, covered).await {
         // A larger piece, or the complete segment, was stored before it went.
-        Err(WalError::Repository(RepositoryError::Store(error)))
-            if error.kind == StoreErrorKind::NotFound =>
-        {
-            return Ok(None);
-        }
+        Err(error) if error.is_gone() => return Ok(None),
         content => content?,
     };
     let failed = |source| ArchiveError::Write { path: path.to_owned(), source };
@@ -347,4 +349,28 @@ pub fn system_identifier() -> Result<u64, ArchiveError> {
 
 fn is_standby() -> bool {
     Path::new("standby.signal").exists()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A recovery reads ahead of its target (`recovery_prefetch`), and asks for the segment after a
+    /// backup's own WAL, which retention has removed.
+    #[test]
+    fn segments_behind_the_target_are_the_end_of_the_wal() {
+        let cases = [
+            ("before it", "000000010000000000000003", 0x400_0000, false),
+            ("it ends there", "000000010000000000000003", 0x400_0001, false),
+            ("it begins there", "000000010000000000000004", 0x400_0000, true),
+            ("the target is in it", "000000010000000000000004", 0x400_0001, false),
+            ("far behind, of another timeline", "000000020000000100000000", 0x400_0000, true),
+            ("a history", "00000009.history", 0x400_0000, false),
+            ("nonsense", "nonsense", 0, false),
+        ];
+        for (case, file, until, expected) in cases {
+            assert_eq!(is_behind(file, 16 << 20, PgLsn::from(until)), expected, "{case}");
+        }
+        assert!(is_behind("000000010000000000000004", 1 << 20, PgLsn::from(0x40_0000)));
+    }
 }

@@ -1,9 +1,10 @@
 //! The command line.
 
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
 use chrono::{DateTime, Utc};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use tokio_postgres::types::PgLsn;
 
 use crate::manifest::BackupId;
@@ -88,6 +89,22 @@ pub enum Command {
         /// A file that does not exist yet; standard output if left out
         file: Option<PathBuf>,
     },
+}
+
+/// Whether a command line is one of `wal-fetch`, well-formed or not: the first command that it names.
+pub fn is_wal_fetch(arguments: impl Iterator<Item = OsString>) -> bool {
+    let command = Cli::command();
+    let is_command =
+        |word: &OsString| command.get_subcommands().any(|it| word == OsStr::new(it.get_name()));
+    let mut arguments = arguments.skip(1);
+    while let Some(word) = arguments.next() {
+        if word == "--config" || word == "--log-format" {
+            arguments.next();
+        } else if is_command(&word) {
+            return word == "wal-fetch";
+        }
+    }
+    false
 }
 
 /// `--json`.
@@ -261,7 +278,9 @@ fn parse_lsn(text: &str) -> Result<PgLsn, String> {
 
 /// Reads a time with a zone, as PostgreSQL prints it or as ISO 8601 has it.
 fn parse_time(text: &str) -> Result<DateTime<Utc>, String> {
-    let iso = text.trim().replacen(' ', "T", 1);
+    let text = text.trim();
+    let utc = text.strip_suffix("UTC").map(|time| format!("{}Z", time.trim_end()));
+    let iso = utc.as_deref().unwrap_or(text).replacen(' ', "T", 1);
     ["%Y-%m-%dT%H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M%#z"]
         .iter()
         .find_map(|format| DateTime::parse_from_str(&iso, format).ok())
@@ -284,8 +303,6 @@ fn parse_tablespace(text: &str) -> Result<(PathBuf, PathBuf), String> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]
@@ -300,12 +317,35 @@ mod tests {
             ("2026-03-01 14:30:00.5+01:30", Some("2026-03-01T13:00:00.500Z")),
             ("2026-03-01T14:30:00Z", Some("2026-03-01T14:30:00Z")),
             ("2026-03-01 14:30+02", Some("2026-03-01T12:30:00Z")),
+            ("2026-03-01 14:30:00 UTC", Some("2026-03-01T14:30:00Z")),
+            ("2026-03-01 14:30 UTC", Some("2026-03-01T14:30:00Z")),
+            ("2026-03-01 14:30:00 CET", None),
             ("2026-03-01 14:30:00", None),
             ("yesterday", None),
         ];
         for (text, expected) in cases {
             let expected = expected.map(|text| text.parse::<DateTime<Utc>>().unwrap());
             assert_eq!(parse_time(text).ok(), expected, "{text}");
+        }
+    }
+
+    /// PostgreSQL takes the exit code of wrong use, 2, for the end of the WAL; people do not.
+    #[test]
+    fn only_a_command_line_of_wal_fetch_is_one() {
+        let cases = [
+            ("wal-fetch 000000010000000000000003 pg_wal/RECOVERYXLOG", true),
+            ("--config /etc/a.toml wal-fetch", true),
+            ("--config=/etc/a.toml wal-fetch --fast", true),
+            ("--confg /etc/a.toml wal-fetch x y", true),
+            ("restore --to wal-fetch --archive-mode off", false),
+            ("--config wal-fetch list", false),
+            ("list --config wal-fetch", false),
+            ("--log-format wal-fetch", false),
+            ("", false),
+        ];
+        for (line, expected) in cases {
+            let words = ["backup-agent"].into_iter().chain(line.split_whitespace());
+            assert_eq!(is_wal_fetch(words.map(OsString::from)), expected, "{line}");
         }
     }
 

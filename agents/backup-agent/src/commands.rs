@@ -26,9 +26,9 @@ use crate::manifest::Commit;
 use crate::prefetch;
 use crate::progress::{Progress, drawn};
 use crate::quantities::{bytes, span, time};
-use crate::recovery::{TargetTimeline, Window};
+use crate::recovery::{Target, TargetTimeline, Window};
 use crate::repository::{Place, Repository};
-use crate::restore::{RestoreOptions, restore};
+use crate::restore::{RestoreError, RestoreOptions, restore};
 use crate::service;
 use crate::verify::verify;
 use crate::wal::{Then, WalMap};
@@ -173,7 +173,8 @@ fn backup_json(commit: &Commit, window: Option<&Window>) -> Value {
 async fn list(config: &Config, args: &ListArgs) -> anyhow::Result<()> {
     let ListArgs { wal, group: args } = args;
     if *wal {
-        return wal_commands::list(&places(config, args.group).await?, args.json).await;
+        let places = places(config, args.group).await?;
+        return wal_commands::list(&places, &config.retention, args.json).await;
     }
     let header =
         ["BACKUP", "GROUP", "FROM", "AGE", "TOOK", "SIZE", "STORED", "RESTORABLE UNTIL", "NOTE"];
@@ -261,7 +262,8 @@ async fn restore_command(config_path: &Path, args: &RestoreArgs) -> anyhow::Resu
     let began = Utc::now();
     let work = Box::pin(restore(&config, &repository, &options, &progress));
     let restored = drawn(&progress, work).await.map_err(|error| {
-        let state = options.to.join(".pgmesh-restore").exists();
+        let is_other = matches!(error, RestoreError::OtherRestore { .. });
+        let state = options.to.join(".pgmesh-restore").exists() && !is_other;
         let hint = if state { "; go on with --resume once the cause is gone" } else { "" };
         anyhow::Error::new(error).context(format!("restore failed{hint}"))
     })?;
@@ -278,9 +280,17 @@ async fn restore_command(config_path: &Path, args: &RestoreArgs) -> anyhow::Resu
         value["target"] = json!(options.target.to_string());
         return print_json(&value);
     }
+    // PostgreSQL looks for a commit after the time, and replays everything before it gives up.
+    let hint = match options.target {
+        Target::Time(_) => {
+            "If it says \"recovery ended before configured recovery target was reached\", no commit \
+             after that time is stored: then restore without --target-time.\n"
+        }
+        _ => "",
+    };
     print(format!(
         "{} restored to {} in {} ({}).\nStart PostgreSQL there: it recovers to {} on timeline {} \
-         by itself.\nCheck the files, if you like, before that: pg_verifybackup -n {}\n",
+         by itself.\n{hint}Check the files, if you like, before that: pg_verifybackup -n {}\n",
         restored.commit.backup_id,
         options.to.display(),
         span(Utc::now() - began),
@@ -312,7 +322,7 @@ async fn verify_command(config: &Config, args: &VerifyArgs) -> anyhow::Result<()
     if args.wal {
         let progress = Progress::default();
         let places = places(config, args.group).await?;
-        let work = Box::pin(wal_commands::verify(&places, args.json, &progress));
+        let work = Box::pin(wal_commands::verify(&places, &config.retention, args.json, &progress));
         return drawn(&progress, work).await;
     }
     let mut table = Table::new(&["BACKUP", "READ", "WAL SEGMENTS", "RESULT"]);

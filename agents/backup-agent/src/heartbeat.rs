@@ -7,7 +7,6 @@ use std::time::Duration;
 use shared::pg::connect::connect;
 use shared::pg::wal::Segment;
 use shared::pg::{ConnectError, QueryError};
-use shared::store::StoreErrorKind;
 use thiserror::Error;
 use tokio::time::{Instant, timeout};
 use tokio_postgres::types::PgLsn;
@@ -19,12 +18,14 @@ use crate::wal::{self, WalError};
 
 /// How long a record may take to the repository before that is a failure.
 const ARRIVAL_LIMIT: Duration = Duration::from_mins(1);
+/// Writes it in a transaction: a restore to a time ends at the first commit after it, which an idle
+/// database would not have. The commit is flushed, and waits for no standby.
+const EMIT: &str = "SELECT set_config('synchronous_commit', 'local', true), \
+                    pg_logical_emit_message(true, $1, $2) AS lsn";
 /// The prefix of the logical message.
 const PREFIX: &str = "pgmesh";
 /// The record, its headers and those of pages, and more: it begins so far before its end at most.
 const RECORD_BYTES_MAX: u64 = 512;
-/// How often the record is looked for anew because a piece was replaced.
-const LISTS_MAX: u32 = 30;
 /// Bytes of a WAL page, and of the headers of a segment's first page and of the others.
 /// Source: `XLOG_BLCKSZ` as Debian builds it; `xlog_internal.h`.
 const PAGE_BYTES: u32 = 8192;
@@ -86,17 +87,9 @@ pub async fn beat(
     }
     let content = format!("heartbeat {}", hex::encode(random));
     let connection = connect(settings, &primary.node).await?;
-    // It is not transactional, so no commit flushes it: the last argument does, from 17 on. Before,
-    // it goes with the next flush, after `wal_writer_delay` at the latest.
-    let version = connection.query_one("SELECT current_setting('server_version_num')::int", &[]);
-    let emit = if version.await?.get::<_, i32>(0) >= 170_000 {
-        "SELECT pg_logical_emit_message(false, $1, $2, true)"
-    } else {
-        "SELECT pg_logical_emit_message(false, $1, $2)"
-    };
     let began_at = Instant::now();
-    let row = connection.query_one(emit, &[&PREFIX, &content]).await?;
-    let lsn: PgLsn = row.get(0);
+    let row = connection.query_one(EMIT, &[&PREFIX, &content]).await?;
+    let lsn: PgLsn = row.get("lsn");
     let arrived = changes.wait_for(|state| state.received.is_some_and(|it| it.stored_lsn >= lsn));
     if timeout(ARRIVAL_LIMIT, arrived).await.is_err() {
         return Err(HeartbeatError::NotStored { lsn, limit: ARRIVAL_LIMIT });
@@ -131,7 +124,7 @@ async fn read(
     segment_bytes: u64,
     stretch: Range<u64>,
 ) -> Result<Vec<u8>, HeartbeatError> {
-    for _ in 0..LISTS_MAX {
+    for _ in 0..wal::LISTS_MAX {
         // In this order: a complete segment is stored before its pieces go.
         let pieces = piece::list_of(place, segment, segment_bytes).await?;
         if let Some(complete) = wal::find(place, &segment.name(segment_bytes)).await?.first() {
@@ -145,8 +138,7 @@ async fn read(
         }
         match read_pieces(place, &pieces, stretch.clone()).await {
             // Replaced a moment ago.
-            Err(WalError::Repository(RepositoryError::Store(error)))
-                if error.kind == StoreErrorKind::NotFound => {}
+            Err(error) if error.is_gone() => {}
             content => return Ok(content?),
         }
     }

@@ -6,7 +6,8 @@ use std::io;
 use std::os::unix::fs::{
     DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, lchown, symlink,
 };
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
+use std::sync::OnceLock;
 
 use tracing::info;
 
@@ -14,7 +15,7 @@ use crate::manifest::Commit;
 use crate::members::Members;
 use crate::restore::{RestoreError, RestoreOptions, file_error};
 use crate::tar::{Member, MemberKind, is_inside};
-use crate::unpack::STATE_FILE;
+use crate::unpack::{STATE_FILE, begin_emptying};
 
 /// `global/pg_control` until the restore is whole.
 pub(crate) const CONTROL_FILE: &str = "global/pg_control";
@@ -29,6 +30,9 @@ pub(crate) struct Layout {
     pub(crate) roots: Vec<PathBuf>,
     /// The links to make below `pg_tblspc`: object id and location.
     links: Vec<(u32, PathBuf)>,
+    /// A directory of each file system, opened before anything is written: `syncfs` tells what
+    /// could not be written since then.
+    disks: OnceLock<Vec<File>>,
     /// Who is to own the files, if that is not who we are.
     owner: Option<(u32, u32)>,
 }
@@ -58,7 +62,8 @@ impl Layout {
             links.push((oid, root.clone()));
             roots.push(root);
         }
-        let layout = Self { data: options.to.clone(), roots, links, owner: owner(&options.to) };
+        let (data, owner) = (options.to.clone(), owner(&options.to));
+        let layout = Self { data, roots, links, disks: OnceLock::new(), owner };
         layout.refuse_overlap()?;
         Ok(layout)
     }
@@ -67,17 +72,22 @@ impl Layout {
     fn refuse_overlap(&self) -> Result<(), RestoreError> {
         // In-place tablespaces lie in the data directory by design.
         let in_place = self.data.join("pg_tblspc");
-        let apart: Vec<&PathBuf> =
-            self.roots.iter().filter(|root| !root.starts_with(&in_place)).collect();
-        for (index, one) in apart.iter().enumerate() {
-            for other in &apart[index + 1..] {
-                if one.starts_with(other) || other.starts_with(one) {
+        let apart = self.roots.iter().filter(|root| !root.starts_with(&in_place));
+        let apart: Vec<_> = apart.map(|root| (root, resolved(root))).collect();
+        for (index, (one, real)) in apart.iter().enumerate() {
+            for (other, other_real) in &apart[index + 1..] {
+                if real.starts_with(other_real) || other_real.starts_with(real) {
                     let (one, other) = ((*one).clone(), (*other).clone());
                     return Err(RestoreError::Overlap { one, other });
                 }
             }
         }
         Ok(())
+    }
+
+    /// Who is to own the files, if that is not who we are: user and group.
+    pub(crate) fn owner(&self) -> Option<(u32, u32)> {
+        self.owner
     }
 
     /// Where a member goes; `pg_control` under its provisional name.
@@ -98,6 +108,19 @@ impl Layout {
     }
 }
 
+/// Where a path leads, without links and `..`, whether it exists or not.
+fn resolved(path: &Path) -> PathBuf {
+    let existing = path.ancestors().find_map(|above| Some((above, above.canonicalize().ok()?)));
+    let Some((above, mut real)) = existing else { return path.to_owned() };
+    for part in path.strip_prefix(above).into_iter().flat_map(Path::components) {
+        match part {
+            Component::ParentDir => drop(real.pop()),
+            part => real.push(part),
+        }
+    }
+    real
+}
+
 /// Root restores for whoever owns the directory, or the one above it: PostgreSQL does not start
 /// as root.
 fn owner(to: &Path) -> Option<(u32, u32)> {
@@ -111,41 +134,52 @@ fn owner(to: &Path) -> Option<(u32, u32)> {
 /// Makes sure that every root is an empty directory, or empties it. Every root is looked at before
 /// anything is deleted.
 pub(crate) fn clear(layout: &Layout, options: &RestoreOptions) -> Result<(), RestoreError> {
+    let (data, in_place) = (&layout.data, layout.data.join("pg_tblspc"));
     let mut full = Vec::new();
-    for root in layout.roots.iter().filter(|root| root.exists()) {
+    // Tablespaces first: as long as they are not empty, the data directory has links to them.
+    let tablespaces = layout.roots.iter().filter(|root| *root != data);
+    let apart = tablespaces.filter(|root| !root.starts_with(&in_place));
+    for root in apart.chain([data]).filter(|root| root.exists()) {
         let names = names(root)?;
-        let Some(first) = names.first() else { continue };
-        let not_empty = || (root.clone(), first.clone());
-        if *root != layout.data {
+        let Some(found) = names.first().cloned() else { continue };
+        let path = root.clone();
+        if root != data {
             // It may be the tablespace of a server that lives: only a person can tell.
-            let is_asked_for = options.tablespaces.iter().any(|(_, to)| to == root);
-            if !is_asked_for {
-                let (path, found) = not_empty();
+            if !options.tablespaces.iter().any(|(_, to)| to == root) {
                 return Err(RestoreError::TablespaceInUse { path, found });
+            }
+            if !has_link(&in_place, root) {
+                let data = data.clone();
+                return Err(RestoreError::TablespaceOfNobody { path, found, data });
             }
         }
         if root.join("postmaster.pid").exists() {
-            return Err(RestoreError::InUse { path: root.clone() });
+            return Err(RestoreError::InUse { path });
         }
         if !options.force {
-            let (path, found) = not_empty();
             return Err(RestoreError::NotEmpty { path, found });
         }
-        let is_ours = if *root == layout.data {
+        let is_ours = if root == data {
             names.iter().any(|name| name == "PG_VERSION" || name == STATE_FILE)
         } else {
             names.iter().all(|name| name.starts_with("PG_"))
         };
         if !is_ours {
-            let (path, found) = not_empty();
             return Err(RestoreError::NotOurs { path, found });
         }
         full.push(root);
     }
-    for root in full {
-        empty(root)?;
+    if full.contains(&data) {
+        begin_emptying(data)?;
     }
-    Ok(())
+    full.into_iter().try_for_each(|root| empty(root))
+}
+
+/// Whether one of the links in `pg_tblspc` leads to a directory.
+fn has_link(pg_tblspc: &Path, directory: &Path) -> bool {
+    let Ok(directory) = directory.canonicalize() else { return false };
+    let links = fs::read_dir(pg_tblspc).into_iter().flatten().flatten();
+    links.into_iter().any(|link| link.path().canonicalize().is_ok_and(|it| it == directory))
 }
 
 fn names(path: &Path) -> Result<Vec<String>, RestoreError> {
@@ -172,6 +206,8 @@ pub(crate) fn make_roots(
     for root in &layout.roots {
         make_directory(layout, root, mode)?;
     }
+    let disks = disks(layout).map_err(file_error("open", &layout.data))?;
+    layout.disks.get_or_init(|| disks);
     require_room(layout, needed_bytes)
 }
 
@@ -189,7 +225,7 @@ pub(crate) fn make_members(
         match &member.kind {
             MemberKind::Directory => make_directory(layout, &path, member.mode)?,
             MemberKind::File if member.size == 0 => {
-                create(layout, &path, member.mode).map_err(file_error("create", &path))?;
+                create_member(layout, &path, &member).map_err(file_error("create", &path))?;
             }
             MemberKind::File => {}
             // Tablespaces get theirs below; the server has no other links, and one that somebody
@@ -204,12 +240,15 @@ pub(crate) fn make_members(
     Ok(())
 }
 
-/// Deletes what is in a directory.
+/// Deletes what is in a directory, but what it is known by as ours.
 fn empty(path: &Path) -> Result<(), RestoreError> {
     info!(path = %path.display(), "directory emptied");
     for entry in fs::read_dir(path).map_err(file_error("read", path))? {
         let entry = entry.map_err(file_error("read", path))?;
         let path = entry.path();
+        if entry.file_name() == STATE_FILE {
+            continue;
+        }
         let is_directory = entry.file_type().map_err(file_error("read", &path))?.is_dir();
         let removed = if is_directory { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
         removed.map_err(file_error("delete", &path))?;
@@ -276,14 +315,141 @@ pub(crate) fn create(layout: &Layout, path: &Path, mode: u32) -> io::Result<File
     }
 }
 
-/// Writes everything to disk: one call per file system instead of one per file.
-pub(crate) fn sync(layout: &Layout) -> io::Result<()> {
-    let mut devices = BTreeSet::new();
+/// Opens a file of the backup for writing, as [`create`]. One that is longer was written to by a
+/// restore that was stopped.
+pub(crate) fn create_member(layout: &Layout, path: &Path, member: &Member) -> io::Result<File> {
+    let file = create(layout, path, member.mode)?;
+    if file.metadata()?.len() > member.size {
+        file.set_len(member.size)?;
+    }
+    Ok(file)
+}
+
+/// Opens a directory of each file system that the restore writes to.
+fn disks(layout: &Layout) -> io::Result<Vec<File>> {
+    let (mut disks, mut devices) = (Vec::new(), BTreeSet::new());
     for root in layout.roots.iter().chain([&layout.data]) {
         let directory = File::open(root)?;
         if devices.insert(directory.metadata()?.dev()) {
-            rustix::fs::syncfs(&directory)?;
+            disks.push(directory);
         }
     }
+    Ok(disks)
+}
+
+/// Writes everything to disk: one call per file system instead of one per file.
+pub(crate) fn sync(layout: &Layout) -> io::Result<()> {
+    for disk in layout.disks.get().ok_or(io::ErrorKind::NotFound)? {
+        rustix::fs::syncfs(disk)?;
+    }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recovery::{Target, TargetTimeline};
+
+    /// A data directory `data` and a tablespace at `space`, below `directory`.
+    fn layout(directory: &Path) -> Layout {
+        let [data, space] = ["data", "space"].map(|name| directory.join(name));
+        for root in [&data, &space] {
+            fs::create_dir_all(root.join("PG_17")).unwrap();
+        }
+        fs::create_dir(data.join("pg_tblspc")).unwrap();
+        let roots = vec![data.clone(), space.clone()];
+        Layout { data, roots, links: vec![(1, space)], disks: OnceLock::new(), owner: None }
+    }
+
+    fn forced(layout: &Layout) -> RestoreOptions {
+        RestoreOptions {
+            to: layout.data.clone(),
+            group: 0,
+            system_identifier: None,
+            backup: None,
+            target: Target::End,
+            timeline: TargetTimeline::Latest,
+            action: String::new(),
+            tablespaces: layout.links.iter().map(|(_, to)| (to.clone(), to.clone())).collect(),
+            force: true,
+            resume: false,
+            archive_off: true,
+            restore_command: String::new(),
+        }
+    }
+
+    fn left(path: &Path) -> Vec<String> {
+        names(path).unwrap()
+    }
+
+    /// It was a living server's, and `--tablespace OLD=OLD` was said.
+    #[test]
+    fn a_tablespace_is_emptied_only_if_the_data_directory_links_to_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let layout = layout(directory.path());
+        fs::write(layout.data.join("PG_VERSION"), "17").unwrap();
+        let refused = clear(&layout, &forced(&layout)).unwrap_err().to_string();
+        assert!(refused.contains("space holds PG_17"), "{refused}");
+        assert_eq!(left(&layout.roots[1]), ["PG_17"]);
+
+        symlink(&layout.roots[1], layout.data.join("pg_tblspc/1")).unwrap();
+        clear(&layout, &forced(&layout)).unwrap();
+        assert_eq!(left(&layout.roots[1]), Vec::<String>::new());
+        assert_eq!(left(&layout.data), [STATE_FILE]);
+    }
+
+    /// `--force` was killed while it deleted: `PG_VERSION` was gone already.
+    #[test]
+    fn a_directory_that_was_being_emptied_is_emptied() {
+        let directory = tempfile::tempdir().unwrap();
+        let layout = layout(directory.path());
+        fs::remove_dir_all(&layout.roots[1]).unwrap();
+        assert!(clear(&layout, &forced(&layout)).is_err());
+        begin_emptying(&layout.data).unwrap();
+        clear(&layout, &forced(&layout)).unwrap();
+        assert_eq!(left(&layout.data), [STATE_FILE]);
+    }
+
+    #[test]
+    fn places_overlap_wherever_their_links_lead() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut layout = layout(directory.path());
+        symlink(&layout.data, directory.path().join("alias")).unwrap();
+        let cases = [
+            ("space", true),
+            ("new", true),
+            ("data/inside", false),
+            ("alias/inside", false),
+            ("no/such/../../data/inside", false),
+            ("data/../new", true),
+        ];
+        for (space, is_apart) in cases {
+            layout.roots[1] = directory.path().join(space);
+            assert_eq!(layout.refuse_overlap().is_ok(), is_apart, "{space}");
+        }
+    }
+
+    /// A restore that was killed after it had written its settings left more than the backup has.
+    #[test]
+    fn a_file_of_a_stopped_restore_is_as_long_as_in_the_backup() {
+        let directory = tempfile::tempdir().unwrap();
+        let layout = layout(directory.path());
+        let path = layout.data.join("file");
+        let (kind, size) = (MemberKind::File, 4);
+        let member = Member {
+            archive: 0,
+            path: "file".to_owned(),
+            kind,
+            offset: 0,
+            size,
+            mode: 0o600,
+            mtime: 0,
+            crc32c: 0,
+        };
+        for before in ["", "1234", "12345678"] {
+            fs::write(&path, before).unwrap();
+            create_member(&layout, &path, &member).unwrap();
+            assert_eq!(fs::read(&path).unwrap(), before.as_bytes()[..before.len().min(4)]);
+        }
+    }
 }

@@ -33,9 +33,11 @@ pub mod slots;
 pub mod wal;
 
 pub mod catalog;
+mod finish;
 mod layout;
 pub mod recovery;
 pub mod restore;
+mod settings;
 mod unpack;
 pub mod verify;
 

@@ -1,11 +1,11 @@
 //! Starts the backup agent. Everything worth testing is in the library next door.
 
-use std::ffi::OsStr;
+use std::env;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use backup_agent::archive::{self, Fetched};
-use backup_agent::cli::{Cli, Command};
+use backup_agent::cli::{self, Cli, Command};
 use backup_agent::commands::{self, AGENT};
 use backup_agent::prefetch;
 use clap::Parser;
@@ -17,7 +17,7 @@ use tracing::error;
 fn main() -> ExitCode {
     // PostgreSQL takes any exit code up to 125 of its restore_command for the end of the WAL, so
     // there `wal-fetch` must not end with clap's 2 or a panic's 101.
-    if std::env::args_os().any(|argument| argument == OsStr::new("wal-fetch")) {
+    if cli::is_wal_fetch(env::args_os()) {
         return catch_unwind(AssertUnwindSafe(fetch)).unwrap_or(ExitCode::from(archive::GIVE_UP));
     }
     tls::install_provider();
@@ -54,7 +54,7 @@ fn fetch() -> ExitCode {
         return ExitCode::from(archive::GIVE_UP);
     };
     // Before anything is read or set up: this is what a recovery waits for.
-    if prefetch::take(&file, &path) {
+    if prefetch::take(&file, &path, until) {
         return ExitCode::SUCCESS;
     }
     tls::install_provider();

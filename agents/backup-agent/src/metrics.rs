@@ -201,7 +201,7 @@ impl State {
                 (group, serde_json::json!({ "running": run, "state": state, "wal": wal }))
             })
             .collect();
-        serde_json::json!({ "cluster": self.cluster, "groups": groups })
+        serde_json::json!({ "cluster": self.cluster, "now": Utc::now(), "groups": groups })
     }
 
     fn count(&self, group: u32, outcome: Outcome) {

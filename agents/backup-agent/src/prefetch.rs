@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::statvfs;
 use shared::pg::wal::{Segment, WAL_HEADER_BYTES, WalFile, WalHeader, check_segment_bytes};
 use tokio::time::sleep;
+use tokio_postgres::types::PgLsn;
 use tracing::warn;
 
 use crate::archive;
@@ -64,9 +65,9 @@ struct Wanted {
 }
 
 /// Moves a segment that was fetched ahead to `path`, and returns whether there was one. Waits for
-/// one that is being fetched.
+/// one that is being fetched. Takes none behind the target of the recovery, `until`.
 #[expect(clippy::disallowed_methods, reason = "there is no runtime yet, and nothing else to do")]
-pub fn take(file: &str, path: &Path) -> bool {
+pub fn take(file: &str, path: &Path, until: Option<PgLsn>) -> bool {
     let (Some(ahead), Ok(system_identifier)) = (Ahead::of(path), archive::system_identifier())
     else {
         return false;
@@ -76,7 +77,7 @@ pub fn take(file: &str, path: &Path) -> bool {
     loop {
         // This first: it is ready from the moment on that it is not coming any more.
         let is_coming = ahead.part(file).exists() && ahead.is_kept();
-        if is_segment(&ready, file, system_identifier) && fs::rename(&ready, path).is_ok() {
+        if is_segment(&ready, file, system_identifier, until) && fs::rename(&ready, path).is_ok() {
             return true;
         }
         if !is_coming || Instant::now() > deadline {
@@ -87,8 +88,8 @@ pub fn take(file: &str, path: &Path) -> bool {
 }
 
 /// Whether a file is that segment, as far as its header and its length tell: its content was
-/// checked before it got its name.
-fn is_segment(path: &Path, file: &str, system_identifier: u64) -> bool {
+/// checked before it got its name. Not if it begins at `until` or behind.
+fn is_segment(path: &Path, file: &str, system_identifier: u64, until: Option<PgLsn>) -> bool {
     let mut bytes = [0; WAL_HEADER_BYTES];
     let read = File::open(path).and_then(|mut opened| {
         opened.read_exact(&mut bytes)?;
@@ -99,6 +100,7 @@ fn is_segment(path: &Path, file: &str, system_identifier: u64) -> bool {
         return false;
     };
     metadata.len() == header.segment_bytes
+        && until.is_none_or(|until| !archive::is_behind(file, header.segment_bytes, until))
         && header.check(segment, header.segment_bytes, system_identifier).is_ok()
 }
 

@@ -190,8 +190,7 @@ impl Receiver<'_> {
             if uploads.is_empty()
                 && let Some(cut) = self.due(&state)?
             {
-                let is_larger = cut.from < state.growing.shipped();
-                uploads.push_back(Box::pin(self.ship(state.growing.segment(), cut, is_larger)));
+                uploads.push_back(Box::pin(self.ship(state.growing.segment(), cut)));
             }
             let all_taken = state.ended && unread.is_empty();
             if all_taken && uploads.is_empty() && state.growing.waiting() == 0 {
@@ -216,12 +215,13 @@ impl Receiver<'_> {
                 }
                 Some(()) = removals.next() => {}
                 event = gathered(stream, read_at), if may_read => {
-                    let mut batch_bytes = self.take_event(&mut state, &mut unread, event?)?;
-                    while batch_bytes < BATCH_BYTES_MAX
-                        && let Some(event) = stream.next_here()?
-                    {
-                        batch_bytes += self.take_event(&mut state, &mut unread, event)?;
+                    let (mut batch_bytes, mut event) = (0, Some(event?));
+                    while let Some(next) = event {
+                        batch_bytes += self.take_event(&mut state, &mut unread, next)?;
+                        // Before more is read, so that what it lies in is free for that.
                         self.digest(&mut state, &mut unread, &mut uploads)?;
+                        let is_full = batch_bytes >= BATCH_BYTES_MAX;
+                        event = if is_full { None } else { stream.next_here()? };
                     }
                     let gather = (self.shipping)().interval / GATHER_DIVISOR;
                     let is_busy = batch_bytes >= BUSY_BYTES;
@@ -332,16 +332,11 @@ impl Receiver<'_> {
         Ok(state.growing.cut(all)?)
     }
 
-    /// Stores a piece; reads it back if it is larger than what waits, and so replaces others.
-    async fn ship(
-        &self,
-        segment: Segment,
-        cut: Cut,
-        is_larger: bool,
-    ) -> Result<Uploaded, ReceiveError> {
+    /// Stores a piece; reads it back if it replaces others.
+    async fn ship(&self, segment: Segment, cut: Cut) -> Result<Uploaded, ReceiveError> {
         self.require_lease()?;
         let (from, to, began_at) = (cut.from, cut.to, Instant::now());
-        let replaces = if is_larger {
+        let replaces = if cut.replaces {
             let (piece, content) =
                 piece::store_and_read(self.place, segment, self.segment_bytes, cut).await?;
             Replaces::Within(piece, content)
@@ -389,10 +384,10 @@ impl Receiver<'_> {
     }
 
     fn stored(&self, state: &mut State, uploaded: &Uploaded) {
-        let Uploaded { segment, from, to, began_at, .. } = *uploaded;
+        let Uploaded { segment, from, to, began_at, ref replaces } = *uploaded;
         state.stored_lsn = state.stored_lsn.max(self.lsn(segment, to));
         if segment == state.growing.segment() {
-            state.growing.ship(from, to);
+            state.growing.ship(from, to, matches!(replaces, Replaces::Within(..)));
             // What waits now came since.
             state.waiting_since = (state.growing.waiting() > 0).then_some(began_at);
         }

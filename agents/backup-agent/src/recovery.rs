@@ -46,7 +46,8 @@ impl fmt::Display for Target {
 /// Which timeline a recovery follows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TargetTimeline {
-    /// The newest that descends from the backup's.
+    /// The newest of which WAL is stored; from a backup that was asked for, the newest that descends
+    /// from it.
     #[default]
     Latest,
     /// The backup's own.
@@ -105,6 +106,11 @@ impl Window {
     /// Whether the WAL that makes the backup consistent is there.
     pub fn is_consistent(&self) -> bool {
         self.reach.as_ref().is_some_and(|reach| reach.until_lsn >= self.from_lsn)
+    }
+
+    /// The timeline of the recovery; 0 if there is none.
+    fn timeline(&self) -> u32 {
+        self.reach.as_ref().map_or(0, |reach| reach.timeline)
     }
 
     /// Whether a recovery can stop there, as far as the repository tells.
@@ -167,9 +173,6 @@ pub struct Choice<'a> {
 /// Why a target is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum Unreachable {
-    /// No backups at all.
-    #[error("there is no backup in the repository; take one with `backup-agent backup`")]
-    NoBackup,
     /// The backup asked for is not listed.
     #[error("there is no backup {0}; `backup-agent list` shows them")]
     Unknown(BackupId),
@@ -181,11 +184,38 @@ pub enum Unreachable {
         /// What there is.
         windows: Vec<Window>,
     },
+    /// Only suspect backups lead there.
+    #[error(
+        "{target} can be reached from suspect backups alone; name one with --backup to take it:\n{}",
+        lines(.windows)
+    )]
+    Suspect {
+        /// What was asked for.
+        target: String,
+        /// What there is.
+        windows: Vec<Window>,
+    },
+    /// It can be reached, but not on the newest timeline.
+    #[error(
+        "{target} cannot be reached on timeline {newest}, which is the newest. What was left when \
+         it began is restored only with --target-timeline:\n{}", lines(.windows)
+    )]
+    LeftBehind {
+        /// What was asked for.
+        target: String,
+        /// The newest timeline of which WAL is stored.
+        newest: u32,
+        /// What there is.
+        windows: Vec<Window>,
+    },
 }
 
 /// Chooses the backup for a target: the newest from which it can be reached, so that the least
 /// WAL is replayed. Where a restore point or a transaction lies is not known in advance, so for
 /// them it is the oldest. A suspect backup is taken only by name.
+///
+/// What another timeline has left, by a failover or by a restore to an earlier moment, is nobody's
+/// database any more, however new the backups of it are: it too is taken only by name.
 ///
 /// # Errors
 ///
@@ -197,9 +227,6 @@ pub fn choose<'a>(
     timeline: TargetTimeline,
     asked: Option<&BackupId>,
 ) -> Result<Choice<'a>, Unreachable> {
-    if backups.is_empty() {
-        return Err(Unreachable::NoBackup);
-    }
     let considered: Vec<&Commit> = match asked {
         None => backups.iter().collect(),
         Some(id) => {
@@ -209,8 +236,12 @@ pub fn choose<'a>(
     };
     let windows: Vec<Window> =
         considered.iter().map(|backup| Window::of(backup, wal, timeline)).collect();
+    let newest = wal.newest_with_wal().unwrap_or_default();
+    let is_free = asked.is_none() && timeline == TargetTimeline::Latest;
+    let covers = |window: &&Window| window.covers(target);
+    let is_left = |window: &Window| is_free && window.timeline() < newest;
     let mut fit = considered.iter().zip(&windows).filter(|(backup, window)| {
-        window.covers(target) && (asked.is_some() || backup.suspect.is_none())
+        covers(window) && !is_left(window) && (asked.is_some() || backup.suspect.is_none())
     });
     let chosen = match target {
         Target::Name(_) | Target::Xid(_) => {
@@ -219,12 +250,26 @@ pub fn choose<'a>(
         }
         Target::End | Target::Immediate | Target::Time(_) | Target::Lsn(_) => fit.next_back(),
     };
-    match chosen {
-        Some((backup, Window { reach: Some(reach), .. })) => {
-            Ok(Choice { backup, reach: reach.clone() })
-        }
-        _ => Err(Unreachable::Target { target: target.to_string(), windows }),
+    if let Some((backup, Window { reach: Some(reach), .. })) = chosen {
+        return Ok(Choice { backup, reach: reach.clone() });
     }
+    let target = target.to_string();
+    let (left, others): (Vec<_>, Vec<_>) =
+        windows.iter().filter(covers).partition(|window| is_left(window));
+    Err(if !others.is_empty() {
+        Unreachable::Suspect { target, windows }
+    } else if !left.is_empty() {
+        Unreachable::LeftBehind { target, newest, windows }
+    } else {
+        Unreachable::Target { target, windows }
+    })
+}
+
+/// Tells whether a recovery from one of these backups can follow the newest timeline of which WAL is
+/// stored. A failover that left the end of the newest backup behind may leave none.
+pub fn lead_to_newest(backups: &[Commit], wal: &WalMap) -> bool {
+    let newest = wal.newest_with_wal().unwrap_or_default();
+    backups.iter().any(|it| wal.newest_timeline(it.timeline, it.end_lsn) >= newest)
 }
 
 fn lines(windows: &[Window]) -> String {
@@ -404,12 +449,18 @@ mod tests {
         let backups = [backup(1, 2, false)];
         // Timeline 1 ends in segment 8, which only timeline 2 has whole. Timeline 3 branched off
         // timeline 1 before the backup was consistent: a recovery cannot follow it.
-        let wal = map(
-            &[(1, (2..8).collect()), (2, (8..12).collect()), (3, vec![3])],
-            &[(2, &[(1, 8)]), (3, &[(1, 3)])],
+        let histories: &[(u32, &[(u32, u64)])] = &[(2, &[(1, 8)]), (3, &[(1, 3)])];
+        let timelines = [(1, (2..8).collect()), (2, (8..12).collect()), (3, vec![3])];
+        let latest = chosen(
+            &backups,
+            &map(&timelines[..2], histories),
+            &Target::End,
+            TargetTimeline::Latest,
         );
+        assert_eq!(latest, Some((2, 2, 12)));
+        let wal = map(&timelines, histories);
         let cases = [
-            ("latest", TargetTimeline::Latest, Target::End, Some((2, 2, 12))),
+            ("latest, which is another", TargetTimeline::Latest, Target::End, None),
             (
                 "current ends before the switch",
                 TargetTimeline::Current,
@@ -424,6 +475,56 @@ mod tests {
         for (case, timeline, target, expected) in cases {
             assert_eq!(chosen(&backups, &wal, &target, timeline), expected, "{case}");
         }
+    }
+
+    /// The oldest of three backups was restored in place of the server: its timeline is what lives,
+    /// and the newest backup's WAL is what was given up.
+    #[test]
+    fn a_timeline_that_was_left_is_never_chosen_unasked() {
+        let backups = [backup(1, 2, false), backup(1, 10, false), backup(1, 20, false)];
+        let histories: &[(u32, &[(u32, u64)])] = &[(2, &[(1, 4)])];
+        let wal = map(&[(1, (2..30).collect()), (2, (4..9).collect())], histories);
+        let (latest, first) = (TargetTimeline::Latest, TargetTimeline::Number(1));
+        let live = Some((2, 2, 9));
+        let cases = [
+            ("the end", Target::End, latest, live),
+            ("a backup alone", Target::Immediate, latest, live),
+            ("a position of both", Target::Lsn(lsn(8)), latest, live),
+            ("a position of what was left", Target::Lsn(lsn(25)), latest, None),
+            ("a time of both", Target::Time(at(7)), latest, live),
+            ("a time of what was left", Target::Time(at(25)), latest, None),
+            ("a name", Target::Name("x".to_owned()), latest, live),
+            ("the end of what was left", Target::End, first, Some((20, 1, 30))),
+            ("a time of what was left, by number", Target::Time(at(25)), first, Some((20, 1, 30))),
+        ];
+        for (case, target, timeline, expected) in cases {
+            assert_eq!(chosen(&backups, &wal, &target, timeline), expected, "{case}");
+        }
+        assert!(lead_to_newest(&backups, &wal));
+        let asked = Some(&backups[2].backup_id);
+        let by_name = choose(&backups, &wal, &Target::End, latest, asked).unwrap();
+        assert_eq!(by_name.reach.timeline, 1);
+
+        // As soon as it was promoted there is a history, and no WAL.
+        let promoted = map(&[(1, (2..30).collect())], histories);
+        let end = chosen(&backups, &promoted, &Target::End, latest);
+        assert_eq!(end, Some((20, 1, 30)));
+    }
+
+    /// A standby that lacked the end of the only backup was promoted.
+    #[test]
+    fn a_failover_before_the_end_of_the_only_backup_leaves_nothing_to_choose() {
+        let backups = [backup(1, 10, false)];
+        let wal = map(&[(1, (10..15).collect()), (2, (11..14).collect())], &[(2, &[(1, 11)])]);
+        for target in [Target::End, Target::Immediate, Target::Lsn(lsn(13))] {
+            let refused = choose(&backups, &wal, &target, TargetTimeline::Latest, None);
+            let message = refused.unwrap_err().to_string();
+            assert!(message.contains("--target-timeline"), "{message}");
+            assert!(message.contains("timeline 2, which is the newest"), "{message}");
+            assert!(message.contains("on timeline 1"), "{message}");
+        }
+        assert!(!lead_to_newest(&backups, &wal));
+        assert!(lead_to_newest(&[backups[0].clone(), backup(2, 12, true)], &wal));
     }
 
     #[test]
@@ -449,7 +550,8 @@ mod tests {
         let backups = [backup(1, 2, true)];
         let wal = map(&[(1, (2..9).collect())], &[]);
         let latest = TargetTimeline::Latest;
-        assert!(choose(&backups, &wal, &Target::End, latest, None).is_err());
+        let refused = choose(&backups, &wal, &Target::End, latest, None).unwrap_err().to_string();
+        assert!(refused.contains("--backup"), "{refused}");
         let id = backups[0].backup_id.clone();
         assert!(choose(&backups, &wal, &Target::End, latest, Some(&id)).is_ok());
     }

@@ -5,7 +5,6 @@
 //! name last: a directory that is not whole never starts.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -19,17 +18,16 @@ use tracing::{info, warn};
 use crate::catalog::Catalog;
 use crate::config::Config;
 use crate::container::{ContainerError, Kind};
-use crate::layout::{
-    CONTROL_FILE, CONTROL_FILE_UNTIL_DONE, Layout, clear, create, make_members, make_roots, sync,
-};
+use crate::finish::{finish, warn_of_server};
+use crate::layout::{Layout, clear, create, make_members, make_roots};
 use crate::lines::Lines;
 use crate::manifest::{BackupId, Commit, ObjectRecord, part_name};
 use crate::members::Members;
 use crate::progress::Progress;
 use crate::recovery::{Choice, Target, TargetTimeline, Unreachable, choose};
 use crate::repository::{ObjectReader, Place, Repository, RepositoryError};
-use crate::unpack::{STATE_FILE, begin_state, read_state, unpack};
-use crate::wal::{Reach, Then, WalError, WalMap};
+use crate::unpack::{begin_state, read_state, unpack};
+use crate::wal::{Reach, WalError, WalMap};
 
 /// What is asked for.
 #[derive(Clone, Debug)]
@@ -66,6 +64,19 @@ pub enum RestoreError {
     /// The target cannot be reached.
     #[error(transparent)]
     Unreachable(#[from] Unreachable),
+    /// No backups at all.
+    #[error(
+        "there is no backup of cluster {cluster}, group {group} in {location}; \
+         take one with `backup-agent backup`"
+    )]
+    NoBackup {
+        /// The cluster.
+        cluster: String,
+        /// The group.
+        group: u32,
+        /// The repository.
+        location: String,
+    },
     /// The group has several database clusters.
     #[error(
         "the repository has several database clusters for group {group}: {}; \
@@ -106,6 +117,19 @@ pub enum RestoreError {
         path: PathBuf,
         /// The first name in it.
         found: String,
+    },
+    /// A tablespace's place is not empty, and is not the data directory's that is replaced.
+    #[error(
+        "{} holds {found}, and {} has no link to it: perhaps it is a living server's. Choose \
+         another place, or empty it yourself", path.display(), data.display()
+    )]
+    TablespaceOfNobody {
+        /// The place.
+        path: PathBuf,
+        /// The first name in it.
+        found: String,
+        /// The data directory.
+        data: PathBuf,
     },
     /// `--force` deletes database clusters and nothing else.
     #[error(
@@ -244,33 +268,23 @@ pub async fn restore(
     progress: &Progress,
 ) -> Result<Restored, RestoreError> {
     progress.begin("reading the catalogue", 0);
-    let place = choose_place(repository, options).await?;
+    let no_backup = || RestoreError::NoBackup {
+        cluster: config.cluster.clone(),
+        group: options.group,
+        location: repository.location(),
+    };
+    let place = choose_place(repository, options).await?.ok_or_else(no_backup)?;
     let catalog = Catalog::read(&place).await?;
     refuse_unreadable(&catalog, options)?;
+    if catalog.backups.is_empty() {
+        return Err(no_backup());
+    }
     let segment_bytes = catalog.backups.last().map_or(16 << 20, |it| it.wal_segment_bytes);
     let wal = WalMap::read(&place, segment_bytes).await?;
     let asked = options.backup.as_ref();
     let Choice { backup, reach } =
         choose(&catalog.backups, &wal, &options.target, options.timeline, asked)?;
-    if let Some(suspect) = &backup.suspect {
-        warn!(backup_id = %backup.backup_id, reason = suspect.reason, "backup is suspect");
-    }
-    info!(
-        backup_id = %backup.backup_id, recovery_target = %options.target, timeline = reach.timeline,
-        "restore started"
-    );
-
-    if options.timeline == TargetTimeline::Latest {
-        for (timeline, segment) in wal.left_behind(backup, reach.timeline) {
-            warn!(
-                timeline,
-                segment,
-                followed = reach.timeline,
-                "another timeline goes on after the one that is followed branched off it; \
-                 choose with --target-timeline"
-            );
-        }
-    }
+    say(backup, &reach, &wal, options);
     let members = read_members(&place, backup).await?;
     let manifest = open_manifest(&place, backup).await?;
     // All of it, before anything is deleted; it is not kept.
@@ -294,23 +308,60 @@ pub async fn restore(
 
     progress.begin("writing to disk", 0);
     write_manifest(&layout, &manifest).await?;
-    finish(&layout, &reach, options)?;
+    finish(&layout, &backup.backup_id, &reach, options)?;
+    warn_of_server(&layout, options).await;
     info!(backup_id = %backup.backup_id, bytes, to = %options.to.display(), "restore completed");
     Ok(Restored { commit: backup.clone(), reach, bytes })
 }
 
-/// The database cluster to restore: the one asked for, or the only one.
+/// Says what will be restored, before anything is done.
+fn say(backup: &Commit, reach: &Reach, wal: &WalMap, options: &RestoreOptions) {
+    if let Some(suspect) = &backup.suspect {
+        warn!(backup_id = %backup.backup_id, reason = suspect.reason, "backup is suspect");
+    }
+    info!(
+        backup_id = %backup.backup_id,
+        finished_at = %backup.finished_at,
+        recovery_target = %options.target,
+        timeline = reach.timeline,
+        until_lsn = %reach.until_lsn,
+        until = reach.until.map(tracing::field::display),
+        "restore started"
+    );
+    if options.timeline != TargetTimeline::Latest {
+        return;
+    }
+    let newest = wal.newest_with_wal();
+    if newest > Some(reach.timeline) {
+        warn!(
+            newest,
+            followed = reach.timeline,
+            "the newest timeline is another one: what it has is not in what is restored"
+        );
+    }
+    for (timeline, segment) in wal.left_behind(backup, reach.timeline) {
+        warn!(
+            timeline,
+            segment,
+            followed = reach.timeline,
+            "another timeline goes on after the one that is followed branched off it; \
+             choose with --target-timeline"
+        );
+    }
+}
+
+/// The database cluster to restore: the one asked for, or the only one; `None` if there is none.
 async fn choose_place(
     repository: &Repository,
     options: &RestoreOptions,
-) -> Result<Place, RestoreError> {
+) -> Result<Option<Place>, RestoreError> {
     if let Some(system_identifier) = options.system_identifier {
-        return Ok(repository.place(options.group, system_identifier));
+        return Ok(Some(repository.place(options.group, system_identifier)));
     }
     let mut places = repository.places(options.group).await?;
     match places.len() {
-        0 => Err(Unreachable::NoBackup.into()),
-        1 => Ok(places.remove(0)),
+        0 => Ok(None),
+        1 => Ok(places.pop()),
         _ => {
             let found = places.iter().map(|place| place.system_identifier).collect();
             Err(RestoreError::SeveralClusters { group: options.group, found })
@@ -404,112 +455,10 @@ async fn read_manifest(
     Ok(())
 }
 
-/// Settings of a recovery that a copy must not inherit from where the backup was taken.
-const RECOVERY_SETTINGS: [&str; 6] = [
-    "restore_command",
-    "recovery_",
-    "archive_cleanup_command",
-    "primary_conninfo",
-    "primary_slot_name",
-    "standby_mode",
-];
-
 /// Writes the server's manifest, for `pg_verifybackup`.
 async fn write_manifest(layout: &Layout, manifest: &ObjectReader) -> Result<(), RestoreError> {
     let path = layout.data.join("backup_manifest");
     let begun = create(layout, &path, 0o600).and_then(|file| file.set_len(0).map(|()| file));
     let mut file = begun.map_err(file_error("write", &path))?;
     read_manifest(manifest, |text| file.write_all(text).map_err(file_error("write", &path))).await
-}
-
-/// Writes the recovery settings, syncs everything, and lets the directory start.
-fn finish(layout: &Layout, reach: &Reach, options: &RestoreOptions) -> Result<(), RestoreError> {
-    let data = &layout.data;
-    let write = |name: &str, content: &[u8]| {
-        let path = data.join(name);
-        let written = || -> io::Result<()> {
-            let mut file = create(layout, &path, 0o600)?;
-            file.set_len(0)?;
-            file.write_all(content)
-        };
-        written().map_err(file_error("write", &path))
-    };
-    let auto_conf = data.join("postgresql.auto.conf");
-    // Bytes: a setting may be in any encoding.
-    let before = match fs::read(&auto_conf) {
-        Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-        Err(error) => return Err(file_error("read", &auto_conf)(error)),
-    };
-    let mut text = Vec::new();
-    for line in before.split(|byte| *byte == b'\n') {
-        if !line.is_empty() && !is_recovery_setting(line) {
-            text.extend_from_slice(line);
-            text.push(b'\n');
-        }
-    }
-    for (name, value) in recovery_settings(reach, options) {
-        let line = format!("{name} = '{}'\n", value.replace('\'', "''"));
-        text.extend_from_slice(line.as_bytes());
-    }
-    write("postgresql.auto.conf", &text)?;
-
-    // A standby's backup brings its own; with it the copy would follow its old primary.
-    remove(&data.join("standby.signal"))?;
-    write("recovery.signal", b"")?;
-    sync(layout).map_err(file_error("write to disk", data))?;
-    let (control, until_done) = (data.join(CONTROL_FILE), data.join(CONTROL_FILE_UNTIL_DONE));
-    fs::rename(&until_done, &control).map_err(file_error("rename to", &control))?;
-    remove(&data.join(STATE_FILE))?;
-    sync(layout).map_err(file_error("write to disk", data))
-}
-
-/// Tells whether a line sets one of [`RECOVERY_SETTINGS`]; case and leading blanks do not matter.
-fn is_recovery_setting(line: &[u8]) -> bool {
-    let line = line.trim_ascii_start();
-    RECOVERY_SETTINGS.iter().any(|name| {
-        line.get(..name.len()).is_some_and(|start| start.eq_ignore_ascii_case(name.as_bytes()))
-    })
-}
-
-fn remove(path: &Path) -> Result<(), RestoreError> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(file_error("delete", path)(error))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// The settings with which PostgreSQL recovers to the target.
-fn recovery_settings(reach: &Reach, options: &RestoreOptions) -> Vec<(&'static str, String)> {
-    let mut restore_command = options.restore_command.clone();
-    if options.target != Target::End && reach.then != Then::End {
-        // Only a target lets the recovery end where WAL is missing.
-        restore_command = format!("{restore_command} --until {}", reach.until_lsn);
-    }
-    let mut settings = vec![
-        ("restore_command", restore_command),
-        // A number: `latest` would take the newest in the archive, which need not descend from
-        // this backup.
-        ("recovery_target_timeline", reach.timeline.to_string()),
-    ];
-    match &options.target {
-        Target::End => {}
-        Target::Immediate => settings.push(("recovery_target", "immediate".to_owned())),
-        Target::Time(at) => {
-            let text = at.format("%Y-%m-%d %H:%M:%S%.6f+00").to_string();
-            settings.push(("recovery_target_time", text));
-        }
-        Target::Lsn(lsn) => settings.push(("recovery_target_lsn", lsn.to_string())),
-        Target::Name(name) => settings.push(("recovery_target_name", name.clone())),
-        Target::Xid(xid) => settings.push(("recovery_target_xid", xid.to_string())),
-    }
-    if options.target != Target::End {
-        settings.push(("recovery_target_action", options.action.clone()));
-    }
-    if options.archive_off {
-        settings.push(("archive_mode", "off".to_owned()));
-    }
-    settings
 }

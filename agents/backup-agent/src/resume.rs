@@ -217,47 +217,17 @@ fn segment_start(stored: &WalMap, lsn: PgLsn) -> PgLsn {
 
 #[cfg(test)]
 mod tests {
-    use chrono::DateTime;
-
     use super::*;
-    use crate::wal::WalObject;
-    use crate::wal::piece::Piece;
-
-    const SEGMENT: u64 = 16 << 20;
+    use crate::wal::example::{self, SEGMENT};
 
     /// A position: segment and offset in it.
     fn lsn(segment: u64, offset: u64) -> PgLsn {
         PgLsn::from(segment * SEGMENT + offset)
     }
 
-    /// What is stored: complete segments, and pieces from a segment's start, by timeline.
+    /// What is stored, and the history files of these timelines.
     fn stored(complete: &[(u32, u64)], pieces: &[(u32, u64, u64)], timelines: &[u32]) -> WalMap {
-        let mut map = WalMap { segment_bytes: SEGMENT, ..WalMap::default() };
-        for (timeline, number) in complete {
-            let wal = WalObject {
-                name: String::new(),
-                file: String::new(),
-                hash: String::new(),
-                object_bytes: 1,
-                stored_at: DateTime::UNIX_EPOCH,
-            };
-            map.segments.entry(*timeline).or_default().insert(*number, vec![wal]);
-        }
-        for (timeline, number, to) in pieces {
-            let segment = Segment { timeline: *timeline, number: *number };
-            map.pieces.insert(
-                segment,
-                vec![Piece {
-                    segment,
-                    from: 0,
-                    to: *to,
-                    hash: String::new(),
-                    name: String::new(),
-                    object_bytes: 1,
-                    stored_at: DateTime::UNIX_EPOCH,
-                }],
-            );
-        }
+        let mut map = example::stored(complete, pieces);
         map.histories = timelines.iter().map(|timeline| (*timeline, history())).collect();
         map
     }

@@ -160,6 +160,18 @@ pub fn spare_remnants<'a>(
     remnants.iter().filter(is_spare).collect()
 }
 
+/// Whether nothing needs a segment (timeline, number), as [`spare_wal`]; it is no loss if that is
+/// missing. Without a backup to start from, everything is needed.
+pub fn is_spare(
+    kept: &[Commit],
+    segment_bytes: u64,
+    retention: &Retention,
+    now: DateTime<Utc>,
+) -> impl Fn(Segment) -> bool {
+    let needs = Needs::new(kept, segment_bytes, window_start(retention, now));
+    move |Segment { timeline, number }| needs.as_ref().is_some_and(|it| !it.has(timeline, number))
+}
+
 /// Which WAL the kept backups need.
 struct Needs<'a> {
     kept: &'a [Commit],
@@ -352,13 +364,17 @@ mod tests {
         let (monthly, anchor) = (backup(80, false), backup(40, false));
         let first = segment(80) - 3;
         let all = map(&[(1, first..segment(40) + 5)], old);
-        let names: Vec<u64> = spare(&[monthly.clone(), anchor.clone(), backup(1, false)], &all);
-        let in_log = |number: u64| number % 256;
-        let expected: Vec<u64> = (first..segment(40))
-            .filter(|number| !monthly.segments().contains(number))
-            .map(in_log)
-            .collect();
-        assert_eq!(names, expected, "all but the monthly's own, up to the window's first backup");
+        let kept = [monthly.clone(), anchor.clone(), backup(1, false)];
+        let is_own = |number: &u64| monthly.segments().contains(number);
+        let expected: Vec<u64> = (first..segment(40)).filter(|number| !is_own(number)).collect();
+        let in_log: Vec<u64> = expected.iter().map(|number| number % 256).collect();
+        let all_but = "all but the monthly's own, up to the window's first backup";
+        assert_eq!(spare(&kept, &all), in_log, "{all_but}");
+        let retention = retention(1, 0, 0, 30);
+        let is_spare = is_spare(&kept, SEGMENT, &retention, now());
+        let number = |number: &u64| is_spare(Segment { timeline: 1, number: *number });
+        let missing: Vec<u64> = (first..segment(40) + 5).filter(number).collect();
+        assert_eq!(missing, expected, "{all_but}, may be missing");
     }
 
     #[test]

@@ -26,7 +26,7 @@ use crate::groups;
 use crate::manifest::Commit;
 use crate::metrics::{RepositoryState, State};
 use crate::progress::Progress;
-use crate::recovery::{TargetTimeline, Window};
+use crate::recovery::{TargetTimeline, Window, lead_to_newest};
 use crate::repository::{Place, Repository};
 use crate::wal::{self, Then, WalError, WalMap};
 
@@ -112,8 +112,8 @@ fn not_ready(state: &State) -> Vec<String> {
     state.observed_at().iter().filter_map(unread).collect()
 }
 
-/// Takes a backup of every group at each time of the schedule, and of a group whose WAL has a gap
-/// after its newest backup at once.
+/// Takes a backup of every group at each time of the schedule, and at once of a group whose WAL has
+/// a gap after its newest backup, or goes on on a timeline that no backup leads to.
 ///
 /// A run under way when `shutdown` comes is dropped: the commit object is written last, so a
 /// dropped run leaves no backup behind, only objects that the next run removes. Times that pass
@@ -144,7 +144,11 @@ async fn schedule(
                 if !needs_backup(&context, group).await {
                     continue;
                 }
-                warn!(group, "WAL is missing after the newest backup: a new one is taken now");
+                warn!(
+                    group,
+                    "WAL is missing after the newest backup, or no backup leads to the newest \
+                     timeline: a new one is taken now"
+                );
                 vec![group]
             }
         };
@@ -163,8 +167,8 @@ async fn schedule(
     }
 }
 
-/// Whether a group's WAL has a gap after its newest backup, by now. Unknown is no: it is asked
-/// again in a minute.
+/// Whether a group's WAL cannot be replayed to its end from a backup, by now. Unknown is no: it is
+/// asked again in a minute.
 async fn needs_backup(context: &Context, group: u32) -> bool {
     let observed = timeout(OBSERVE_LIMIT, observe_group(&context.repository, group)).await;
     observed.is_ok_and(|observed| observed.is_ok_and(|it| it.needs_backup || it.gap_seen))
@@ -304,7 +308,8 @@ async fn observe_group(repository: &Repository, group: u32) -> Result<Repository
     });
     let good = catalog.backups.iter().rfind(|backup| backup.suspect.is_none());
     let end_lsn = good.map_or(PgLsn::from(0), |backup| backup.end_lsn);
-    state.needs_backup = wal::gaps(&place).await?.iter().any(|gap| gap.until_lsn > end_lsn);
+    let has_gap = wal::gaps(&place).await?.iter().any(|gap| gap.until_lsn > end_lsn);
+    state.needs_backup = has_gap || !lead_to_newest(&catalog.backups, &wal);
     state.gap_seen = reach.is_some_and(|reach| matches!(reach.then, Then::Gap { .. }));
     Ok(state)
 }

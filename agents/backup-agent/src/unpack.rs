@@ -5,13 +5,13 @@ use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tokio::task::JoinSet;
 
 use crate::config::Config;
-use crate::layout::{Layout, create, sync};
+use crate::layout::{Layout, create_member, sync};
 use crate::manifest::{BackupId, Commit};
 use crate::members::Members;
 use crate::progress::Progress;
@@ -38,6 +38,19 @@ pub(crate) struct Job {
 fn state_head(layout: &Layout, backup_id: &BackupId) -> Vec<String> {
     let roots = layout.roots.iter().map(|root| format!("to {}", root.display()));
     [backup_id.to_string()].into_iter().chain(roots).collect()
+}
+
+/// Notes that a directory is being emptied, before anything in it is deleted: it is known as ours
+/// from then on, and as no restore that can go on.
+pub(crate) fn begin_emptying(data: &Path) -> Result<(), RestoreError> {
+    let path = data.join(STATE_FILE);
+    let written = || -> io::Result<()> {
+        let mut file = File::create(&path)?;
+        file.write_all(b"emptied by --force\n")?;
+        file.sync_all()?;
+        File::open(data)?.sync_all()
+    };
+    written().map_err(file_error("write", &path))
 }
 
 /// Notes what a restore is of, before anything of it is on disk.
@@ -203,7 +216,7 @@ impl FileWriter<'_> {
         // `make_members` has refused paths that lead out.
         let path = self.layout.path(member).unwrap_or_default();
         if self.open.as_ref().is_none_or(|(open, _)| *open != path) {
-            let file = create(self.layout, &path, member.mode);
+            let file = create_member(self.layout, &path, member);
             self.open = Some((path.clone(), file.map_err(file_error("create", &path))?));
         }
         match &self.open {

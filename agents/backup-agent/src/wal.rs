@@ -1,5 +1,7 @@
 //! WAL in the repository: what is there, what may be stored, and what a restore can reach.
 
+#[cfg(test)]
+pub(crate) mod example;
 pub mod growing;
 pub mod piece;
 pub mod ranges;
@@ -30,6 +32,8 @@ const HASH_DIGITS: usize = 16;
 
 /// The longest history file that is taken: a line for each promotion there ever was.
 const HISTORY_BYTES_MAX: usize = 1 << 20;
+/// How often a growing segment is looked at anew because a piece of it was replaced meanwhile.
+pub(crate) const LISTS_MAX: usize = 100;
 
 /// Why a WAL file was not stored or not given.
 #[derive(Debug, Error)]
@@ -125,6 +129,15 @@ pub enum WalError {
     /// The repository failed.
     #[error(transparent)]
     Repository(#[from] RepositoryError),
+}
+
+impl WalError {
+    /// Whether the object was listed and is gone: somebody deletes it, or has replaced it.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Self::Repository(RepositoryError::Store(error))
+            if error.kind == StoreErrorKind::NotFound)
+    }
 }
 
 impl From<ContainerError> for WalError {
@@ -422,9 +435,8 @@ pub async fn store_and_compare(place: &Place, packed: Packed) -> Result<Stored, 
     let error = match store_object(place, packed).await {
         Ok((stored, None)) => return Ok(stored),
         Ok((stored, Some((name, object)))) => {
-            let found =
-                place.store().get(&place.key(&name)).await.map_err(RepositoryError::from)?;
-            if found == object {
+            let is_same = place.store().holds(&place.key(&name), &object).await;
+            if is_same.map_err(RepositoryError::from)? {
                 return Ok(stored);
             }
             let source = ContainerError::Replaced { name: name.clone() };

@@ -3,16 +3,17 @@
 use std::io::{self, Write as _};
 
 use anyhow::{Context as _, bail};
+use chrono::Utc;
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
-use shared::store::StoreErrorKind;
 use shared::table::Table;
 use shared::telemetry::chain;
 
-use crate::catalog;
+use crate::catalog::{self, Catalog};
 use crate::progress::Progress;
 use crate::quantities::{bytes, time};
 use crate::repository::{Place, RepositoryError};
+use crate::retention::{self, Retention};
 use crate::wal::piece::{self, Piece};
 use crate::wal::ranges::{Next, Range, ranges};
 use crate::wal::{self, WalError, WalMap, WalObject};
@@ -22,19 +23,27 @@ const SEGMENT_BYTES: u64 = 16 << 20;
 /// Objects that are read at once.
 const AT_ONCE: usize = 4;
 
-async fn read(place: &Place) -> Result<(WalMap, Vec<Range>), WalError> {
-    let segment_bytes = catalog::wal_segment_bytes(place).await?.unwrap_or(SEGMENT_BYTES);
+async fn read(place: &Place, retention: &Retention) -> Result<(WalMap, Vec<Range>), WalError> {
+    let catalog = Catalog::read(place).await?;
+    let segment_bytes = match catalog.backups.last() {
+        Some(newest) => newest.wal_segment_bytes,
+        None => catalog::wal_segment_bytes(place).await?.unwrap_or(SEGMENT_BYTES),
+    };
+    // Nobody knows what a backup needs whose commit object is damaged.
+    let backups = if catalog.unreadable.is_empty() { catalog.backups } else { Vec::new() };
     let map = WalMap::read(place, segment_bytes).await?;
-    let ranges = ranges(&map, &wal::gaps(place).await?);
+    let is_spare = retention::is_spare(&backups, segment_bytes, retention, Utc::now());
+    let ranges = ranges(&map, &wal::gaps(place).await?, is_spare);
     Ok((map, ranges))
 }
 
-/// Lists the stored WAL of some places as ranges without a gap; fails if there is a gap.
+/// Lists the stored WAL of some places as ranges without a gap; fails if there is a gap. What nothing
+/// needs by the retention may be missing.
 ///
 /// # Errors
 ///
 /// There is a gap; or the repository could not be read.
-pub async fn list(places: &[Place], as_json: bool) -> anyhow::Result<()> {
+pub async fn list(places: &[Place], retention: &Retention, as_json: bool) -> anyhow::Result<()> {
     let header = [
         "GROUP",
         "TIMELINE",
@@ -49,7 +58,7 @@ pub async fn list(places: &[Place], as_json: bool) -> anyhow::Result<()> {
     let mut table = Table::new(&header);
     let (mut values, mut gaps) = (Vec::new(), 0);
     for place in places {
-        for range in read(place).await?.1 {
+        for range in read(place, retention).await?.1 {
             gaps += usize::from(matches!(range.next, Next::Gap { .. }));
             values.push(to_json(place, &range));
             table.row([
@@ -81,6 +90,7 @@ fn then(next: &Next) -> String {
         Next::Timeline { timeline, switch_lsn } => format!("timeline {timeline} from {switch_lsn}"),
         Next::Gap { until_lsn, reason: Some(reason) } => format!("GAP until {until_lsn}: {reason}"),
         Next::Gap { until_lsn, reason: None } => format!("GAP until {until_lsn}"),
+        Next::Expired { until_lsn } => format!("expired until {until_lsn}"),
     }
 }
 
@@ -103,6 +113,9 @@ fn to_json(place: &Place, range: &Range) -> Value {
             Next::Gap { until_lsn, reason } => json!({
                 "reason": "gap", "until_lsn": until_lsn.to_string(), "recorded": reason,
             }),
+            Next::Expired { until_lsn } => json!({
+                "reason": "expired", "until_lsn": until_lsn.to_string(),
+            }),
         },
     })
 }
@@ -123,12 +136,10 @@ impl Object<'_> {
             Self::Piece(piece) => {
                 let read = piece::read(place, piece).await.map(drop);
                 let read = match read {
-                    Err(WalError::Repository(RepositoryError::Store(gone)))
-                        if gone.kind == StoreErrorKind::NotFound =>
-                    {
+                    Err(error) if error.is_gone() => {
                         match piece::is_replaced(place, piece, segment_bytes).await {
                             Ok(true) => Ok(()),
-                            Ok(false) => Err(RepositoryError::from(gone).into()),
+                            Ok(false) => Err(error),
                             Err(error) => Err(error.into()),
                         }
                     }
@@ -145,11 +156,16 @@ impl Object<'_> {
 /// # Errors
 ///
 /// Something is wrong; or the repository could not be read.
-pub async fn verify(places: &[Place], as_json: bool, progress: &Progress) -> anyhow::Result<()> {
+pub async fn verify(
+    places: &[Place],
+    retention: &Retention,
+    as_json: bool,
+    progress: &Progress,
+) -> anyhow::Result<()> {
     let mut table = Table::new(&["GROUP", "OBJECT", "RESULT"]);
     let (mut values, mut read_back, mut bad) = (Vec::new(), 0, 0);
     for place in places {
-        let (map, ranges) = read(place).await?;
+        let (map, ranges) = read(place, retention).await?;
         let segments = map.segments.values().flat_map(|timeline| timeline.values());
         for several in segments.clone().filter(|several| several.len() > 1) {
             let problem = "is there with two contents: two servers wrote the same timeline";

@@ -14,6 +14,7 @@ use std::path::PathBuf;
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 use serde::Deserialize;
 use thiserror::Error;
 
@@ -21,6 +22,9 @@ use crate::config::Problems;
 
 use directory::Directory;
 pub use s3::S3Config;
+
+/// Objects that are deleted at once where each takes a request.
+const DELETES_AT_ONCE: usize = 8;
 
 /// Where objects are kept. Cloning is cheap and shares the connections.
 #[derive(Clone, Debug)]
@@ -221,7 +225,7 @@ impl ObjectStore {
             Variant::Directory(directory) => directory.put(key, body.clone()).await?,
             Variant::S3(s3) => s3.put(key, body.clone(), class).await?,
         };
-        if put == Put::Exists && self.get(key).await? == body {
+        if put == Put::Exists && self.holds(key, &body).await? {
             return Ok(Put::Created);
         }
         Ok(put)
@@ -237,6 +241,18 @@ impl ObjectStore {
         match &self.0 {
             Variant::Directory(directory) => directory.get(key, None).await,
             Variant::S3(s3) => s3.get(key, None).await,
+        }
+    }
+
+    /// Tells whether an object is exactly these bytes: all of it is read back, and nothing kept.
+    ///
+    /// # Errors
+    ///
+    /// As [`ObjectStore::get`].
+    pub async fn holds(&self, key: &str, body: &[u8]) -> Result<bool, StoreError> {
+        match &self.0 {
+            Variant::Directory(directory) => Ok(directory.get(key, None).await? == body),
+            Variant::S3(s3) => s3.holds(key, body).await,
         }
     }
 
@@ -321,6 +337,20 @@ impl ObjectStore {
             Variant::Directory(directory) => directory.delete(key).await,
             Variant::S3(s3) => s3.delete(key).await,
         }
+    }
+
+    /// Deletes objects, many with one request where the store can. One that is not there is fine.
+    ///
+    /// # Errors
+    ///
+    /// As [`ObjectStore::delete`]; some may be deleted by then.
+    pub async fn delete_all(&self, keys: Vec<String>) -> Result<(), StoreError> {
+        let left = match &self.0 {
+            Variant::Directory(_) => keys,
+            Variant::S3(s3) => s3.delete_all(keys).await?,
+        };
+        let deletes: Vec<_> = left.iter().map(|key| self.delete(key)).collect();
+        stream::iter(deletes).buffer_unordered(DELETES_AT_ONCE).try_collect().await
     }
 
     /// Begins a multipart upload of parts of `part_bytes` each; the last may be smaller.

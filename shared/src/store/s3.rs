@@ -19,7 +19,8 @@ use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::operation::get_object::GetObjectOutput;
 use aws_sdk_s3::primitives::{ByteStream, DateTime as S3DateTime};
 use aws_sdk_s3::types::{
-    ChecksumAlgorithm, CompletedMultipartUpload, CompletedPart, ServerSideEncryption, StorageClass,
+    ChecksumAlgorithm, CompletedMultipartUpload, CompletedPart, Delete, ObjectIdentifier,
+    ServerSideEncryption, StorageClass,
 };
 use aws_smithy_http_client::Builder;
 use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
@@ -50,6 +51,8 @@ const FROM_SURROUNDINGS: &str =
     "the AWS_… environment variables, the profile, or the role of this container or instance";
 /// The most keys one `ListObjectsV2` answer holds (S3 limit).
 const LIST_PAGE: i32 = 1000;
+/// The most keys one `DeleteObjects` request names (S3 limit).
+const DELETE_PAGE: usize = 1000;
 
 #[derive(Clone, Debug)]
 pub(super) struct S3 {
@@ -59,6 +62,7 @@ pub(super) struct S3 {
     prefix: String,
     encryption: Option<ServerSideEncryption>,
     kms_key_id: Option<String>,
+    has_tls: bool,
     /// Where the credentials come from, for people.
     credentials: &'static str,
 }
@@ -125,6 +129,7 @@ impl S3 {
             prefix: if prefix.is_empty() { String::new() } else { format!("{prefix}/") },
             encryption: config.server_side_encryption.as_deref().map(ServerSideEncryption::from),
             kms_key_id: config.kms_key_id.clone(),
+            has_tls: config.has_tls(),
             credentials,
         })
     }
@@ -155,7 +160,7 @@ impl S3 {
         class: Option<&str>,
     ) -> Result<Put, StoreError> {
         let expected = body.len() as u64;
-        let put = self
+        let request = self
             .client
             .put_object()
             .bucket(&self.bucket)
@@ -166,9 +171,10 @@ impl S3 {
             .set_server_side_encryption(self.encryption.clone())
             .set_ssekms_key_id(self.kms_key_id.clone())
             .body(ByteStream::from(body))
-            .send()
-            .await;
-        match put {
+            .customize();
+        // TLS guards the body on its way, so its SHA-256 need not be in the signature.
+        let request = if self.has_tls { request.disable_payload_signing() } else { request };
+        match request.send().await {
             Ok(_) => {}
             Err(error) if status(&error) == Some(412) => return Ok(Put::Exists),
             Err(error) => return Err(self.failed("put", key, error)),
@@ -190,6 +196,40 @@ impl S3 {
         key: &str,
         range: Option<Range<u64>>,
     ) -> Result<Bytes, StoreError> {
+        let mut body = BytesMut::new();
+        let take = |arrived: Arrived<'_>| match arrived {
+            Arrived::Length(bytes) => {
+                body = BytesMut::with_capacity(usize::try_from(bytes).unwrap_or(0));
+            }
+            Arrived::Piece(piece) => body.extend_from_slice(piece),
+        };
+        self.read(key, range, take).await?;
+        Ok(body.freeze())
+    }
+
+    pub(super) async fn holds(&self, key: &str, expected: &[u8]) -> Result<bool, StoreError> {
+        let (mut rest, mut is_same) = (expected, true);
+        let take = |arrived: Arrived<'_>| match arrived {
+            Arrived::Length(bytes) => {
+                (rest, is_same) = (expected, bytes == expected.len() as u64);
+            }
+            Arrived::Piece(piece) => match rest.strip_prefix(piece) {
+                Some(after) => rest = after,
+                None => is_same = false,
+            },
+        };
+        self.read(key, None, take).await?;
+        Ok(is_same && rest.is_empty())
+    }
+
+    /// Reads an object and hands it to `take` as it arrives; from the start again, its length
+    /// included, if it broke off.
+    async fn read(
+        &self,
+        key: &str,
+        range: Option<Range<u64>>,
+        mut take: impl FnMut(Arrived<'_>) + Send,
+    ) -> Result<(), StoreError> {
         let range = range.map(|range| format!("bytes={}-{}", range.start, range.end - 1));
         let mut attempt = 0;
         loop {
@@ -203,8 +243,8 @@ impl S3 {
                 .send()
                 .await;
             let error = match got {
-                Ok(output) => match read_body(key, output).await {
-                    Ok(body) => return Ok(body),
+                Ok(output) => match read_body(key, output, &mut take).await {
+                    Ok(()) => return Ok(()),
                     Err(error) => error,
                 },
                 Err(error) if status(&error) == Some(416) => {
@@ -305,6 +345,36 @@ impl S3 {
         }
     }
 
+    /// Deletes objects, many with one request; returns those that it did not delete. Some servers do
+    /// not know this request, or want a checksum with it that is not sent.
+    pub(super) async fn delete_all(&self, keys: Vec<String>) -> Result<Vec<String>, StoreError> {
+        if keys.len() < 2 {
+            return Ok(keys);
+        }
+        let mut left = Vec::new();
+        for page in keys.chunks(DELETE_PAGE) {
+            let named = |key| ObjectIdentifier::builder().key(self.full(key)).build();
+            let named = page.iter().map(|key| named(key)).collect::<Result<Vec<_>, _>>();
+            let delete = named
+                .and_then(|keys| Delete::builder().set_objects(Some(keys)).quiet(true).build());
+            let request = self.client.delete_objects().bucket(&self.bucket).set_delete(delete.ok());
+            match request.send().await {
+                Ok(output) => {
+                    left.extend(output.errors().iter().filter_map(|it| Some(self.own(it.key()?))));
+                }
+                Err(error) => {
+                    let first = page.first().map_or("", String::as_str);
+                    let error = self.failed("delete", first, error);
+                    if error.is_transient() {
+                        return Err(error);
+                    }
+                    left.extend_from_slice(page);
+                }
+            }
+        }
+        Ok(left)
+    }
+
     pub(super) async fn begin(&self, key: &str, class: Option<&str>) -> Result<String, StoreError> {
         let output = self
             .client
@@ -334,7 +404,7 @@ impl S3 {
         body: Bytes,
     ) -> Result<UploadedPart, StoreError> {
         let bytes = body.len() as u64;
-        let output = self
+        let request = self
             .client
             .upload_part()
             .bucket(&self.bucket)
@@ -343,9 +413,10 @@ impl S3 {
             .part_number(i32::try_from(number).unwrap_or(i32::MAX))
             .checksum_algorithm(ChecksumAlgorithm::Crc32)
             .body(ByteStream::from(body))
-            .send()
-            .await
-            .map_err(|error| self.failed("upload part of", key, error))?;
+            .customize();
+        let request = if self.has_tls { request.disable_payload_signing() } else { request };
+        let sent = request.send().await;
+        let output = sent.map_err(|error| self.failed("upload part of", key, error))?;
         Ok(UploadedPart {
             number,
             bytes,
@@ -432,31 +503,46 @@ impl S3 {
 /// How often a body that breaks off is asked for again.
 const GET_BODY_ATTEMPTS: u32 = 5;
 
+/// What has arrived of an object.
+enum Arrived<'a> {
+    /// How long it is, in bytes: it begins, or begins again.
+    Length(u64),
+    /// What comes next of it.
+    Piece(&'a [u8]),
+}
+
 /// Reads a body to its announced end.
-async fn read_body(key: &str, output: GetObjectOutput) -> Result<Bytes, StoreError> {
+async fn read_body(
+    key: &str,
+    output: GetObjectOutput,
+    take: &mut impl FnMut(Arrived<'_>),
+) -> Result<(), StoreError> {
     let expected = bytes_of(output.content_length());
     let mut body = output.body;
-    let mut whole = BytesMut::with_capacity(usize::try_from(expected).unwrap_or(0));
+    let mut found = 0;
     let broken = |source: Box<dyn Error + Send + Sync>| StoreError {
         operation: "get",
         key: key.to_owned(),
         kind: StoreErrorKind::Unavailable,
         source,
     };
+    take(Arrived::Length(expected));
     loop {
         // The SDK's own protection counts throughput; this one bounds a body that goes silent.
         match tokio::time::timeout(STALL_GRACE * 2, body.next()).await {
-            Ok(Some(Ok(piece))) => whole.extend_from_slice(&piece),
+            Ok(Some(Ok(piece))) => {
+                found += piece.len() as u64;
+                take(Arrived::Piece(&piece));
+            }
             Ok(Some(Err(error))) => return Err(broken(error.into())),
             Ok(None) => break,
             Err(_) => return Err(broken("the body stalled".into())),
         }
     }
-    if whole.len() as u64 != expected {
-        let found = whole.len();
+    if found != expected {
         return Err(broken(format!("expected {expected} bytes, {found} arrived").into()));
     }
-    Ok(whole.freeze())
+    Ok(())
 }
 
 fn bytes_of(length: Option<i64>) -> u64 {

@@ -2,7 +2,8 @@
 //! is complete. No I/O.
 //!
 //! Each stretch of 256 KiB is compressed once: the piece that has it and the complete
-//! segment share the result. Only what is shipped before its stretch is full costs twice.
+//! segment share the result. Only what is shipped before its stretch is full costs twice: it is in a
+//! piece of the stretch's beginning, and again in the next one, which has the stretch from its start.
 //!
 //! A slow server's segment would come to thousands of pieces. So each time there are many, the next
 //! one begins further back, where it stands for most of them.
@@ -28,12 +29,10 @@ pub struct Growing {
     hashes: Vec<[u8; 32]>,
     /// What is after them.
     tail: Vec<u8>,
-    /// The chunk in which `shipped` lies, if it is full by now.
-    half_shipped: Option<Vec<u8>>,
     /// How far the repository has it, in bytes.
     shipped: u64,
-    /// Where each of the pieces begins that the repository needs for it.
-    chain: Vec<u64>,
+    /// Where each of the pieces begins that the repository has of it.
+    pieces: Vec<u64>,
     /// What the repository has and the server sends again, until the two have been compared.
     resumed: Option<Resumed>,
 }
@@ -56,8 +55,11 @@ impl Growing {
         level: i32,
         pieces: Vec<Piece>,
     ) -> Result<Self, WalError> {
-        let cover = cover(&pieces);
-        let (shipped, chain) = (cover.to, cover.chain.iter().map(|piece| piece.from).collect());
+        let shipped = cover(&pieces).to;
+        // One after a stretch that is missing counts for nothing.
+        let starts = pieces.iter().map(|piece| piece.from).filter(|from| *from < shipped);
+        let mut starts: Vec<_> = starts.collect();
+        starts.sort_unstable();
         let resumed = (shipped > 0).then_some(Resumed { pieces, content: Vec::new() });
         Ok(Self {
             segment,
@@ -67,9 +69,8 @@ impl Growing {
             chunks: Compressed::default(),
             hashes: Vec::new(),
             tail: Vec::new(),
-            half_shipped: None,
             shipped,
-            chain,
+            pieces: starts,
             resumed,
         })
     }
@@ -127,14 +128,9 @@ impl Growing {
     }
 
     fn end_chunk(&mut self) -> Result<(), WalError> {
-        let start = self.hashes.len() as u64 * CHUNK;
         self.checked.take(&self.tail)?;
         self.push_chunk()?;
         self.hashes.push(stretch_hash(&self.tail));
-        // Also if nothing of it is shipped yet: a piece of its beginning may be under way.
-        if start <= self.shipped && self.shipped < start + CHUNK {
-            self.half_shipped = Some(std::mem::take(&mut self.tail));
-        }
         self.tail.clear();
         Ok(())
     }
@@ -163,41 +159,29 @@ impl Growing {
         Ok(())
     }
 
-    /// Cuts the next piece; `None` if nothing waits, or only an unfinished chunk and not `all`.
+    /// Cuts the next piece, up to the last full chunk, or with `all` to the end; `None` if nothing waits
+    /// there. A chunk of which a part was shipped and that is full by now is in it as a whole, because
+    /// it is compressed already.
     ///
     /// # Errors
     ///
     /// What zstd said.
     pub fn cut(&self, all: bool) -> Result<Option<Cut>, WalError> {
         let full = self.hashes.len() as u64 * CHUNK;
-        let from = self.shipped;
-        if from >= self.at() || self.resumed.is_some() {
-            return Ok(None);
-        }
         let to = if all { self.at() } else { full };
-        if let Some(wide) = widened(&self.chain, to, self.segment_bytes).filter(|_| from < to) {
-            return self.cut_wide(wide, to).map(Some);
-        }
-        if from < full && !from.is_multiple_of(CHUNK) {
-            // The rest of a chunk that was half shipped.
-            let chunk = self.half_shipped.as_deref().unwrap_or_default();
-            let rest = chunk.get(index(from % CHUNK)..).unwrap_or_default();
-            if rest.is_empty() {
-                return Err(self.failed("the rest of a half shipped chunk is gone".to_owned()));
-            }
-            return self.cut_raw(from, rest).map(Some);
-        }
-        if from < full {
-            return self.cut_wide(from, full).map(Some);
-        }
-        if !all {
+        if self.shipped >= to || self.resumed.is_some() {
             return Ok(None);
         }
-        self.cut_raw(from, &self.tail[index(from - full)..]).map(Some)
+        let wide = widened(&self.pieces, to, self.segment_bytes);
+        if wide.is_none() && self.shipped >= full {
+            return self.cut_tail(index(self.shipped - full)).map(Some);
+        }
+        let from = wide.unwrap_or(self.shipped - self.shipped % CHUNK);
+        self.cut_chunks(from, to, wide.is_some()).map(Some)
     }
 
     /// A piece that begins with a full chunk and ends after one, or with all there is.
-    fn cut_wide(&self, from: u64, to: u64) -> Result<Cut, WalError> {
+    fn cut_chunks(&self, from: u64, to: u64, replaces: bool) -> Result<Cut, WalError> {
         let first = index(from / CHUNK);
         let mut of_hashes = ContentHash::default();
         self.hashes.iter().skip(first).for_each(|hash| of_hashes.update(hash));
@@ -206,24 +190,26 @@ impl Growing {
             of_hashes.update(&stretch_hash(&self.tail));
             content.push(&self.tail, self.level).map_err(|reason| self.failed(reason))?;
         }
-        Ok(Cut { from, to, hash: of_hashes.in_name(), content })
+        Ok(Cut { from, to, replaces, hash: of_hashes.in_name(), content })
     }
 
-    fn cut_raw(&self, from: u64, raw: &[u8]) -> Result<Cut, WalError> {
+    /// A piece of the chunk that is not full, without its first `skipped` bytes.
+    fn cut_tail(&self, skipped: usize) -> Result<Cut, WalError> {
+        let raw = self.tail.get(skipped..).unwrap_or_default();
         let mut content = Compressed::default();
         content.push(raw, self.level).map_err(|reason| self.failed(reason))?;
-        Ok(Cut { from, to: from + raw.len() as u64, hash: hash(from, raw), content })
+        let (to, replaces) = (self.at(), false);
+        let from = to - raw.len() as u64;
+        Ok(Cut { from, to, replaces, hash: hash(from, raw), content })
     }
 
-    /// Notes that a piece is stored.
-    pub fn ship(&mut self, from: u64, to: u64) {
-        self.chain.retain(|other| *other < from);
-        self.chain.push(from);
-        self.shipped = self.shipped.max(to);
-        let full = self.hashes.len() as u64 * CHUNK;
-        if self.shipped.is_multiple_of(CHUNK) || self.shipped >= full {
-            self.half_shipped = None;
+    /// Notes that a piece is stored, and whether it replaces those within it.
+    pub fn ship(&mut self, from: u64, to: u64, replaces: bool) {
+        if replaces {
+            self.pieces.retain(|other| *other < from);
         }
+        self.pieces.push(from);
+        self.shipped = self.shipped.max(to);
     }
 
     /// Packs the complete segment.
@@ -287,7 +273,7 @@ mod tests {
         for data in content.chunks(step) {
             assert_eq!(growing.take(data).unwrap(), data.len());
             while let Some(cut) = growing.cut(all).unwrap() {
-                growing.ship(cut.from, cut.to);
+                growing.ship(cut.from, cut.to, cut.replaces);
                 pieces.push(piece(&cut));
             }
         }
@@ -325,23 +311,26 @@ mod tests {
 
     /// Whatever the pieces are cut to, and wherever the agent begins again.
     #[test]
-    fn a_segment_never_needs_many_pieces() {
+    fn a_segment_never_has_many_pieces() {
         let content = content();
         for step in [300, 1000, 5000] {
             let mut growing = empty(Vec::new());
-            let (mut needed, mut cuts, mut larger) = (Vec::<Piece>::new(), 0, 0);
+            let (mut stored, mut cuts, mut larger) = (Vec::<Piece>::new(), 0, 0);
             for (count, data) in content.chunks(step).enumerate() {
                 growing.take(data).unwrap();
                 while let Some(cut) = growing.cut(true).unwrap() {
-                    (cuts, larger) = (cuts + 1, larger + u32::from(cut.from < growing.shipped()));
-                    growing.ship(cut.from, cut.to);
-                    needed.retain(|it| it.from < cut.from);
-                    needed.push(piece(&cut));
-                    assert!(needed.len() <= 65, "step {step}: {} pieces", needed.len());
+                    (cuts, larger) = (cuts + 1, larger + u32::from(cut.replaces));
+                    assert!(cut.from <= growing.shipped(), "step {step}");
+                    growing.ship(cut.from, cut.to, cut.replaces);
+                    if cut.replaces {
+                        stored.retain(|it| it.from < cut.from);
+                    }
+                    stored.push(piece(&cut));
+                    assert!(stored.len() <= 65, "step {step}: {} pieces", stored.len());
                 }
-                assert_eq!(cover(&needed).to, growing.at());
+                assert_eq!(cover(&stored).to, growing.at());
                 if count % 500 == 499 && !growing.is_complete() {
-                    growing = empty(needed.clone());
+                    growing = empty(stored.clone());
                     growing.take(&content[..(count + 1) * step]).unwrap();
                     assert!(growing.is_compared() && growing.cut(true).unwrap().is_none());
                 }
@@ -361,10 +350,11 @@ mod tests {
             let mut under_way = growing.cut(true).unwrap();
             growing.take(&content[first..second]).unwrap();
             while let Some(cut) = under_way {
-                assert_eq!(cut.from, at);
-                assert_eq!(cut.hash, hash(at, &content[index(at)..index(cut.to)]));
+                assert!(cut.from <= at && at < cut.to);
+                let raw = &content[index(cut.from)..index(cut.to)];
+                assert_eq!(cut.hash, hash(cut.from, raw));
                 at = cut.to;
-                growing.ship(cut.from, cut.to);
+                growing.ship(cut.from, cut.to, cut.replaces);
                 under_way = growing.cut(true).unwrap();
             }
             assert_eq!(index(at), second);

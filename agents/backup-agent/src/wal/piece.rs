@@ -11,7 +11,7 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 use shared::pg::wal::{Segment, WalFile, WalHeader};
 use shared::store::{ObjectInfo, StoreError, StoreErrorKind};
 
-use super::{CHUNK_BYTES, ContentHash, WalError, find};
+use super::{CHUNK_BYTES, ContentHash, LISTS_MAX, WalError, find};
 use crate::container::{Compressed, ContainerError, Kind, open_each};
 use crate::repository::{Place, RepositoryError};
 
@@ -22,10 +22,8 @@ const WIDE_DIVISOR: u64 = 64;
 /// The same for small segments: 256 KiB would be stored hardly larger than its pieces.
 const WIDE_BYTES_MIN: u64 = 1 << 20;
 
-/// Pieces that are read or deleted at once.
+/// Pieces that are read at once.
 const AT_ONCE: usize = 8;
-/// How often pieces are listed until none is replaced meanwhile.
-const LISTS_MAX: usize = 100;
 
 /// One piece in the repository.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,21 +75,23 @@ pub struct Cut {
     pub from: u64,
     /// Where in the segment it ends, exclusive.
     pub to: u64,
+    /// Whether it stands for many that are stored, which may go once it was read back.
+    pub replaces: bool,
     pub(super) hash: String,
     pub(super) content: Compressed,
 }
 
 /// Decides where the next piece, up to `to`, begins so that it stands for many that are stored;
-/// `None` while they are few. `chain` is where each of those begins.
+/// `None` while they are few. `starts` is where each of those begins, those within one chunk in any order.
 ///
 /// Large pieces begin at few places, and those that begin at one replace each other. So a segment
 /// never needs more pieces than there are such places and [`SMALL_MAX`].
-pub(super) fn widened(chain: &[u64], to: u64, segment_bytes: u64) -> Option<u64> {
+pub(super) fn widened(starts: &[u64], to: u64, segment_bytes: u64) -> Option<u64> {
     let wide = (segment_bytes / WIDE_DIVISOR).max(WIDE_BYTES_MIN);
-    if chain.len() < SMALL_MAX + index(to.div_ceil(wide)) {
+    if starts.len() < SMALL_MAX + index(to.div_ceil(wide)) {
         return None;
     }
-    let from = chain[chain.len() - SMALL_MAX];
+    let from = starts[starts.len() - SMALL_MAX];
     Some(from - from % wide)
 }
 
@@ -112,7 +112,7 @@ pub async fn store(
     segment_bytes: u64,
     cut: Cut,
 ) -> Result<Piece, WalError> {
-    let Cut { from, to, hash, content } = cut;
+    let Cut { from, to, replaces: _, hash, content } = cut;
     let name = format!("{}{from:08X}-{to:08X}-{hash}", stem(segment, segment_bytes));
     let (object, _) = content.seal(place.keys(), &place.identity(Kind::Wal, &name), CHUNK_BYTES)?;
     let (object_bytes, stored_at) = (object.len() as u64, Utc::now());
@@ -384,8 +384,8 @@ fn is_within(piece: &Piece, larger: &Piece, content: &[u8]) -> bool {
 }
 
 async fn delete_each(place: &Place, pieces: Vec<Piece>) -> Result<(), RepositoryError> {
-    let deletes: Vec<_> = pieces.iter().map(|piece| delete(place, piece)).collect();
-    stream::iter(deletes).buffer_unordered(AT_ONCE).try_collect().await
+    let keys = pieces.iter().map(|piece| place.key(&piece.name)).collect();
+    Ok(place.store().delete_all(keys).await?)
 }
 
 /// A position within a segment, which fits into memory.

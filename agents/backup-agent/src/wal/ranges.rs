@@ -47,15 +47,32 @@ pub enum Next {
         /// Why, if that was recorded.
         reason: Option<String>,
     },
+    /// WAL is missing that nothing needs, and goes on later: the retention has removed it.
+    Expired {
+        /// Where it goes on.
+        until_lsn: PgLsn,
+    },
 }
 
-/// The ranges of all timelines, oldest timeline first. `gaps` are those that were recorded.
-pub fn ranges(map: &WalMap, gaps: &[Gap]) -> Vec<Range> {
+/// The ranges of all timelines, oldest timeline first. `gaps` are those that were recorded; `is_spare`
+/// tells the segments that nothing needs.
+pub fn ranges(map: &WalMap, gaps: &[Gap], is_spare: impl Fn(Segment) -> bool) -> Vec<Range> {
     let mut timelines: Vec<u32> = map.segments.keys().copied().collect();
     timelines.extend(map.pieces.keys().map(|segment| segment.timeline));
     timelines.sort_unstable();
     timelines.dedup();
-    timelines.into_iter().flat_map(|timeline| of_timeline(map, timeline, gaps)).collect()
+    let ranges = timelines.into_iter().flat_map(|timeline| of_timeline(map, timeline, gaps));
+    let mut ranges: Vec<_> = ranges.collect();
+    for range in &mut ranges {
+        let Next::Gap { until_lsn, .. } = range.next else { continue };
+        let number = |lsn: PgLsn| u64::from(lsn) / map.segment_bytes;
+        let mut missing = number(range.until_lsn)..number(until_lsn);
+        let segment = |number| Segment { timeline: range.timeline, number };
+        if !missing.is_empty() && missing.all(|number| is_spare(segment(number))) {
+            range.next = Next::Expired { until_lsn };
+        }
+    }
+    ranges
 }
 
 fn of_timeline(map: &WalMap, timeline: u32, gaps: &[Gap]) -> Vec<Range> {
@@ -148,36 +165,7 @@ mod tests {
     use shared::pg::wal::HistoryEntry;
 
     use super::*;
-    use crate::wal::WalObject;
-    use crate::wal::piece::Piece;
-
-    const SEGMENT: u64 = 16 << 20;
-
-    fn at(second: u64) -> DateTime<Utc> {
-        DateTime::from_timestamp(i64::try_from(second).unwrap(), 0).unwrap()
-    }
-
-    fn map(complete: &[(u32, u64)], pieces: &[(u32, u64, u64)]) -> WalMap {
-        let mut map = WalMap { segment_bytes: SEGMENT, ..WalMap::default() };
-        for (timeline, number) in complete {
-            let wal = WalObject {
-                name: String::new(),
-                file: String::new(),
-                hash: String::new(),
-                object_bytes: 10,
-                stored_at: at(*number),
-            };
-            map.segments.entry(*timeline).or_default().insert(*number, vec![wal]);
-        }
-        for (timeline, number, to) in pieces {
-            let segment = Segment { timeline: *timeline, number: *number };
-            let (from, hash, name) = (0, String::new(), String::new());
-            let (object_bytes, stored_at) = (1, at(*number));
-            let piece = Piece { segment, from, to: *to, hash, name, object_bytes, stored_at };
-            map.pieces.entry(segment).or_default().push(piece);
-        }
-        map
-    }
+    use crate::wal::example::{SEGMENT, at, stored};
 
     fn range(timeline: u32, from: u64, until: u64, next: Next) -> (u32, PgLsn, PgLsn, Next) {
         (timeline, from.into(), until.into(), next)
@@ -195,15 +183,15 @@ mod tests {
         };
         let gap = |until: u64, reason| Next::Gap { until_lsn: until.into(), reason };
         let cases = [
-            ("nothing", map(&[], &[]), vec![]),
+            ("nothing", stored(&[], &[]), vec![]),
             (
                 "complete and growing",
-                map(&[(1, 2), (1, 3)], &[(1, 4, 500)]),
+                stored(&[(1, 2), (1, 3)], &[(1, 4, 500)]),
                 vec![range(1, 2 * SEGMENT, 4 * SEGMENT + 500, Next::Newest)],
             ),
             (
                 "a recorded gap in a segment",
-                map(&[(1, 3), (1, 7)], &[(1, 4, 500)]),
+                stored(&[(1, 3), (1, 7)], &[(1, 4, 500)]),
                 vec![
                     range(1, 3 * SEGMENT, 4 * SEGMENT + 500, gap(7 * SEGMENT, Some(reason))),
                     range(1, 7 * SEGMENT, 8 * SEGMENT, Next::Newest),
@@ -211,7 +199,7 @@ mod tests {
             ),
             (
                 "a gap that nobody recorded",
-                map(&[(2, 3), (2, 5)], &[]),
+                stored(&[(2, 3), (2, 5)], &[]),
                 vec![
                     range(2, 3 * SEGMENT, 4 * SEGMENT, gap(5 * SEGMENT, None)),
                     range(2, 5 * SEGMENT, 6 * SEGMENT, Next::Newest),
@@ -219,7 +207,7 @@ mod tests {
             ),
         ];
         for (case, map, expected) in cases {
-            let found: Vec<_> = ranges(&map, std::slice::from_ref(&recorded))
+            let found: Vec<_> = ranges(&map, std::slice::from_ref(&recorded), |_| false)
                 .into_iter()
                 .map(|it| (it.timeline, it.from_lsn, it.until_lsn, it.next))
                 .collect();
@@ -235,26 +223,43 @@ mod tests {
             }
             map
         };
-        let first_is_missing = from(map(&[(1, 3)], &[(1, 4, 500)]), 200);
-        let nothing_before = from(map(&[], &[(1, 4, 500)]), 200);
+        let first_is_missing = from(stored(&[(1, 3)], &[(1, 4, 500)]), 200);
+        let nothing_before = from(stored(&[], &[(1, 4, 500)]), 200);
         let gap = || Next::Gap { until_lsn: (4 * SEGMENT + 200).into(), reason: None };
         for (case, map, expected) in [
             ("its first", first_is_missing, range(1, 3 * SEGMENT, 4 * SEGMENT, gap())),
             ("nothing before", nothing_before, range(1, 4 * SEGMENT, 4 * SEGMENT, gap())),
         ] {
-            let found = ranges(&map, &[]).pop().unwrap();
+            let found = ranges(&map, &[], |_| false).pop().unwrap();
             let found = (found.timeline, found.from_lsn, found.until_lsn, found.next);
             assert_eq!(found, expected, "{case}");
         }
     }
 
     #[test]
+    fn what_nothing_needs_is_no_gap() {
+        let map = stored(&[(1, 3), (1, 6), (1, 9)], &[]);
+        let gap = |number: u64| Next::Gap { until_lsn: (number * SEGMENT).into(), reason: None };
+        let expired = |number: u64| Next::Expired { until_lsn: (number * SEGMENT).into() };
+        for (case, spare, expected) in [
+            ("nothing is spare", 0..0, [gap(6), gap(9), Next::Newest]),
+            ("all before the second gap", 0..6, [expired(6), gap(9), Next::Newest]),
+            ("one of the second gap is needed", 0..8, [expired(6), gap(9), Next::Newest]),
+            ("both", 4..9, [expired(6), expired(9), Next::Newest]),
+        ] {
+            let is_spare = |segment: Segment| spare.contains(&segment.number);
+            let found: Vec<_> = ranges(&map, &[], is_spare).into_iter().map(|it| it.next).collect();
+            assert_eq!(found, expected, "{case}");
+        }
+    }
+
+    #[test]
     fn a_timeline_that_was_left_says_for_which() {
-        let mut map = map(&[(1, 3), (2, 4)], &[(1, 4, 500)]);
+        let mut map = stored(&[(1, 3), (2, 4)], &[(1, 4, 500)]);
         let switch_lsn = (4 * SEGMENT + 500).into();
         let entry = HistoryEntry { timeline: 1, switch_lsn, reason: String::new() };
         map.histories.insert(2, vec![entry]);
-        let found: Vec<_> = ranges(&map, &[]).into_iter().map(|it| it.next).collect();
+        let found: Vec<_> = ranges(&map, &[], |_| false).into_iter().map(|it| it.next).collect();
         assert_eq!(found, [Next::Timeline { timeline: 2, switch_lsn }, Next::Newest]);
     }
 }

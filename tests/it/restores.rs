@@ -1,0 +1,251 @@
+//! Restores in circumstances in which it matters that they do what was meant, or say that they do not.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use chrono::{DateTime, TimeDelta, Utc};
+use harness::postgres::postgres_is_missing;
+use harness::{Agent, Mode, PgServer, eventually};
+
+use crate::receive::{Receiving, WAL, load};
+use crate::scene::{Kind, Scene, files};
+
+const LIMIT: Duration = Duration::from_mins(3);
+
+/// A primary with a table `t` that has one row, and a backup.
+async fn scene_with_backup() -> (Scene, String) {
+    let scene = Scene::new().await;
+    scene.primary.psql("CREATE TABLE t AS SELECT 1 AS i").await;
+    let id = backup(&scene).await;
+    (scene, id)
+}
+
+async fn backup(scene: &Scene) -> String {
+    scene.backup().await["backup_id"].as_str().unwrap().to_owned()
+}
+
+async fn rows(server: &PgServer) -> String {
+    server.psql("SELECT string_agg(i::text, ',' ORDER BY i) FROM t").await
+}
+
+/// Restores with `arguments`, starts what comes of it, and returns it when it is a primary.
+async fn recover(scene: &Scene, name: &str, arguments: &[&str]) -> PgServer {
+    let to = scene.restore(name, &[arguments, &["--target-action", "promote"][..]].concat()).await;
+    let restored = PgServer::start_existing(&to).await;
+    restored.recovered().await;
+    restored
+}
+
+/// Retention removes the WAL behind an old backup. PostgreSQL reads ahead of its target, and took
+/// the answer that the next segment is missing for the end of the recovery.
+#[tokio::test]
+async fn a_backup_whose_wal_is_followed_by_a_gap_is_recovered_to_its_end() {
+    if postgres_is_missing() {
+        return;
+    }
+    let (scene, id) = scene_with_backup().await;
+    let end_lsn = scene.list().await[0]["end_lsn"].as_str().unwrap().to_owned();
+    for i in 2..5 {
+        scene.primary.psql(&format!("INSERT INTO t VALUES ({i})")).await;
+        scene.archive_wal().await;
+    }
+    let own = scene.primary.psql(&format!("SELECT pg_walfile_name('{end_lsn}'::pg_lsn - 1)")).await;
+    let stored = files(&scene.repository());
+    let wal = stored.iter().filter(|path| path.display().to_string().contains("/wal/"));
+    let segment = |path: &Path| path.file_name().unwrap().to_str().unwrap()[..24].to_owned();
+    let next = wal.filter(|path| segment(path) > own).min().unwrap();
+    fs::remove_file(next).unwrap();
+
+    for (name, target) in
+        [("immediate", &["--target", "immediate"][..]), ("lsn", &["--target-lsn", &end_lsn])]
+    {
+        let arguments = [&["--backup", &id], target].concat();
+        assert_eq!(rows(&recover(&scene, name, &arguments).await).await, "1", "{name}");
+    }
+    let to = scene.restore("never", &["--backup", &id, "--target-name", "never"]).await;
+    let mut refused = PgServer::builder().existing(&to);
+    // It may take connections before it comes to the end of the WAL.
+    refused.try_start().await.ok();
+    let says = "recovery ended before configured recovery target was reached";
+    eventually("it ends", LIMIT, async || refused.log().contains(says)).await;
+}
+
+/// It was killed while it wrote to disk: its settings were there, and longer than the backup's.
+#[tokio::test]
+async fn a_restore_that_was_killed_at_its_end_leaves_nothing_to_the_one_that_goes_on() {
+    if postgres_is_missing() {
+        return;
+    }
+    let scene = Scene::new().await;
+    scene.primary.psql("CREATE TABLE t AS SELECT 1 AS i").await;
+    let conninfo = format!("host=somewhere application_name={}", "long".repeat(10));
+    scene.primary.set("primary_conninfo", &conninfo).await;
+    let id = backup(&scene).await;
+    let stopped = scene.restore("stopped", &["--target", "immediate"]).await;
+    fs::rename(stopped.join("global/pg_control"), stopped.join("global/pg_control.pgmesh-restore"))
+        .unwrap();
+    let state = format!("{id}\nto {}\n", stopped.display());
+    crate::scene::write(&stopped.join(".pgmesh-restore"), &state);
+
+    let fresh = scene.path("fresh");
+    for (to, mode) in [(&stopped, &["--resume"][..]), (&fresh, &[])] {
+        let restore = ["restore", "--archive-mode", "preserve", "--to", to.to_str().unwrap()];
+        let action = ["--target", "immediate", "--target-action", "promote"];
+        scene.run(&[&restore[..], &action, mode].concat()).await.assert_success();
+    }
+    let settings = |to: &Path| fs::read_to_string(to.join("postgresql.auto.conf")).unwrap();
+    assert_eq!(settings(&stopped), settings(&fresh));
+    let builder = PgServer::builder().setting("archive_mode", "off");
+    let restored = builder.start_existing(&stopped).await;
+    restored.recovered().await;
+    assert_eq!(rows(&restored).await, "1");
+}
+
+/// Left over from the last time that somebody restored this server by hand.
+#[tokio::test]
+async fn a_target_in_postgresql_conf_is_none_of_the_copy() {
+    if postgres_is_missing() {
+        return;
+    }
+    let scene = Scene::new().await;
+    scene.primary.psql("CREATE TABLE t AS SELECT 1 AS i").await;
+    let conf = scene.primary.data_directory().join("postgresql.conf");
+    let text = fs::read_to_string(&conf).unwrap();
+    let left_over = "recovery_target = 'immediate'\nrecovery_target_inclusive = off\n\
+                     recovery_min_apply_delay = '1d'\nrecovery_end_command = 'false'\n";
+    crate::scene::write(&conf, &format!("{text}\n{left_over}"));
+    scene.backup().await;
+    scene.primary.psql("INSERT INTO t VALUES (2)").await;
+    scene.primary.psql(r"SELECT pg_create_restore_point('it''s \ here')").await;
+    scene.primary.psql("INSERT INTO t VALUES (3)").await;
+    scene.archive_wal().await;
+    assert_eq!(rows(&recover(&scene, "end", &[]).await).await, "1,2,3");
+    let name = ["--target-name", r"it's \ here"];
+    assert_eq!(rows(&recover(&scene, "name", &name).await).await, "1,2");
+}
+
+/// An older backup was restored in place of the server, so the WAL and the backups after it are
+/// nobody's any more, though the backups are newer.
+#[tokio::test]
+async fn a_restore_follows_the_server_that_lives_and_not_what_was_given_up() {
+    if postgres_is_missing() {
+        return;
+    }
+    let (mut scene, id) = scene_with_backup().await;
+    scene.primary.psql("INSERT INTO t VALUES (2)").await;
+    scene.backup().await;
+    scene.primary.psql("INSERT INTO t VALUES (3)").await;
+    scene.archive_wal().await;
+    let to = scene.path("replacement");
+    let restore = ["restore", "--archive-mode", "preserve", "--to", to.to_str().unwrap()];
+    let target = ["--backup", &id, "--target", "immediate", "--target-action", "promote"];
+    scene.run(&[&restore[..], &target].concat()).await.assert_success();
+    scene.primary.stop(Mode::Fast).await;
+    let replacement = PgServer::start_existing(&to).await;
+    replacement.recovered().await;
+    let old = std::mem::replace(&mut scene.primary, replacement);
+    scene.primary.psql("INSERT INTO t VALUES (10)").await;
+    scene.archive_wal().await;
+
+    let again = scene.path("again");
+    let restore = ["restore", "--archive-mode", "off", "--to", again.to_str().unwrap()];
+    let said = scene.run(&restore).await;
+    said.assert_success();
+    let plan = said.stderr.lines().find(|line| line.contains("restore started")).unwrap();
+    assert!(plan.contains(&id) && plan.contains("\"timeline\":2"), "{plan}");
+    assert!(plan.contains("until_lsn"), "{plan}");
+    let restored = PgServer::start_existing(&again).await;
+    restored.recovered().await;
+    assert_eq!(rows(&restored).await, "1,10");
+    let given_up = recover(&scene, "given-up", &["--target-timeline", "1"]).await;
+    assert_eq!(rows(&given_up).await, "1,2,3");
+    drop(old);
+}
+
+/// A standby that lacked the end of the only backup was promoted: the next backup does not wait for
+/// the schedule, and until then nobody gets what was left behind unasked.
+#[tokio::test]
+async fn a_failover_that_leaves_the_newest_backup_behind_is_answered_with_a_backup() {
+    if postgres_is_missing() {
+        return;
+    }
+    let (mut receiving, standby) = Receiving::with_standby(Kind::Directory, WAL).await;
+    receiving.primary().psql("CREATE TABLE t AS SELECT 1 AS i").await;
+    standby.catch_up(receiving.primary()).await;
+    standby.set("primary_conninfo", "host=/nowhere").await;
+    let streams = "SELECT count(*) FROM pg_stat_wal_receiver";
+    eventually("the standby is cut off", LIMIT, async || standby.psql(streams).await == "0").await;
+    load(receiving.primary(), 100_000).await;
+    receiving.primary().psql("INSERT INTO t VALUES (2)").await;
+    let scene = &receiving.scene;
+    scene.configure(&[&scene.primary]);
+    let first = scene.list().await[0]["backup_id"].as_str().unwrap().to_owned();
+    let newest = backup(scene).await;
+    scene.configure(&[&scene.primary, &standby]);
+    for file in files(&scene.repository()) {
+        if file.display().to_string().contains(&first) {
+            fs::remove_file(file).unwrap();
+        }
+    }
+    receiving.scene.primary.stop(Mode::Immediate).await;
+    standby.promote().await;
+    standby.psql("INSERT INTO t VALUES (10)").await;
+    let leads = async || {
+        let listed = receiving.scene.list().await;
+        listed.iter().any(|backup| backup["timeline"] == 2)
+    };
+    eventually("a backup of the new timeline is taken", LIMIT, leads).await;
+    receiving.agent.logged("no backup leads to the newest timeline", LIMIT).await;
+    assert_eq!(rows(&receiving.recover("latest").await).await, "1,10");
+    let by_name = recover(&receiving.scene, "by-name", &["--backup", &newest]).await;
+    assert_eq!(rows(&by_name).await, "1,2");
+}
+
+/// The time until which a backup can be restored, as `list` shows it, is one that can be asked for:
+/// there is a commit after it, however idle the database is.
+#[tokio::test]
+async fn an_idle_database_is_restored_to_the_time_that_is_listed() {
+    if postgres_is_missing() {
+        return;
+    }
+    let receiving = Receiving::start(Kind::Directory).await;
+    receiving.primary().psql("CREATE TABLE t AS SELECT 1 AS i").await;
+    receiving.stored_all().await;
+    let listed = async || {
+        let listed = receiving.scene.list().await;
+        listed[0]["window"]["until"].as_str().unwrap().parse::<DateTime<Utc>>().unwrap()
+    };
+    let until = listed().await;
+    let heartbeats = async || listed().await > until + TimeDelta::seconds(4);
+    eventually("heartbeats are stored", LIMIT, heartbeats).await;
+    let at = until.to_rfc3339();
+    let restored = recover(&receiving.scene, "restored", &["--target-time", &at]).await;
+    assert_eq!(rows(&restored).await, "1");
+}
+
+/// `--force` and `--tablespace OLD=OLD` would have emptied it.
+#[tokio::test]
+async fn the_tablespace_of_a_server_that_lives_is_not_emptied_even_if_asked_for() {
+    if postgres_is_missing() {
+        return;
+    }
+    let scene = Scene::new().await;
+    let location = scene.primary.tablespace("living").await;
+    scene.primary.psql("CREATE TABLE t TABLESPACE living AS SELECT 1 AS i").await;
+    scene.backup().await;
+    scene.primary.psql("CHECKPOINT").await;
+    let before = files(&location);
+    let (to, map) = (scene.path("copy"), format!("{0}={0}", location.display()));
+    let restore = ["restore", "--archive-mode", "off", "--to", to.to_str().unwrap(), "--force"];
+    let refused = scene.run(&[&restore[..], &["--tablespace", &map]].concat()).await;
+    refused.assert_code(1);
+    assert!(refused.stderr.contains("living server's"), "{refused}");
+    assert_eq!(files(&location), before);
+}
+
+#[tokio::test]
+async fn wrong_use_is_2_whatever_a_directory_is_called() {
+    Agent::without_config().run(&["restore", "--to", "wal-fetch"]).await.assert_code(2);
+    Agent::without_config().run(&["wal-fetch", "--fast"]).await.assert_code(254);
+}
