@@ -10,7 +10,7 @@ SET log_min_error_statement = 'panic';
 SET password_encryption = 'scram-sha-256';
 
 SELECT format('CREATE ROLE %I LOGIN', name)
-FROM (VALUES ('pgmesh_replication'), ('pgmesh_backup'), ('pgmesh_lag')) AS wanted (name)
+FROM (VALUES ('pgmesh_replication'), ('pgmesh_backup'), ('pgmesh_lag'), ('pgmesh_health')) AS wanted (name)
 WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name)
 \gexec
 
@@ -28,6 +28,12 @@ GRANT EXECUTE ON FUNCTION pg_catalog.pg_switch_wal() TO pgmesh_backup;
 -- enough for two replicas and a "show --direct" beside them; for more replicas add two each.
 ALTER ROLE pgmesh_lag CONNECTION LIMIT 6;
 GRANT pg_monitor TO pgmesh_lag;
+
+-- The health monitor: the same. Each of its processes has two connections to a server at most, the one it
+-- keeps and the one it tries now and then. This is enough for two replicas and a "check" beside them, with
+-- two that a cut network left behind; for more replicas add two each.
+ALTER ROLE pgmesh_health CONNECTION LIMIT 8;
+GRANT pg_monitor TO pgmesh_health;
 
 \set has_password `test -r /run/secrets/pgmesh_replication_password && echo true || echo false`
 \if :has_password
@@ -51,5 +57,13 @@ GRANT pg_monitor TO pgmesh_lag;
     ALTER ROLE pgmesh_lag PASSWORD :'password';
 \else
     \warn 'pgmesh_lag has no password: /run/secrets/pgmesh_lag_password is missing'
+\endif
+
+\set has_password `test -r /run/secrets/pgmesh_health_password && echo true || echo false`
+\if :has_password
+    \set password `cat /run/secrets/pgmesh_health_password`
+    ALTER ROLE pgmesh_health PASSWORD :'password';
+\else
+    \warn 'pgmesh_health has no password: /run/secrets/pgmesh_health_password is missing'
 \endif
 \unset password

@@ -25,6 +25,7 @@ agents and the images, makes secrets and certificates (.cache/up), and starts in
   pgmesh-s3             an S3 server for tests (data in the volume pgmesh-s3)
   pgmesh-backup-agent   the backup agent
   pgmesh-lag-exporter   the lag exporter
+  pgmesh-health-monitor the health monitor
 
 Then it takes a backup, notes the state of the database at a moment T while nobody writes, lets the
 load write on, restores to T in
@@ -48,6 +49,7 @@ build_programs() {
     cd "$root"
     build_program backup-agent backup-agent
     build_program lag-exporter lag-exporter
+    build_program health-monitor health-monitor
     build_program cluster-tests s3-server
 }
 
@@ -76,6 +78,7 @@ build() {
     wait "$image" || die "the database image is not there" "see the message above"
     ensure_agent_image backup-agent "$postgres_image" 9632
     ensure_agent_image lag-exporter "$base_image" 9633
+    ensure_agent_image health-monitor "$base_image" 9631
 }
 
 # --- secrets and certificates ---------------------------------------------------------------------
@@ -116,7 +119,7 @@ ensure_secrets() {
     mkdir -p "$secrets"
     chmod 0700 "$up"
     ensure_program openssl openssl
-    for name in pgmesh_replication_password pgmesh_backup_password pgmesh_lag_password demo_password s3_secret_access_key; do
+    for name in pgmesh_replication_password pgmesh_backup_password pgmesh_lag_password pgmesh_health_password demo_password s3_secret_access_key; do
         make_secret "$name" random_hex 24
     done
     make_secret s3_access_key_id random_hex 10
@@ -219,7 +222,7 @@ start_s3() {
 start_primary() {
     database_options postgres-1
     options+=(--volume "$root/init-scripts:/etc/pgmesh/init:ro" --env PGMESH_INIT_SCRIPTS=/etc/pgmesh/init)
-    secret demo_password pgmesh_lag_password
+    secret demo_password pgmesh_lag_password pgmesh_health_password
     ensure_container postgres-1 "$backup_agent_image"
     wait_hint="docker logs pgmesh-postgres-1" wait_for 120 "the primary" \
         sql_is postgres-1 'SELECT pg_is_in_recovery()' f
@@ -252,6 +255,16 @@ start_lag_exporter() {
     ensure_container lag-exporter "$lag_exporter_image"
     wait_hint="docker logs pgmesh-lag-exporter" wait_for 60 "the lag exporter knows every lag" \
         docker exec pgmesh-lag-exporter lag-exporter show
+}
+
+start_health_monitor() {
+    options=(--publish 127.0.0.1::9631)
+    config_file "$root/configs/health-monitor.toml"
+    config_file "$up/ca.crt"
+    secret pgmesh_health_password
+    ensure_container health-monitor "$health_monitor_image"
+    wait_hint="docker logs pgmesh-health-monitor" wait_for 60 "the health monitor has asked everything" \
+        docker exec pgmesh-health-monitor agent-healthcheck
 }
 
 # --- data and load --------------------------------------------------------------------------------
@@ -419,8 +432,9 @@ published() {
 }
 
 print_where() {
-    local backup lag
+    local backup health lag
     backup=$(published backup-agent 9632)
+    health=$(published health-monitor 9631)
     lag=$(published lag-exporter 9633)
     cat <<TEXT
 
@@ -432,9 +446,11 @@ Where to look
               sslrootcert=$up/ca.crt, password in $secrets/demo_password
   backups     docker exec pgmesh-backup-agent backup-agent list
   lag         docker exec pgmesh-lag-exporter lag-exporter show
+  health      docker exec pgmesh-health-monitor health-monitor check
   metrics     http://$backup/metrics    status http://$backup/status    (backup agent)
               http://$lag/metrics    status http://$lag/status    (lag exporter)
-  logs        docker logs --follow pgmesh-backup-agent, pgmesh-lag-exporter
+              http://$health/metrics    status http://$health/status    (health monitor)
+  logs        docker logs --follow pgmesh-backup-agent, pgmesh-lag-exporter, pgmesh-health-monitor
   remove      init-scripts/down.sh
 TEXT
 }
@@ -448,6 +464,7 @@ bring_up() {
     start_standby
     start_agent
     start_lag_exporter
+    start_health_monitor
     ensure_data
     start_load
     archive_all

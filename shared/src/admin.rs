@@ -1,4 +1,4 @@
-//! The admin server: `/livez`, `/readyz`, `/metrics`, `/status`.
+//! The admin server: `/livez`, `/readyz`, `/metrics`, `/status`, and `/` where an agent has a page.
 //!
 //! It must answer while the agent is busy and cannot be tied up by a slow client: each
 //! connection serves one request, within [`CONNECTION_LIMIT`] from its first byte to its last,
@@ -13,9 +13,12 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
-use axum::http::header::{ACCEPT, CONNECTION, CONTENT_TYPE};
+use axum::http::header::{
+    ACCEPT, CACHE_CONTROL, CONNECTION, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY,
+    X_CONTENT_TYPE_OPTIONS,
+};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
-use axum::response::{IntoResponse, Json, Response};
+use axum::response::{Html, IntoResponse, Json, Response};
 use axum::routing::get;
 use axum::serve::Listener;
 use prometheus_client::registry::Registry;
@@ -68,6 +71,27 @@ impl Admin {
             .route("/status", get(async move || Json(status())))
             .layer(axum::middleware::map_response(close_after));
         Ok(Self { listener, router })
+    }
+
+    /// Adds the page `/` for people.
+    ///
+    /// `policy` is its `Content-Security-Policy`; one that is no header value allows nothing. `render`
+    /// is called for each request and must return at once, like what [`Admin::bind`] takes.
+    pub fn with_page(
+        self,
+        policy: &str,
+        render: impl Fn() -> String + Clone + Send + Sync + 'static,
+    ) -> Self {
+        let nothing = HeaderValue::from_static("default-src 'none'");
+        let headers = [
+            (CONTENT_SECURITY_POLICY, HeaderValue::from_str(policy).unwrap_or(nothing)),
+            (X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
+            (REFERRER_POLICY, HeaderValue::from_static("no-referrer")),
+            (CACHE_CONTROL, HeaderValue::from_static("no-store")),
+        ];
+        let page = get(async move || (headers.clone(), Html(render())));
+        let page = page.layer(axum::middleware::map_response(close_after));
+        Self { router: self.router.route("/", page), ..self }
     }
 
     /// The address bound, with the port the system chose if 0 was asked for.
@@ -216,6 +240,8 @@ mod tests {
     use super::*;
     use crate::tasks::Tasks;
 
+    const POLICY: &str = "default-src 'none'; script-src 'sha256-abc='";
+
     struct Server {
         address: SocketAddr,
         reasons: Arc<Mutex<Vec<String>>>,
@@ -233,6 +259,7 @@ mod tests {
         let any_port = "127.0.0.1:0".parse().unwrap();
         let admin =
             Admin::bind(any_port, registry, not_ready, || json!({"turns": 3})).await.unwrap();
+        let admin = admin.with_page(POLICY, || "<!doctype html>".to_owned());
         let address = admin.local_address().unwrap();
         let mut tasks = Tasks::default();
         tasks.spawn("admin", |shutdown| admin.serve(shutdown));
@@ -278,6 +305,36 @@ mod tests {
         }
         let (head, _) = get(server.address, "/secrets").await;
         assert!(head.starts_with("HTTP/1.1 404"), "{head}");
+    }
+
+    #[tokio::test]
+    async fn a_page_is_sent_with_what_it_may_do() {
+        let (head, body) = get(server().await.address, "/").await;
+        assert_eq!(body, "<!doctype html>");
+        for line in [
+            "content-type: text/html; charset=utf-8",
+            &format!("content-security-policy: {POLICY}"),
+            "x-content-type-options: nosniff",
+            "referrer-policy: no-referrer",
+            "cache-control: no-store",
+            "connection: close",
+        ] {
+            assert!(head.lines().any(|it| it == line), "no {line} in {head}");
+        }
+        let any_port = "127.0.0.1:0".parse().unwrap();
+        let bound = || Admin::bind(any_port, metrics::registry(), Vec::new, || Value::Null);
+        for (policy, with_page, expected) in [
+            ("", false, "HTTP/1.1 404"),
+            ("a\r\nb: c", true, "content-security-policy: default-src 'none'\r\n"),
+        ] {
+            let admin = bound().await.unwrap();
+            let admin = if with_page { admin.with_page(policy, String::new) } else { admin };
+            let address = admin.local_address().unwrap();
+            let mut tasks = Tasks::default();
+            tasks.spawn("admin", |shutdown| admin.serve(shutdown));
+            let (head, _) = get(address, "/").await;
+            assert!(head.contains(expected), "{policy:?}: {head}");
+        }
     }
 
     #[tokio::test]

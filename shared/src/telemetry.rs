@@ -6,8 +6,10 @@ use std::io::{self, IsTerminal};
 
 use clap::ValueEnum;
 use tokio_postgres::error::DbError;
-use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, Layer, fmt as lines};
 
 /// What is logged unless `RUST_LOG` says otherwise: the libraries below tell of each request
 /// at `info` or `debug`, which is for whoever looks for a fault in them.
@@ -38,17 +40,26 @@ pub enum Output {
 /// `RUST_LOG` chooses what is logged. The first call counts; a later one, as in tests that share
 /// a process, changes nothing.
 pub fn init(format: Option<Format>, output: Output) {
+    init_with(format, output, None);
+}
+
+/// Starts logging as [`init`] does. `also` gets every line too, as JSON; it must not wait for
+/// anything, since whoever logs waits for it.
+pub fn init_with(format: Option<Format>, output: Output, also: Option<BoxMakeWriter>) {
     let (is_terminal, writer) = match output {
         Output::Stdout => (io::stdout().is_terminal(), BoxMakeWriter::new(io::stdout)),
         Output::Stderr => (io::stderr().is_terminal(), BoxMakeWriter::new(io::stderr)),
     };
     let default = if is_terminal { Format::Text } else { Format::Json };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| DEFAULT_FILTER.into());
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer);
-    let started = match format.unwrap_or(default) {
-        Format::Text => builder.with_ansi(is_terminal).try_init(),
-        Format::Json => builder.json().flatten_event(true).with_current_span(false).try_init(),
+    let json = || lines::layer().json().flatten_event(true).with_current_span(false);
+    let first = match format.unwrap_or(default) {
+        Format::Text => lines::layer().with_ansi(is_terminal).with_writer(writer).boxed(),
+        Format::Json => json().with_writer(writer).boxed(),
     };
+    let second = also.map(|writer| json().with_writer(writer).boxed());
+    let outputs: Vec<_> = [first].into_iter().chain(second).collect();
+    let started = tracing_subscriber::registry().with(filter).with(outputs).try_init();
     // Fails only when a subscriber is there already, which is what the second call wants.
     drop(started);
 }

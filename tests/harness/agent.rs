@@ -63,6 +63,11 @@ impl Agent {
         Self::new(config).binary(&built("lag-exporter"))
     }
 
+    /// The health monitor with a configuration file.
+    pub fn health_monitor(config: &Path) -> Self {
+        Self::new(config).binary(&built("health-monitor"))
+    }
+
     /// The agent without `--config`, for commands that need none.
     pub fn without_config() -> Self {
         Self { binary: agent_binary(), config: None, environment: Vec::new(), limit: RUN_LIMIT }

@@ -5,9 +5,13 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
+use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
+
+use crate::eventually;
 
 /// Below the range from which Linux takes the ports of outgoing connections
 /// (`net.ipv4.ip_local_port_range`), so that none takes the port of a server that is down for a
@@ -24,6 +28,12 @@ pub fn server_port() -> u16 {
             return port;
         }
     }
+}
+
+/// Waits until somebody listens on that port of 127.0.0.1.
+pub(crate) async fn listens(what: &str, port: u16, limit: Duration) {
+    let what = format!("{what} listens");
+    eventually(&what, limit, async || TcpStream::connect(("127.0.0.1", port)).await.is_ok()).await;
 }
 
 /// A server. Dropping it kills it.

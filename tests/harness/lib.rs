@@ -7,7 +7,9 @@
 //! | [`network`] | [`Proxy`]: a connection that is slow, stalls, or breaks |
 //! | [`etcd`] | [`EtcdCluster`]: an etcd cluster, its members killed and frozen one by one |
 //! | [`patroni`] | [`PatroniCluster`]: servers whose leader Patroni chooses; switchover, failover |
+//! | [`pgbouncer`], [`haproxy`], [`redis`] | what stands between applications and PostgreSQL, or beside it |
 //! | [`tls`] | [`Authority`], and [`TlsFront`]: TLS in front of a server that has none |
+//! | [`mod@alertmanager`] | [`Alertmanager`]: one that groups by name and tells a webhook |
 //! | [`metadata`] | [`MetadataService`]: hands out the credentials of an instance's or container's role |
 //! | [`agent`] | [`Agent`]: runs the built agent, and kills it |
 //! | [`program`] | PostgreSQL's programs, run as the servers' operating system user |
@@ -25,12 +27,16 @@
 )]
 
 pub mod agent;
+pub mod alertmanager;
 pub mod etcd;
+pub mod haproxy;
 pub mod metadata;
 pub mod network;
 pub mod patroni;
+pub mod pgbouncer;
 pub mod postgres;
 pub mod program;
+pub mod redis;
 pub mod s3;
 pub mod skip;
 pub mod tls;
@@ -43,13 +49,17 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 pub use agent::{Agent, RunningAgent};
+pub use alertmanager::{Alertmanager, alertmanager_is_missing};
 pub use daemon::server_port;
 pub use etcd::{EtcdCluster, etcd_is_missing};
+pub use haproxy::{Backend, HaProxy, haproxy_is_missing};
 pub use metadata::MetadataService;
 pub use network::{Proxy, Upstream};
 pub use patroni::{PatroniBuilder, PatroniCluster, patroni_is_missing};
+pub use pgbouncer::{PgBouncer, pgbouncer_is_missing};
 pub use postgres::{Mode, PgServer};
 pub use program::{Finished, directory, run};
+pub use redis::{RedisServer, redis_is_missing};
 pub use s3::endpoint::S3Endpoint;
 pub use s3::faults::{At, Effect, Fault, Faults, Operation, Refusal};
 pub use s3::{S3Server, garage_endpoint, moto_endpoint};

@@ -10,6 +10,7 @@ use crate::tls;
 ///
 /// Source: gRPC's documentation, "Status codes and their use in gRPC".
 pub(super) mod code {
+    pub(in crate::etcd) const UNKNOWN: i32 = 2;
     pub(in crate::etcd) const INVALID_ARGUMENT: i32 = 3;
     pub(in crate::etcd) const NOT_FOUND: i32 = 5;
     pub(in crate::etcd) const ALREADY_EXISTS: i32 = 6;
@@ -18,6 +19,7 @@ pub(super) mod code {
     pub(in crate::etcd) const FAILED_PRECONDITION: i32 = 9;
     pub(in crate::etcd) const OUT_OF_RANGE: i32 = 11;
     pub(in crate::etcd) const UNIMPLEMENTED: i32 = 12;
+    pub(in crate::etcd) const UNAVAILABLE: i32 = 14;
     pub(in crate::etcd) const UNAUTHENTICATED: i32 = 16;
 }
 

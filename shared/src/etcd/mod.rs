@@ -8,6 +8,7 @@
 mod config;
 mod endpoints;
 mod error;
+mod member;
 mod watch;
 
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use etcd_client::{Compare, CompareOp, Error, GetOptions, PutOptions, Txn, TxnOp,
 
 pub use config::{EtcdConfig, EtcdSetupError};
 pub use error::EtcdError;
+pub use member::{EtcdMember, MemberAlarm, MemberError, MemberStatus};
 pub use watch::{Change, Watch};
 
 use endpoints::Endpoints;

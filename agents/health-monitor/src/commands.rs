@@ -1,0 +1,132 @@
+//! The one-shot commands, and the way into the service.
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use shared::config;
+use shared::telemetry::chain;
+use tokio_util::sync::CancellationToken;
+
+use crate::check::Status;
+use crate::cli::{CheckArgs, Cli, Command, Format};
+use crate::config::Config;
+use crate::log_file::LogFile;
+use crate::notify::{self, Notifier};
+use crate::report;
+use crate::service;
+use crate::watch::{DEEP_LIMIT, Watcher, now};
+
+/// The service's name: package, configuration file, log target.
+pub const AGENT: &str = "health-monitor";
+
+/// What `pg_stat_activity` shows.
+pub const APPLICATION_NAME: &str = "pgmesh/health-monitor";
+
+/// Between two looks whether all were asked.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// Carries out a command. A service logs to the file too, where one is configured.
+pub async fn run(cli: Cli, log_file: &LogFile) -> ExitCode {
+    let path = cli.shared.config_file(AGENT);
+    match cli.command.unwrap_or(Command::Run) {
+        Command::Run => shared::cli::exit(run_service(&path, log_file).await),
+        Command::Check(args) => match Box::pin(check(&path, &args)).await {
+            Ok(status) => ExitCode::from(status.code()),
+            Err(error) => {
+                // A plugin says it on standard output: that is what the monitoring system shows.
+                let text = format!("HEALTH UNKNOWN: {}\n", chain(error.as_ref()));
+                print(&text).ok();
+                ExitCode::from(Status::Unknown.code())
+            }
+        },
+        Command::CheckConfig => shared::cli::exit(check_config(&path)),
+        Command::Silence(args) => said(notify::command::silence(&path, args).await),
+        Command::Silences(args) => said(notify::command::silences(&path, &args).await),
+        Command::Unsilence(args) => said(notify::command::unsilence(&path, &args).await),
+    }
+}
+
+/// What a command line that cannot be understood comes to: 2 as everywhere, but 3 for `check`, whose 2
+/// means that the cluster is in a critical state.
+pub fn wrong_use(error: &clap::Error) -> ExitCode {
+    let is_check = std::env::args().any(|it| it == "check");
+    let code = u8::try_from(error.exit_code()).unwrap_or(2);
+    error.print().ok();
+    ExitCode::from(if is_check && code != 0 { Status::Unknown.code() } else { code })
+}
+
+/// Prints what a command has to say.
+fn said(text: anyhow::Result<String>) -> ExitCode {
+    shared::cli::exit(text.and_then(|it| print(&it)))
+}
+
+async fn run_service(path: &Path, log_file: &LogFile) -> anyhow::Result<()> {
+    let config: Config = config::load(path)?;
+    let Config { log_file_bytes_max, log_files_max, .. } = config;
+    let to_file = config.log_file.as_deref();
+    // Until it is dropped, and then for as long as it takes to write what waits.
+    let _guard = to_file.map(|it| log_file.open(it, log_file_bytes_max, log_files_max));
+    service::run(config).await
+}
+
+fn check_config(path: &Path) -> anyhow::Result<()> {
+    let config: Config = config::load(path)?;
+    let watcher = Watcher::new(config.clone(), APPLICATION_NAME)?;
+    Notifier::new(&config, watcher.monitor)?;
+    print(&format!("{} is fine\n", path.display()))
+}
+
+/// Asks everything once.
+async fn check(path: &Path, args: &CheckArgs) -> anyhow::Result<Status> {
+    let config: Config = config::load(path)?;
+    if args.list {
+        print(&report::list(&config, args))?;
+        return Ok(Status::Ok);
+    }
+    let limit = config.timeout * 3 + DEEP_LIMIT;
+    let watcher = Watcher::new(config, APPLICATION_NAME)?;
+    let monitor = watcher.monitor.clone();
+    // Who is in the cluster is asked, not followed; nobody ever answering is an error of its own.
+    watcher.topology.members().await.context("find the members of the cluster")?;
+    let shutdown = CancellationToken::new();
+    let topology = watcher.topology.clone().follow(shutdown.clone());
+    let asked = async {
+        loop {
+            tokio::time::sleep(LOOK_EVERY).await;
+            if monitor.not_ready().is_none() && monitor.state().is_read_at(args.level) {
+                return;
+            }
+        }
+    };
+    tokio::select! {
+        ended = watcher.run(shutdown.clone()) => ended?,
+        ended = topology => ended?,
+        () = asked => {}
+        () = tokio::time::sleep(limit) => {}
+    }
+    monitor.decide(now());
+    let report = report::Report::new(&monitor.state(), args);
+    let text = match args.format {
+        Format::Text => report.text(),
+        Format::Json => report.json()?,
+        Format::Nagios => report.nagios(),
+    };
+    print(&text)?;
+    Ok(report.status())
+}
+
+/// Writes to standard output.
+///
+/// # Errors
+///
+/// It cannot be written to. That nobody reads on, as in `health-monitor check | head`, is no error.
+pub(crate) fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("write to standard output"),
+    }
+}

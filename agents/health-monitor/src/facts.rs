@@ -1,0 +1,158 @@
+//! What the components said last. The judges read it; nothing here judges.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::component::Component;
+use crate::probe::agent::AgentFacts;
+use crate::probe::disk::DiskFacts;
+use crate::probe::etcd::EtcdFacts;
+use crate::probe::haproxy::HaproxyFacts;
+use crate::probe::patroni::PatroniFacts;
+use crate::probe::pgbouncer::PgbouncerFacts;
+use crate::probe::postgres::{DeepFacts, PostgresFacts};
+use crate::probe::redis::RedisFacts;
+use crate::probe::swarm::SwarmFacts;
+
+/// How far a question got before it failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stage {
+    /// Nobody is there: refused, no route, no such name.
+    Dial,
+    /// TLS.
+    Tls,
+    /// The login was refused.
+    Login,
+    /// It is there, and takes nobody now: it starts, recovers or stops.
+    NotNow,
+    /// It is there, and has no connection to spare.
+    Full,
+    /// The question was refused, or the answer is not one.
+    Answer,
+    /// There was no answer in time.
+    Timeout,
+}
+
+/// Why there is no answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Failure {
+    /// How far it got.
+    pub stage: Stage,
+    /// In words, with the causes, without the name of the component.
+    pub error: String,
+}
+
+/// The outcome of the newest question to a component, and the newest answer.
+#[derive(Clone, Debug)]
+pub struct Seen<T> {
+    /// When the newest outcome was there, by [`clock::now`](crate::clock::now).
+    pub at: Duration,
+    /// Why it is none, if it is none.
+    pub failure: Option<Failure>,
+    /// Since when it fails, if it does.
+    pub failing_since: Option<Duration>,
+    /// The newest answer, and when the question was sent and answered. It outlives failures.
+    pub answer: Option<Answer<T>>,
+}
+
+/// An answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answer<T> {
+    /// When the question was sent: what was answered was true after that …
+    pub asked_at: Duration,
+    /// … and before this.
+    pub answered_at: Duration,
+    /// What it says.
+    pub facts: T,
+}
+
+impl<T> Seen<T> {
+    /// The newest outcome, if it is an answer.
+    pub fn now(&self) -> Option<&T> {
+        match (&self.failure, &self.answer) {
+            (None, Some(answer)) => Some(&answer.facts),
+            _ => None,
+        }
+    }
+}
+
+/// What is known of one kind of component.
+pub type Of<T> = BTreeMap<Component, Seen<T>>;
+
+/// What the components said last. A component that was never asked is not in it.
+#[derive(Clone, Debug, Default)]
+pub struct Facts {
+    /// PostgreSQL, asked each interval.
+    pub postgres: Of<PostgresFacts>,
+    /// PostgreSQL, asked for what changes slowly, on a new connection each time.
+    pub deep: Of<DeepFacts>,
+    /// Patroni.
+    pub patroni: Of<PatroniFacts>,
+    /// etcd.
+    pub etcd: Of<EtcdFacts>,
+    /// `PgBouncer`.
+    pub pgbouncer: Of<PgbouncerFacts>,
+    /// `HAProxy`.
+    pub haproxy: Of<HaproxyFacts>,
+    /// Redis.
+    pub redis: Of<RedisFacts>,
+    /// The other agents.
+    pub agents: Of<AgentFacts>,
+    /// Swarm services: all of them by one question.
+    pub swarm: Of<SwarmFacts>,
+    /// File systems.
+    pub disks: Of<DiskFacts>,
+}
+
+/// Takes an outcome into what is known.
+pub fn record<T>(
+    known: &mut Of<T>,
+    component: &Component,
+    (asked_at, at): (Duration, Duration),
+    outcome: Result<T, Failure>,
+) {
+    let seen = known.entry(component.clone()).or_insert(Seen {
+        at,
+        failure: None,
+        failing_since: None,
+        answer: None,
+    });
+    seen.at = at;
+    match outcome {
+        Ok(facts) => {
+            seen.answer = Some(Answer { asked_at, answered_at: at, facts });
+            (seen.failure, seen.failing_since) = (None, None);
+        }
+        Err(failure) => {
+            seen.failure = Some(failure);
+            seen.failing_since.get_or_insert(at);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::component::Kind;
+
+    #[test]
+    fn an_answer_outlives_failures_and_is_not_taken_for_a_new_one() {
+        let component = Component::new(Kind::Redis, "a");
+        let second = Duration::from_secs;
+        let failure = Failure { stage: Stage::Timeout, error: "no answer".to_owned() };
+        let mut known = Of::default();
+        record(&mut known, &component, (second(1), second(2)), Ok(7));
+        assert_eq!(known[&component].now(), Some(&7));
+        record(&mut known, &component, (second(3), second(4)), Err(failure.clone()));
+        record(&mut known, &component, (second(5), second(6)), Err(failure));
+        let seen = &known[&component];
+        assert_eq!((seen.now(), seen.failing_since, seen.at), (None, Some(second(4)), second(6)));
+        let answer = Answer { asked_at: second(1), answered_at: second(2), facts: 7 };
+        assert_eq!(seen.answer, Some(answer));
+        record(&mut known, &component, (second(7), second(8)), Ok(8));
+        assert_eq!((known[&component].now(), known[&component].failing_since), (Some(&8), None));
+    }
+}

@@ -1,0 +1,317 @@
+//! What the backup agents say of the repository, group by group, and what it comes to.
+//!
+//! The repository outlives the agents: of one that is silent, its last answer with the time since then
+//! is still a bound. Nothing is older than that, and it is judged by it.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use serde::Deserialize;
+
+use super::Taken;
+use super::words::{bytes, duration};
+use crate::catalogue::{BACKUP_AGE, WAL_AGE};
+use crate::check::{Reading, Status};
+use crate::component::{Component, Kind};
+use crate::facts::{Answer, Of};
+use crate::probe::agent::AgentFacts;
+use crate::thresholds::Scale;
+
+/// What is read of a backup agent's `/status`.
+#[derive(Deserialize)]
+struct AgentStatus {
+    /// When that was said, by the clock that the other times are by.
+    now: DateTime<Utc>,
+    groups: BTreeMap<u32, GroupStatus>,
+}
+
+#[derive(Deserialize)]
+struct GroupStatus {
+    state: State,
+    wal: Option<Wal>,
+}
+
+#[derive(Deserialize)]
+struct State {
+    last_error: Option<String>,
+    repository: Option<Repository>,
+}
+
+#[derive(Deserialize)]
+struct Repository {
+    newest_at: Option<DateTime<Utc>>,
+    unreadable: u64,
+    broken_at: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Wal {
+    caught_up_at: Option<DateTime<Utc>>,
+    received: Option<Received>,
+    failure: Option<String>,
+    no_primary: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Received {
+    lag_bytes: u64,
+}
+
+/// What is known of one group; ages are by the agent's clock, and go on by ours.
+#[derive(Default)]
+struct Known {
+    backup_age: Option<Duration>,
+    wal_age: Option<Duration>,
+    was_read: bool,
+    unreadable: u64,
+    broken_at: Option<String>,
+    last_error: Option<String>,
+    /// Why WAL is not being received.
+    wal_failure: Option<String>,
+    /// Bytes of WAL that the primary has and the repository has not.
+    wal_lag_bytes: Option<u64>,
+}
+
+/// The readings of each group that a backup agent told of; `now` is by
+/// [`clock::now`](crate::clock::now).
+pub fn judge(agents: &Of<AgentFacts>, scale: Scale<'_>, now: Duration) -> Vec<Taken> {
+    let mut groups: BTreeMap<u32, Known> = BTreeMap::new();
+    // The newest answer counts: where agents share the groups, one has taken it from another.
+    let mut answers: Vec<_> = agents.values().filter_map(|seen| seen.answer.as_ref()).collect();
+    answers.sort_by_key(|answer| answer.answered_at);
+    for answer in answers {
+        for (group, known) in read(answer, now) {
+            groups.insert(group, known);
+        }
+    }
+    // What is known ages by itself, so it is judged anew whenever an agent was asked.
+    let at = agents.values().map(|seen| seen.at).max().unwrap_or(now);
+    let taken = groups.into_iter().flat_map(|(group, known)| {
+        let component = Component::of_group(Kind::Repository, group, "");
+        let readings = [Some(backup(&component, &known, scale)), wal(&component, &known, scale)];
+        let readings = readings.into_iter().flatten();
+        readings
+            .map(|reading| Taken { component: component.clone(), reading, at })
+            .collect::<Vec<_>>()
+    });
+    taken.collect()
+}
+
+/// What an agent says, if it is a backup agent.
+fn read(answer: &Answer<AgentFacts>, now: Duration) -> BTreeMap<u32, Known> {
+    let Ok(status) = AgentStatus::deserialize(&answer.facts.status) else {
+        return BTreeMap::new();
+    };
+    let since = now.saturating_sub(answer.answered_at);
+    let age = |at: DateTime<Utc>| (status.now - at).to_std().unwrap_or_default() + since;
+    let known = |GroupStatus { state, wal }: GroupStatus| {
+        let State { last_error, repository } = state;
+        let mut known = Known { last_error, was_read: repository.is_some(), ..Known::default() };
+        if let Some(repository) = repository {
+            known.backup_age = repository.newest_at.map(age);
+            known.unreadable = repository.unreadable;
+            known.broken_at = repository.broken_at;
+        }
+        if let Some(wal) = wal {
+            known.wal_age = wal.caught_up_at.map(age);
+            known.wal_failure = wal.failure.or(wal.no_primary);
+            known.wal_lag_bytes = wal.received.map(|it| it.lag_bytes);
+        }
+        known
+    };
+    status.groups.into_iter().map(|(group, status)| (group, known(status))).collect()
+}
+
+fn backup(component: &Component, known: &Known, scale: Scale<'_>) -> Reading {
+    let Some(age) = known.backup_age else {
+        // Once the repository was read, what is not there is missing.
+        let (status, reason) = match (known.was_read, &known.last_error) {
+            (false, _) => (Status::Unknown, "the repository was not read yet".to_owned()),
+            (true, None) => (Status::Critical, "there is no complete backup".to_owned()),
+            (true, Some(error)) => (
+                Status::Critical,
+                format!("there is no complete backup; the last run failed: {error}"),
+            ),
+        };
+        return Reading::new(&BACKUP_AGE, status, reason);
+    };
+    let mut reason = format!("the newest is {} old", duration(age));
+    let measure = ("age", age.as_secs_f64(), None);
+    let mut status = Status::Ok;
+    if let Some(error) = &known.last_error {
+        reason = format!("{reason}; the last run failed: {error}");
+        status = Status::Warning;
+    }
+    if known.unreadable != 0 {
+        reason = format!("{reason}; {} cannot be read", known.unreadable);
+        status = Status::Warning;
+    }
+    let reading = scale.judge(component, &BACKUP_AGE, measure, reason);
+    Reading { status: reading.status.max(status), ..reading }
+}
+
+/// None where WAL is not received, but comes by `archive_command` alone: its servers tell of that.
+fn wal(component: &Component, known: &Known, scale: Scale<'_>) -> Option<Reading> {
+    let reading = |status, reason| Some(Reading::new(&WAL_AGE, status, reason));
+    if let Some(segment) = &known.broken_at {
+        let reason = format!("WAL is missing after the newest backup, from {segment} on");
+        let next = "take a new backup: `backup-agent backup`; see `backup-agent list` for the gap";
+        return Some(Reading::new(&WAL_AGE, Status::Critical, reason).with_next(next));
+    }
+    let failure = known.wal_failure.as_ref();
+    let Some(age) = known.wal_age else {
+        if let Some(failure) = failure {
+            let reason = format!("none was stored since the agent began: {failure}");
+            return reading(Status::Critical, reason);
+        }
+        let behind = bytes(known.wal_lag_bytes?);
+        let reason = format!("the agent began, and has {behind} to store until all is");
+        return reading(Status::Warning, reason);
+    };
+    let mut reason = format!("all WAL was stored {} ago", duration(age));
+    if let Some(failure) = failure {
+        reason = format!("{reason}; none is received: {failure}");
+    }
+    Some(scale.judge(component, &WAL_AGE, ("age", age.as_secs_f64(), None), reason))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::super::examples::{answered_at, scale};
+    use super::*;
+    use crate::facts::{Failure, Stage, record};
+
+    fn facts(status: Value) -> AgentFacts {
+        AgentFacts { not_ready: Vec::new(), status }
+    }
+
+    /// What a backup agent says at 14:00 of group 0.
+    fn status(newest_at: &Value, caught_up_at: &Value, more: &Value) -> Value {
+        let repository = json!({
+            "observed_at": "2026-11-21T13:59:00Z", "backups": 1, "unreadable": more["unreadable"].as_u64().unwrap_or(0),
+            "newest_at": newest_at, "broken_at": more["broken_at"],
+        });
+        json!({"cluster": "demo", "now": "2026-11-21T14:00:00Z", "groups": {"0": {
+            "running": null,
+            "state": {"last_run": null, "last_error": more["last_error"], "repository": repository},
+            "wal": {"caught_up_at": caught_up_at, "failure": more["failure"], "no_primary": null,
+                "received": more["received"]},
+        }}})
+    }
+
+    fn judged(agents: &Of<AgentFacts>, now: u64) -> Vec<(Status, String)> {
+        let found = judge(agents, scale(), Duration::from_secs(now)).into_iter();
+        let readings = found.map(|it| {
+            assert_eq!(it.component, Component::of_group(Kind::Repository, 0, ""));
+            (it.reading.status, it.reading.reason)
+        });
+        readings.collect()
+    }
+
+    fn agent(name: &str) -> Component {
+        Component::new(Kind::Agent, name)
+    }
+
+    #[test]
+    fn ages_gaps_and_failures_are_told() {
+        let (ok, warning, unknown, critical) =
+            (Status::Ok, Status::Warning, Status::Unknown, Status::Critical);
+        let newest = json!("2026-11-21T02:00:00Z");
+        let stored = json!("2026-11-21T13:59:59Z");
+        let days_ago = json!("2026-11-19T02:00:00Z");
+        let minutes_ago = json!("2026-11-21T13:58:00Z");
+        for (said, expected) in [
+            (
+                status(&newest, &stored, &json!({})),
+                vec![(ok, "the newest is 12 h old"), (ok, "all WAL was stored 1.0 s ago")],
+            ),
+            (
+                status(&days_ago, &minutes_ago, &json!({"failure": "connection refused"})),
+                vec![
+                    (critical, "the newest is 2 d 12 h old"),
+                    (warning, "all WAL was stored 2 min ago; none is received: connection refused"),
+                ],
+            ),
+            (
+                status(
+                    &newest,
+                    &stored,
+                    &json!({"last_error": "disk full", "unreadable": 2, "broken_at": "000000010000000000000007"}),
+                ),
+                vec![
+                    (
+                        warning,
+                        "the newest is 12 h old; the last run failed: disk full; 2 cannot be read",
+                    ),
+                    (
+                        critical,
+                        "WAL is missing after the newest backup, from 000000010000000000000007 on",
+                    ),
+                ],
+            ),
+            (
+                status(&Value::Null, &Value::Null, &json!({})),
+                vec![(critical, "there is no complete backup")],
+            ),
+            (
+                status(
+                    &Value::Null,
+                    &Value::Null,
+                    &json!({"last_error": "no space", "received": {"lag_bytes": 16 << 20}}),
+                ),
+                vec![
+                    (critical, "there is no complete backup; the last run failed: no space"),
+                    (warning, "the agent began, and has 16.0 MiB to store until all is"),
+                ],
+            ),
+            (
+                json!({"now": "2026-11-21T14:00:00Z", "groups": {"0": {"state": {},
+                       "wal": {"failure": "refused"}}}}),
+                vec![
+                    (unknown, "the repository was not read yet"),
+                    (critical, "none was stored since the agent began: refused"),
+                ],
+            ),
+        ] {
+            let agents = Of::from([(agent("backup-agent"), answered_at(facts(said), 100))]);
+            let expected = expected.into_iter().map(|(status, reason)| (status, reason.to_owned()));
+            assert_eq!(judged(&agents, 100), expected.collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn of_an_agent_that_is_silent_the_last_answer_ages() {
+        let said =
+            status(&json!("2026-11-21T02:00:00Z"), &json!("2026-11-21T13:59:59Z"), &json!({}));
+        let mut agents = Of::from([(agent("backup-agent"), answered_at(facts(said), 100))]);
+        let failure = Failure { stage: Stage::Dial, error: "no connection".to_owned() };
+        let later = Duration::from_secs(500);
+        record(&mut agents, &agent("backup-agent"), (later, later), Err(failure));
+        let expected = [
+            (Status::Ok, "the newest is 12 h 6 min old".to_owned()),
+            (Status::Critical, "all WAL was stored 6 min 41 s ago".to_owned()),
+        ];
+        assert_eq!(judged(&agents, 500), expected);
+    }
+
+    #[test]
+    fn the_newest_answer_counts_and_others_are_not_asked_of_the_repository() {
+        let old = status(&json!("2026-11-20T02:00:00Z"), &Value::Null, &json!({}));
+        let new =
+            status(&json!("2026-11-21T13:00:00Z"), &json!("2026-11-21T14:00:00Z"), &json!({}));
+        let agents = Of::from([
+            (agent("backup-agent-1"), answered_at(facts(new), 100)),
+            (agent("backup-agent-2"), answered_at(facts(old), 50)),
+            (agent("lag-exporter"), answered_at(facts(json!({"groups": []})), 100)),
+        ]);
+        let expected = [
+            (Status::Ok, "the newest is 1 h old".to_owned()),
+            (Status::Ok, "all WAL was stored 0.0 s ago".to_owned()),
+        ];
+        assert_eq!(judged(&agents, 100), expected);
+        assert_eq!(judged(&Of::default(), 100), []);
+    }
+}

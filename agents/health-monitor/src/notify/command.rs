@@ -1,0 +1,170 @@
+//! The commands `silence`, `silences` and `unsilence`.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use chrono::{DateTime, Utc};
+use clap::Args;
+use shared::config;
+use shared::etcd::Etcd;
+use shared::table::Table;
+
+use super::store::Store;
+use crate::config::Config;
+use crate::silence::{SILENCE_MAX, Silence, check_component};
+
+/// Options of `silence`.
+#[derive(Debug, Args)]
+pub struct SilenceArgs {
+    /// For how long: `30m`, `2h`; 30 days at most
+    #[arg(long = "for", value_name = "TIME", value_parser = length)]
+    pub length: Duration,
+    /// Only this: a kind (`postgres`), a name (`worker-1`), or all of a group (`group 1`); may be given
+    /// more than once. Everything otherwise
+    #[arg(long, value_name = "KIND|NAME", value_parser = check_component)]
+    pub component: Vec<String>,
+    /// What is done meanwhile
+    #[arg(long, value_name = "TEXT")]
+    pub comment: String,
+    /// Who does it
+    #[arg(long, value_name = "NAME")]
+    pub by: Option<String>,
+}
+
+/// Options of `silences`.
+#[derive(Debug, Args)]
+pub struct SilencesArgs {
+    /// As JSON, for programs
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `unsilence`.
+#[derive(Debug, Args)]
+pub struct UnsilenceArgs {
+    /// Its name, as `silences` shows it
+    pub id: String,
+}
+
+fn length(text: &str) -> Result<Duration, String> {
+    let length = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if length < Duration::from_secs(1) || SILENCE_MAX < length {
+        return Err("must be 1s to 30d".to_owned());
+    }
+    Ok(length)
+}
+
+fn store(path: &Path) -> anyhow::Result<Store> {
+    let config: Config = config::load(path)?;
+    let etcd = config.etcd.as_ref().map(Etcd::new).transpose()?;
+    Ok(Store::new(etcd, config.state_directory.as_deref(), &config.cluster))
+}
+
+/// Makes a silence; returns what to print.
+///
+/// # Errors
+///
+/// There is nowhere to keep it.
+pub async fn silence(path: &Path, args: SilenceArgs) -> anyhow::Result<String> {
+    let SilenceArgs { length, component, comment, by } = args;
+    let silence = Silence::new(Utc::now(), length, component).with(comment, by);
+    store(path)?.add_silence(&silence).await.context("make the silence")?;
+    let Silence { id, .. } = &silence;
+    let (until, what) = (shown(silence.until), what(&silence));
+    Ok(format!(
+        "nobody is told of {what} until {until}\nTo end it: health-monitor unsilence {id}\n"
+    ))
+}
+
+/// Lists the silences that last.
+///
+/// # Errors
+///
+/// They cannot be read.
+pub async fn silences(path: &Path, args: &SilencesArgs) -> anyhow::Result<String> {
+    let silences = store(path)?.silences().await.context("read the silences")?;
+    if args.json {
+        return Ok(serde_json::to_string_pretty(&silences)? + "\n");
+    }
+    if silences.is_empty() {
+        return Ok("nothing is silenced\n".to_owned());
+    }
+    let mut table = Table::new(&["ID", "UNTIL", "WHAT", "BY", "COMMENT"]);
+    for it in &silences {
+        let by = it.by.clone().unwrap_or_default();
+        table.row([it.id.clone(), shown(it.until), what(it), by, it.comment.clone()]);
+    }
+    Ok(table.to_string())
+}
+
+/// Ends a silence early.
+///
+/// # Errors
+///
+/// There is none of that name, or it could not be ended.
+pub async fn unsilence(path: &Path, args: &UnsilenceArgs) -> anyhow::Result<String> {
+    if !store(path)?.remove_silence(&args.id).await.context("end the silence")? {
+        bail!("no silence is called `{}`; see `health-monitor silences`", args.id);
+    }
+    Ok(format!("silence {} is over\n", args.id))
+}
+
+fn shown(at: DateTime<Utc>) -> String {
+    at.format("%Y-%m-%d %H:%M:%S UTC").to_string()
+}
+
+fn what(silence: &Silence) -> String {
+    match silence.components.as_slice() {
+        [] => "anything".to_owned(),
+        some => some.join(", "),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_silence_is_made_listed_and_ended() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("health-monitor.toml");
+        let text = format!(
+            "cluster = \"demo\"\nstate_directory = \"{}\"\n[postgres]\nuser = \"m\"\n\
+             [[nodes]]\ngroup = 0\nname = \"a\"\nhost = \"a\"\n",
+            directory.path().display()
+        );
+        std::fs::write(&path, text).unwrap();
+        assert_eq!(
+            silences(&path, &SilencesArgs { json: false }).await.unwrap(),
+            "nothing is silenced\n"
+        );
+        let args = SilenceArgs {
+            length: Duration::from_hours(2),
+            component: vec!["etcd".to_owned(), "group 1".to_owned()],
+            comment: "new disks".to_owned(),
+            by: Some("ada".to_owned()),
+        };
+        let made = silence(&path, args).await.unwrap();
+        assert!(made.starts_with("nobody is told of etcd, group 1 until 2"), "{made}");
+        let id = made.trim_end().rsplit(' ').next().unwrap().to_owned();
+        let listed = silences(&path, &SilencesArgs { json: false }).await.unwrap();
+        for part in [&id, "etcd, group 1", "ada", "new disks"] {
+            assert!(listed.contains(part), "{listed}");
+        }
+        let listed = silences(&path, &SilencesArgs { json: true }).await.unwrap();
+        assert!(listed.contains("\"comment\": \"new disks\""), "{listed}");
+        let args = UnsilenceArgs { id: id.clone() };
+        assert_eq!(unsilence(&path, &args).await.unwrap(), format!("silence {id} is over\n"));
+        let error = unsilence(&path, &args).await.unwrap_err();
+        assert!(error.to_string().starts_with("no silence is called"), "{error}");
+    }
+
+    #[test]
+    fn a_length_has_bounds() {
+        assert_eq!(length("2h"), Ok(Duration::from_hours(2)));
+        for wrong in ["", "0s", "31d", "soon"] {
+            assert!(length(wrong).is_err(), "{wrong}");
+        }
+    }
+}

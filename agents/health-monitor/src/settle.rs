@@ -1,0 +1,222 @@
+//! When a reading counts: damping and flapping; pure.
+//!
+//! One answer that is late is no outage, and one that is in time is no recovery. A status counts after it
+//! was seen a few times in a row; one that keeps changing is called flapping, once, and stays at its worst
+//! until it is calm.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+
+use crate::check::{Reading, Status};
+
+/// So many readings in a row that are worse make it worse.
+const FALL: u32 = 2;
+/// So many in a row that are better make it better.
+const RISE: u32 = 3;
+/// So many changes …
+const FLAPPING_CHANGES: usize = 6;
+/// … within so long are flapping, until there are fewer than half of them.
+const FLAPPING_WINDOW: Duration = Duration::from_mins(10);
+
+/// A moment, by the clock that nobody sets and by the one that people read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Now {
+    /// By [`clock::now`](crate::clock::now).
+    pub boot: Duration,
+    /// By the wall clock.
+    pub wall: DateTime<Utc>,
+}
+
+/// A check of one component, as it counts.
+#[derive(Clone, Debug, Serialize)]
+pub struct Settled {
+    /// What counts.
+    pub status: Status,
+    /// Since when.
+    pub since: DateTime<Utc>,
+    /// It keeps changing; `status` is the worst of late.
+    pub is_flapping: bool,
+    /// The newest reading that agrees with what counts, or that brought it about.
+    pub reading: Reading,
+    /// When the newest reading was taken.
+    #[serde(skip)]
+    read_at: Duration,
+    /// How often in a row what was read differed for the worse or for the better, and the mildest of it.
+    #[serde(skip)]
+    streak: Option<(bool, u32, Status)>,
+    /// When what would count without flapping changed, the newest last.
+    #[serde(skip)]
+    changes: VecDeque<Duration>,
+    /// What would count without flapping.
+    #[serde(skip)]
+    damped: Status,
+}
+
+/// A change of what counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Change {
+    /// What counted.
+    pub from: Status,
+    /// What counts.
+    pub to: Status,
+    /// It began to flap, or is calm again: the status may be the same.
+    pub is_flapping: bool,
+}
+
+impl Settled {
+    /// A check that is read for the first time: there is nothing to wait for.
+    pub fn new(reading: Reading, read_at: Duration, now: Now) -> Self {
+        Self {
+            status: reading.status,
+            since: now.wall,
+            is_flapping: false,
+            damped: reading.status,
+            reading,
+            read_at,
+            streak: None,
+            changes: VecDeque::new(),
+        }
+    }
+
+    /// Why, and what to do next.
+    pub fn words(&self) -> (String, String) {
+        (self.reading.reason.clone(), self.reading.next_step().to_owned())
+    }
+
+    /// Takes a reading; `read_at` says when it was taken, so that one that is shown again does not count
+    /// twice. Returns what changed, if anything did.
+    pub fn take(&mut self, reading: Reading, read_at: Duration, now: Now) -> Option<Change> {
+        let is_new = self.read_at < read_at;
+        if is_new {
+            self.read_at = read_at;
+            self.damp(reading.status, now);
+        }
+        let change = self.settle(now);
+        // A reading that does not count yet must not lend its words to the status that does.
+        if change.is_some() || reading.status == self.status {
+            self.reading = reading;
+        }
+        change
+    }
+
+    fn damp(&mut self, read: Status, now: Now) {
+        if read == self.damped {
+            self.streak = None;
+            return;
+        }
+        let is_worse = self.damped < read;
+        let (count, mildest) = match self.streak {
+            Some((direction, count, mildest)) if direction == is_worse => {
+                (count + 1, if is_worse { mildest.min(read) } else { mildest.max(read) })
+            }
+            _ => (1, read),
+        };
+        if count < if is_worse { FALL } else { RISE } {
+            self.streak = Some((is_worse, count, mildest));
+            return;
+        }
+        (self.damped, self.streak) = (mildest, None);
+        self.changes.push_back(now.boot);
+        if self.changes.len() > FLAPPING_CHANGES {
+            self.changes.pop_front();
+        }
+    }
+
+    fn settle(&mut self, now: Now) -> Option<Change> {
+        while self.changes.front().is_some_and(|it| *it + FLAPPING_WINDOW < now.boot) {
+            self.changes.pop_front();
+        }
+        let was_flapping = self.is_flapping;
+        let calm_below = if was_flapping { FLAPPING_CHANGES / 2 + 1 } else { FLAPPING_CHANGES };
+        self.is_flapping = self.changes.len() >= calm_below;
+        let from = self.status;
+        self.status = if self.is_flapping { from.max(self.damped) } else { self.damped };
+        if from == self.status && was_flapping == self.is_flapping {
+            return None;
+        }
+        if from != self.status {
+            self.since = now.wall;
+        }
+        Some(Change { from, to: self.status, is_flapping: self.is_flapping })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalogue::ROLE;
+
+    fn at(second: u64) -> Now {
+        let wall = DateTime::from_timestamp(i64::try_from(second).unwrap(), 0).unwrap();
+        Now { boot: Duration::from_secs(second), wall }
+    }
+
+    fn reading(letter: char) -> Reading {
+        let status = match letter {
+            'o' => Status::Ok,
+            'w' => Status::Warning,
+            'u' => Status::Unknown,
+            _ => Status::Critical,
+        };
+        Reading::new(&ROLE, status, letter)
+    }
+
+    /// Takes a reading each second, and writes down what counts after each, in capitals while it flaps.
+    fn run(readings: &str) -> String {
+        let mut letters = readings.chars();
+        let mut settled = Settled::new(reading(letters.next().unwrap()), at(0).boot, at(0));
+        let mut out = String::new();
+        for (second, letter) in (1..).zip(letters) {
+            settled.take(reading(letter), at(second).boot, at(second));
+            let name = settled.status.name().chars().next().unwrap();
+            out.push(if settled.is_flapping { name.to_ascii_uppercase() } else { name });
+        }
+        out
+    }
+
+    #[test]
+    fn a_status_counts_after_a_few_readings() {
+        for (readings, expected) in [
+            ("ooooo", "oooo"),
+            ("occcc", "occc"),
+            ("ocoococo", "ooooooo"),
+            ("ccooooo", "cccooo"),
+            ("ccoocooo", "cccccco"),
+            // Worse and then even worse: the milder counts first.
+            ("owcccc", "owwcc"),
+            ("cwoooo", "ccwww"),
+            ("ouuoooo", "ouuuoo"),
+        ] {
+            assert_eq!(run(readings), expected, "{readings}");
+        }
+    }
+
+    #[test]
+    fn what_keeps_changing_flaps_and_stays_at_its_worst() {
+        let cycle = "ccooo";
+        let readings = format!("o{}{}", cycle.repeat(3), "o".repeat(700));
+        let counted = run(&readings);
+        let flapping_from = counted.find('C').unwrap();
+        assert!(flapping_from <= 15, "{counted}");
+        // Half of the six changes are too old after ten minutes.
+        let calm_from = counted.rfind('C').unwrap() + 1;
+        assert!((600..620).contains(&calm_from), "{calm_from}");
+        assert!(counted[flapping_from..calm_from].chars().all(|it| it == 'C'));
+        assert!(counted[calm_from..].chars().all(|it| it == 'o'));
+    }
+
+    #[test]
+    fn a_reading_that_is_shown_again_does_not_count_twice() {
+        let mut settled = Settled::new(reading('o'), at(0).boot, at(0));
+        for second in 1..9 {
+            assert_eq!(settled.take(reading('c'), at(1).boot, at(second)), None);
+        }
+        let change = settled.take(reading('c'), at(9).boot, at(9)).unwrap();
+        let (from, to) = (Status::Ok, Status::Critical);
+        assert_eq!(change, Change { from, to, is_flapping: false });
+        assert_eq!(settled.since, at(9).wall);
+    }
+}

@@ -1,0 +1,367 @@
+//! The loop: one task asks each component for ever, one judges what was said.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use chrono::Utc;
+use shared::etcd::Etcd;
+use shared::pg::{Node, Settings};
+use shared::topology::{Member, Topology};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::check::Status;
+use crate::clock;
+use crate::component::{Component, Kind};
+use crate::config::Config;
+use crate::facts::{Facts, Failure, Of, Stage};
+use crate::journal::{Event, What};
+use crate::monitor::Monitor;
+use crate::probe::Probe;
+use crate::probe::agent::AgentProbe;
+use crate::probe::disk::DiskProbe;
+use crate::probe::etcd::EtcdProbe;
+use crate::probe::haproxy::HaproxyProbe;
+use crate::probe::http::Http;
+use crate::probe::patroni::PatroniProbe;
+use crate::probe::pgbouncer::PgbouncerProbe;
+use crate::probe::postgres::{DeepProbe, PostgresProbe};
+use crate::probe::redis::RedisProbe;
+use crate::probe::swarm::SwarmProbe;
+use crate::settle::Now;
+
+/// What the comprehensive questions to a server may take together.
+pub const DEEP_LIMIT: Duration = Duration::from_secs(20);
+/// After the first failure a component is asked again so soon: one lost answer is no outage.
+const SECOND_LOOK: Duration = Duration::from_millis(250);
+/// Between two looks at the members, if none of them changes.
+const MEMBERS_EVERY: Duration = Duration::from_secs(10);
+/// How long a member that has left is watched: its server may still run, and write.
+const DEPARTED_FOR: Duration = Duration::from_mins(5);
+/// The fractional part of the golden ratio: its multiples are spread evenly over 0 to 1.
+const GOLDEN: f64 = 0.618_033_988_749_894_9;
+
+/// How often a component is asked, and how long it may take to answer.
+#[derive(Clone, Copy, Debug)]
+pub struct Pace {
+    /// Between two questions.
+    pub every: Duration,
+    /// The most that an answer may take.
+    pub limit: Duration,
+    /// When the first is asked, as a part of `every`: not all at once.
+    pub phase: f64,
+}
+
+/// Asks a component for ever.
+pub async fn watch<P: Probe>(
+    monitor: Monitor,
+    of: fn(&mut Facts) -> &mut Of<P::Facts>,
+    component: Component,
+    mut probe: P,
+    pace: Pace,
+) {
+    sleep(pace.every.mul_f64(pace.phase)).await;
+    let mut tick = interval(pace.every);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    let mut failed_before = false;
+    loop {
+        tick.tick().await;
+        loop {
+            let fails = ask(&mut probe, &monitor, of, &component, pace.limit).await;
+            let is_first = fails && !failed_before;
+            failed_before = fails;
+            if !is_first {
+                break;
+            }
+            sleep(SECOND_LOOK.min(pace.every)).await;
+        }
+    }
+}
+
+/// Asks once and records the outcome; returns whether it failed.
+pub async fn ask<P: Probe>(
+    probe: &mut P,
+    monitor: &Monitor,
+    of: impl FnOnce(&mut Facts) -> &mut Of<P::Facts>,
+    component: &Component,
+    limit: Duration,
+) -> bool {
+    let asked_at = clock::now();
+    let outcome = timeout(limit, probe.ask()).await.unwrap_or_else(|_| {
+        let error = format!("no answer within {}", humantime::format_duration(limit));
+        Err(Failure { stage: Stage::Timeout, error })
+    });
+    let has_failed = outcome.is_err();
+    monitor.record(of, component, (asked_at, clock::now()), outcome);
+    has_failed
+}
+
+/// Judges what is known, until `shutdown`, and logs what changes.
+///
+/// # Errors
+///
+/// None.
+pub async fn decide(
+    monitor: Monitor,
+    every: Duration,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    let mut tick = interval(every);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return Ok(()),
+            _ = tick.tick() => {}
+        }
+        for event in monitor.decide(now()) {
+            log(&event);
+        }
+    }
+}
+
+/// This moment.
+pub fn now() -> Now {
+    Now { boot: clock::now(), wall: Utc::now() }
+}
+
+fn log(event: &Event) {
+    let component = event.component.to_string();
+    match &event.what {
+        What::Changed { check, from, to, reason, next } => {
+            let (from, to) = (from.name(), to.name());
+            if to == Status::Ok.name() {
+                info!(component, check, from, to, reason, "check changed");
+            } else {
+                warn!(component, check, from, to, reason, next, "check changed");
+            }
+        }
+        What::Flapping { check, begins: true } => {
+            warn!(component, check, "check flaps: it counts as its worst until it is calm");
+        }
+        What::Flapping { check, begins: false } => info!(component, check, "check is calm again"),
+        What::Failover(it) => warn!(
+            component,
+            old = it.old.name,
+            new = it.new.name,
+            old_timeline = it.old.timeline,
+            new_timeline = it.new.timeline,
+            unavailable_at_least_seconds = it.unavailable_at_least_seconds,
+            unavailable_at_most_seconds = it.unavailable_at_most_seconds,
+            lost_bytes_at_most = it.lost_bytes_at_most,
+            "the group has another primary"
+        ),
+    }
+}
+
+/// Everything that is asked, and how.
+#[derive(Debug)]
+pub struct Watcher {
+    /// Where what is said goes.
+    pub monitor: Monitor,
+    /// Which nodes there are.
+    pub topology: Topology,
+    config: Config,
+    settings: Settings,
+    patroni: Option<Http>,
+    tasks: JoinSet<()>,
+    phase: f64,
+}
+
+/// The tasks that watch a member.
+#[derive(Debug)]
+struct Watched {
+    member: (Node, Option<String>),
+    tasks: Vec<AbortHandle>,
+    left_at: Option<Instant>,
+}
+
+impl Watcher {
+    /// Reads the secrets and certificates that the configuration names. Nobody is asked before the
+    /// runtime, which there must be, gets to it.
+    ///
+    /// # Errors
+    ///
+    /// One of them cannot be used.
+    pub fn new(config: Config, application_name: &str) -> anyhow::Result<Self> {
+        let etcd = config.etcd.as_ref().map(Etcd::new).transpose()?;
+        let topology = Topology::new(config.topology(), etcd)?;
+        let settings = config.postgres.settings(application_name)?;
+        let patroni = config.patroni.as_ref().map(PatroniProbe::client).transpose()?;
+        let monitor = Monitor::new(&config.cluster, config.limits.clone(), clock::now());
+        monitor.state().plan = config.sizing;
+        let (tasks, phase) = (JoinSet::new(), 0.0);
+        let mut watcher = Self { monitor, topology, config, settings, patroni, tasks, phase };
+        watcher.watch_listed()?;
+        Ok(watcher)
+    }
+
+    /// Watches until `shutdown`; what is under way then is dropped.
+    ///
+    /// # Errors
+    ///
+    /// A task panicked.
+    pub async fn run(mut self, shutdown: CancellationToken) -> anyhow::Result<()> {
+        tokio::select! {
+            () = shutdown.cancelled() => Ok(()),
+            ended = self.watch_members() => ended,
+        }
+    }
+
+    fn spawn<P: Probe + 'static>(
+        &mut self,
+        of: fn(&mut Facts) -> &mut Of<P::Facts>,
+        component: Component,
+        probe: P,
+    ) -> AbortHandle
+    where
+        P::Facts: 'static,
+    {
+        let Config { interval: every, timeout: limit, .. } = self.config;
+        self.spawn_at(of, component, probe, every, limit)
+    }
+
+    fn spawn_at<P: Probe + 'static>(
+        &mut self,
+        of: fn(&mut Facts) -> &mut Of<P::Facts>,
+        component: Component,
+        probe: P,
+        every: Duration,
+        limit: Duration,
+    ) -> AbortHandle
+    where
+        P::Facts: 'static,
+    {
+        self.phase = (self.phase + GOLDEN).fract();
+        let pace = Pace { every, limit, phase: self.phase };
+        self.tasks.spawn(watch(self.monitor.clone(), of, component, probe, pace))
+    }
+
+    /// The components that the configuration lists.
+    fn watch_listed(&mut self) -> anyhow::Result<()> {
+        let config = self.config.clone();
+        let mut listed = Vec::new();
+        if let Some(etcd) = &config.etcd {
+            for (name, probe) in EtcdProbe::each(etcd)? {
+                let component = Component::new(Kind::Etcd, name);
+                listed.push(component.clone());
+                self.spawn(|it| &mut it.etcd, component, probe);
+            }
+        }
+        for it in &config.pgbouncer {
+            let component = Component::of_group(Kind::Pgbouncer, it.group, &it.name);
+            listed.push(component.clone());
+            self.spawn(|it| &mut it.pgbouncer, component, PgbouncerProbe::new(it, config.timeout)?);
+        }
+        for it in &config.haproxy {
+            let component = Component::of_group(Kind::Haproxy, it.group, &it.name);
+            listed.push(component.clone());
+            self.spawn(|it| &mut it.haproxy, component, HaproxyProbe::new(it)?);
+        }
+        for it in &config.redis {
+            let component = Component::new(Kind::Redis, &it.name);
+            listed.push(component.clone());
+            self.spawn(|it| &mut it.redis, component, RedisProbe::new(it)?);
+        }
+        for it in &config.agents {
+            let component = Component::new(Kind::Agent, &it.name);
+            listed.push(component.clone());
+            self.spawn(|it| &mut it.agents, component, AgentProbe::new(it)?);
+        }
+        if let Some(it) = &config.swarm {
+            let component = Component::new(Kind::Swarm, &it.stack);
+            listed.push(component.clone());
+            self.spawn(|it| &mut it.swarm, component, SwarmProbe::new(it)?);
+        }
+        for it in &config.disks {
+            let component = Component::new(Kind::Disk, &it.name);
+            listed.push(component.clone());
+            self.spawn(|it| &mut it.disks, component, DiskProbe::new(it));
+        }
+        let kinds = [Kind::Etcd, Kind::Pgbouncer, Kind::Haproxy, Kind::Redis, Kind::Agent];
+        let mut state = self.monitor.state();
+        state.expect(&[&kinds[..], &[Kind::Swarm, Kind::Disk]].concat(), listed);
+        Ok(())
+    }
+
+    /// The servers and their Patronis, as the topology knows them.
+    async fn watch_members(&mut self) -> anyhow::Result<()> {
+        let mut members = self.topology.subscribe();
+        let mut watched: BTreeMap<(u32, String), Watched> = BTreeMap::new();
+        loop {
+            let known = members.borrow_and_update().as_ref().map(|it| it.list.clone());
+            if let Some(list) = known {
+                self.adjust(&mut watched, list);
+            }
+            tokio::select! {
+                // Also to give up those that left long ago.
+                () = sleep(MEMBERS_EVERY) => {}
+                changed = members.changed() => changed.context("follow the topology")?,
+                Some(Err(error)) = self.tasks.join_next(), if !self.tasks.is_empty() => {
+                    // One that was aborted has nothing to say.
+                    if error.is_panic() {
+                        return Err(error).context("watch a component");
+                    }
+                }
+            }
+        }
+    }
+
+    fn adjust(&mut self, watched: &mut BTreeMap<(u32, String), Watched>, members: Vec<Member>) {
+        for (key, one) in watched.iter_mut() {
+            let is_member = members.iter().any(|it| *key == (it.node.group, it.node.name.clone()));
+            if is_member {
+                one.left_at = None;
+            } else {
+                one.left_at.get_or_insert_with(Instant::now);
+            }
+        }
+        watched.retain(|_, one| {
+            let stays = one.left_at.is_none_or(|it| it.elapsed() < DEPARTED_FOR);
+            if !stays {
+                one.tasks.iter().for_each(AbortHandle::abort);
+            }
+            stays
+        });
+        for member in members {
+            let key = (member.node.group, member.node.name.clone());
+            let member = (member.node, member.api_url);
+            if let Some(known) = watched.get(&key) {
+                // Its Patroni being silent is no reason to forget where it answered.
+                if known.member == member || (known.member.0 == member.0 && member.1.is_none()) {
+                    continue;
+                }
+                known.tasks.iter().for_each(AbortHandle::abort);
+            }
+            let tasks = self.watch_member(&member.0, member.1.as_deref());
+            watched.insert(key, Watched { member, tasks, left_at: None });
+        }
+        let servers = watched.values().map(|it| component(Kind::Postgres, &it.member.0));
+        let patronis = watched.values().filter(|it| it.member.1.is_some());
+        let patronis = patronis.map(|it| component(Kind::Patroni, &it.member.0));
+        self.monitor.state().expect(&[Kind::Postgres, Kind::Patroni], servers.chain(patronis));
+    }
+
+    fn watch_member(&mut self, node: &Node, api_url: Option<&str>) -> Vec<AbortHandle> {
+        let Config { interval, timeout, comprehensive_interval, .. } = self.config;
+        let settings = self.settings.clone();
+        let server = component(Kind::Postgres, node);
+        let probe = PostgresProbe::new(node.clone(), &settings, interval, timeout);
+        let mut tasks = vec![self.spawn(|it| &mut it.postgres, server.clone(), probe)];
+        let probe = DeepProbe::new(node.clone(), &settings);
+        let every = comprehensive_interval;
+        tasks.push(self.spawn_at(|it| &mut it.deep, server, probe, every, DEEP_LIMIT));
+        if let Some((url, http)) = api_url.zip(self.patroni.clone()) {
+            let probe = PatroniProbe::new(http, url);
+            let patroni = component(Kind::Patroni, node);
+            tasks.push(self.spawn(|it| &mut it.patroni, patroni, probe));
+        }
+        tasks
+    }
+}
+
+fn component(kind: Kind, node: &Node) -> Component {
+    Component::of_group(kind, node.group, &node.name)
+}
