@@ -336,7 +336,7 @@ mod tests {
             ("wal-fetch 000000010000000000000003 pg_wal/RECOVERYXLOG", true),
             ("--config /etc/a.toml wal-fetch", true),
             ("--config=/etc/a.toml wal-fetch --fast", true),
-            ("--confg /etc/a.toml wal-fetch x y", true),
+            ("--konfig /etc/a.toml wal-fetch x y", true),
             ("restore --to wal-fetch --archive-mode off", false),
             ("--config wal-fetch list", false),
             ("list --config wal-fetch", false),

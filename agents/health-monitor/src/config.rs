@@ -65,7 +65,7 @@ pub struct Config {
     pub nodes: Vec<Node>,
     /// etcd: its members are watched, leases are kept in it, and Patroni's keys are read.
     pub etcd: Option<EtcdConfig>,
-    /// The servers, where Patroni knows them; their Patronis are watched.
+    /// The servers, where Patroni knows them; the Patroni of each is watched.
     pub patroni: Option<PatroniConfig>,
     /// `PgBouncer`s.
     #[serde(default)]

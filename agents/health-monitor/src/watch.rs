@@ -286,7 +286,7 @@ impl Watcher {
         Ok(())
     }
 
-    /// The servers and their Patronis, as the topology knows them.
+    /// The servers, and the Patroni of each, as the topology knows them.
     async fn watch_members(&mut self) -> anyhow::Result<()> {
         let mut members = self.topology.subscribe();
         let mut watched: BTreeMap<(u32, String), Watched> = BTreeMap::new();
@@ -339,9 +339,9 @@ impl Watcher {
             watched.insert(key, Watched { member, tasks, left_at: None });
         }
         let servers = watched.values().map(|it| component(Kind::Postgres, &it.member.0));
-        let patronis = watched.values().filter(|it| it.member.1.is_some());
-        let patronis = patronis.map(|it| component(Kind::Patroni, &it.member.0));
-        self.monitor.state().expect(&[Kind::Postgres, Kind::Patroni], servers.chain(patronis));
+        let rest_apis = watched.values().filter(|it| it.member.1.is_some());
+        let rest_apis = rest_apis.map(|it| component(Kind::Patroni, &it.member.0));
+        self.monitor.state().expect(&[Kind::Postgres, Kind::Patroni], servers.chain(rest_apis));
     }
 
     fn watch_member(&mut self, node: &Node, api_url: Option<&str>) -> Vec<AbortHandle> {

@@ -173,7 +173,7 @@ fn headline(state: &State, status: Status, not_ready: Option<String>, now: Now) 
     let others =
         others.filter(|it| !matches!(it.kind, Kind::Postgres | Kind::Group | Kind::Cluster));
     let (reason, next) = match not_ready {
-        Some(why) if status != verdict.status => {
+        Some(why) if status <= Status::Unknown => {
             (format!("Not everything is known yet: {why}"), "wait a few seconds".to_owned())
         }
         _ if status == Status::Ok => {
