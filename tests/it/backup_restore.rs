@@ -362,6 +362,32 @@ async fn a_restored_directory_has_the_permissions_and_links_of_the_server() {
     assert!(refused.stderr.contains(location), "{refused}");
 }
 
+/// A database whose directory lies elsewhere, behind a link: the server runs with it, and leaves it out.
+#[tokio::test]
+async fn a_backup_without_a_database_that_the_server_left_out_is_suspect() {
+    if postgres_is_missing() {
+        return;
+    }
+    let mut scene = Scene::new().await;
+    scene.primary.psql("CREATE DATABASE moved").await;
+    let oid = scene.primary.psql("SELECT oid FROM pg_database WHERE datname = 'moved'").await;
+    scene.primary.stop(Mode::Fast).await;
+    let from = scene.primary.data_directory().join("base").join(&oid);
+    let to = scene.path("elsewhere");
+    fs::rename(&from, &to).unwrap();
+    std::os::unix::fs::symlink(&to, &from).unwrap();
+    scene.primary.start().await;
+    assert_eq!(scene.primary.psql_in("moved", "SELECT 1").await, "1");
+
+    let suspect = scene.run(&["backup"]).await;
+    suspect.assert_code(1);
+    assert!(suspect.stderr.contains("the server warns about the backup"), "{suspect}");
+    let list = scene.list().await;
+    let reason = list[0]["suspect"]["reason"].as_str().unwrap();
+    assert!(reason.contains(&format!("./base/{oid}")), "{reason}");
+    scene.run(&["verify"]).await.assert_code(1);
+}
+
 /// Damages a page of a table on disk, below the server's feet.
 async fn damage_a_page(server: &mut PgServer) {
     fill(server, "t", 5000).await;
@@ -385,7 +411,7 @@ async fn a_backup_with_a_damaged_page_is_kept_marked_and_alarmed() {
     let suspect = scene.run(&["backup"]).await;
     suspect.assert_code(1);
     assert!(suspect.stderr.contains("SUSPECT"), "{suspect}");
-    assert!(suspect.stderr.contains("page checksum failure"), "{suspect}");
+    assert!(suspect.stderr.contains("checksum verification failed"), "{suspect}");
 
     let list = scene.list().await;
     assert_eq!(list.len(), 1);

@@ -154,7 +154,9 @@ async fn pg_monitor_is_enough() {
     }
     let (primary, standby) = pair().await;
     role(&primary, &standby, "lag", "GRANT pg_monitor TO lag").await;
-    // So that the first sample is not the first thing that is known.
+    // So that the first sample is not the first thing that is known. A file's time is cut to whole seconds,
+    // and must not be before the server's start.
+    sleep(Duration::from_secs(1)).await;
     primary.psql("SELECT pg_switch_wal()").await;
     sleep(Duration::from_secs(5)).await;
     primary.psql("INSERT INTO t VALUES (1)").await;

@@ -267,6 +267,9 @@ pub async fn take_backup(
         copied = Box::pin(copy(&place, &backup_id, stream, config, progress)) => copied?,
         () = lock.lost() => return Err(lock_lost()),
     };
+    for warning in &copied.verdict.warnings {
+        warn!(%backup_id, node = source.node.name, %warning, "the server warns about the backup");
+    }
     info!(%backup_id, end_lsn = %copied.end_lsn, parts = copied.parts.len(), "stream stored");
 
     let commit = Commit {
@@ -374,11 +377,21 @@ async fn start_on(
     Ok(replication.base_backup(&options).await?)
 }
 
-/// What makes a backup suspect, if anything does.
+/// What makes a backup suspect, if anything does: damaged pages, or data that the server left out.
 fn suspicion(verdict: &Verdict) -> Option<Suspicion> {
-    let failure = verdict.checksum_failure.as_ref()?;
+    let left_out = || verdict.warnings.iter().find(|it| names_data(&it.message));
+    let reason = verdict.checksum_failure.as_ref().or_else(left_out)?.to_string();
     let warnings = verdict.warnings.iter().map(ToString::to_string).collect();
-    Some(Suspicion { reason: failure.to_string(), warnings })
+    Some(Suspicion { reason, warnings })
+}
+
+/// Whether a warning is about a file of data. The server leaves out what is neither a file nor a
+/// directory, such as a link to a database on another disk, and says so in its own language; but the
+/// path stands in it as it is, from the data directory or from a tablespace.
+/// Source: `sendDir` in PostgreSQL's `basebackup.c`.
+fn names_data(warning: &str) -> bool {
+    let is_data = ["./base/", "./global/", "./pg_", "/PG_"].iter().any(|it| warning.contains(it));
+    is_data && !warning.contains(".conf")
 }
 
 fn to_json(backup_id: &BackupId, commit: &Commit) -> Result<Vec<u8>, RepositoryError> {
@@ -503,17 +516,34 @@ fn report(commit: &Commit) {
     let (backup_id, node) = (&commit.backup_id, &commit.node);
     let (bytes, object_bytes) = (commit.plain_bytes(), commit.object_bytes());
     if let Some(suspect) = &commit.suspect {
-        for warning in &suspect.warnings {
-            warn!(%backup_id, warning, "page checksum failure");
-        }
         tracing::error!(
             %backup_id, node, reason = suspect.reason,
-            "backup is SUSPECT: the server read damaged pages; it is kept and marked. \
-             Find the damage with pg_amcheck, and keep older backups"
+            "backup is SUSPECT: the server read damaged pages, or left data out; it is kept and marked. \
+             Mend what the reason and the warnings name (damaged pages: pg_amcheck), and keep older backups"
         );
     }
     info!(
         %backup_id, node, bytes, object_bytes, files = commit.file_count, elapsed_ms,
         start_lsn = %commit.start_lsn, end_lsn = %commit.end_lsn, "backup completed"
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn data_that_the_server_leaves_out_is_told_from_files_of_the_operator() {
+        for (warning, expected) in [
+            ("skipping special file or directory \"./base/16421\"", true),
+            ("überspringe besondere Datei oder Verzeichnis »./global/1262«", true),
+            ("skipping special file or directory \"./pg_xact\"", true),
+            ("skipping special file or directory \"/srv/space/PG_17_202406281/5\"", true),
+            ("skipping special file or directory \"./postgresql.conf\"", false),
+            ("skipping special file or directory \"./pg_hba.conf\"", false),
+            ("skipping special file or directory \"./server.key\"", false),
+        ] {
+            assert_eq!(names_data(warning), expected, "{warning}");
+        }
+    }
 }

@@ -184,22 +184,29 @@ async fn check_group(context: &Context, nodes: &[Node], number: u32, steps: &mut
 async fn check_backups(context: &Context, group: u32, steps: &mut Steps) {
     let step = format!("group {group}: backups");
     let read = async {
-        let (mut count, mut unreadable) = (0, Vec::new());
+        let (mut count, mut unreadable, mut suspect) = (0, Vec::new(), None);
         for place in context.repository.places(group).await? {
             let catalog = Catalog::read(&place).await?;
             count += catalog.backups.len();
+            let newest = catalog.backups.last().filter(|it| it.suspect.is_some());
+            suspect = newest.map(|it| it.backup_id.to_string()).or(suspect);
             unreadable.extend(catalog.unreadable.iter().map(|(_, it)| chain(it).to_string()));
         }
-        Ok::<_, RepositoryError>((count, unreadable))
+        Ok::<_, RepositoryError>((count, unreadable, suspect))
     };
     match read.await {
-        Ok((0, unreadable)) if unreadable.is_empty() => {
+        Ok((0, unreadable, _)) if unreadable.is_empty() => {
             steps.add(step, Outcome::Warning, "none yet; take one with `backup-agent backup`");
         }
-        Ok((count, unreadable)) if unreadable.is_empty() => {
+        Ok((count, unreadable, None)) if unreadable.is_empty() => {
             steps.add(step, Outcome::Ok, format!("{count} in the repository"));
         }
-        Ok((_, unreadable)) => steps.add(step, Outcome::Failed, unreadable.join("; ")),
+        Ok((_, unreadable, Some(id))) if unreadable.is_empty() => {
+            let detail =
+                format!("the newest, {id}, is suspect: `backup-agent list --json` says why");
+            steps.add(step, Outcome::Warning, detail);
+        }
+        Ok((_, unreadable, _)) => steps.add(step, Outcome::Failed, unreadable.join("; ")),
         Err(error) => steps.add(step, Outcome::Failed, chain(&error).to_string()),
     }
 }

@@ -112,12 +112,18 @@ async fn backup(context: &Context, args: &GroupArgs) -> anyhow::Result<()> {
         Some(group) => [group].into(),
         None => groups(&context.topology.nodes().await?),
     };
-    let (mut suspect, mut values) = (Vec::new(), Vec::new());
+    let (mut suspect, mut values, mut failed) = (Vec::new(), Vec::new(), Vec::new());
     for group in groups {
         let progress = Progress::default();
-        let commit = drawn(&progress, Box::pin(take_backup(context, group, &progress)))
-            .await
-            .with_context(|| format!("backup of group {group} failed"))?;
+        let taken = drawn(&progress, Box::pin(take_backup(context, group, &progress))).await;
+        let commit = match taken.with_context(|| format!("backup of group {group} failed")) {
+            Ok(commit) => commit,
+            // The others are none the worse for it.
+            Err(error) => {
+                failed.push(error);
+                continue;
+            }
+        };
         if !args.json {
             let (plain, stored) = (bytes(commit.plain_bytes()), bytes(commit.object_bytes()));
             let took = span(commit.finished_at - commit.started_at);
@@ -132,8 +138,14 @@ async fn backup(context: &Context, args: &GroupArgs) -> anyhow::Result<()> {
     if args.json {
         print_json(&json!(values))?;
     }
+    if let Some(error) = failed.pop() {
+        for earlier in failed {
+            tracing::error!(error = %shared::telemetry::chain(earlier.as_ref()), "backup failed");
+        }
+        return Err(error);
+    }
     if !suspect.is_empty() {
-        bail!("suspect: {}; the server read damaged pages", suspect.join(", "));
+        bail!("suspect: {}; the log and `list` say why", suspect.join(", "));
     }
     Ok(())
 }

@@ -88,7 +88,7 @@ pub struct RepositoryState {
     pub suspect: u64,
     /// Backups whose commit object cannot be read.
     pub unreadable: u64,
-    /// When the newest was complete.
+    /// When the newest that is not suspect was complete.
     pub newest_at: Option<DateTime<Utc>>,
     /// From when on a moment can be reached.
     pub reachable_from: Option<DateTime<Utc>>,
@@ -276,7 +276,7 @@ const GAUGES: &[Gauge] = &[
     }),
     (
         "repository_suspect_backups",
-        "Base backups of which the server read damaged pages.",
+        "Base backups of which the server read damaged pages, or left data out.",
         None,
         |state| state.repository.as_ref().map(|it| float(it.suspect)),
     ),
@@ -288,7 +288,7 @@ const GAUGES: &[Gauge] = &[
     ),
     (
         "newest_timestamp",
-        "When the newest base backup in the repository was complete.",
+        "When the newest base backup in the repository that is not suspect was complete.",
         Some(Unit::Seconds),
         |state| Some(seconds_since_1970(state.repository.as_ref()?.newest_at?)),
     ),

@@ -294,7 +294,9 @@ async fn observe_group(repository: &Repository, group: u32) -> Result<Repository
     let Some((place, catalog)) = newest else { return Ok(state) };
     state.backups = catalog.backups.len() as u64;
     let Some(last) = catalog.backups.last() else { return Ok(state) };
-    state.newest_at = Some(last.finished_at);
+    // One that may not restore is none to rest on.
+    let good = catalog.backups.iter().rfind(|it| it.suspect.is_none());
+    state.newest_at = good.map(|it| it.finished_at);
     let wal = WalMap::read(&place, last.wal_segment_bytes).await?;
     let windows = catalog.backups.iter().map(|it| Window::of(it, &wal, TargetTimeline::Latest));
     let windows: Vec<_> = windows.collect();

@@ -79,6 +79,17 @@ pub enum TarError {
         /// The path.
         path: String,
     },
+    /// A link that is not a tablespace's, or a member below a link: PostgreSQL sends neither, and what is
+    /// written through a link lands outside of the data directory.
+    #[error(
+        "archive {archive} holds {path:?}, a link or a member behind one: it is not PostgreSQL's"
+    )]
+    Link {
+        /// The archive.
+        archive: u32,
+        /// The path.
+        path: String,
+    },
     /// It ended in the middle of a member.
     #[error("archive {archive} ends in the middle of a member, at byte {offset}")]
     Truncated {
@@ -105,6 +116,8 @@ pub struct TarReader {
     /// The two zero blocks, or one of them, have passed.
     ended: bool,
     started: bool,
+    /// The links of this archive.
+    links: Vec<String>,
 }
 
 impl TarReader {
@@ -120,6 +133,7 @@ impl TarReader {
         }
         self.started = true;
         self.ended = false;
+        self.links.clear();
         Ok(self.archive)
     }
 
@@ -221,6 +235,13 @@ impl TarReader {
         if !is_inside(&path) {
             return Err(TarError::Path { archive: self.archive, path });
         }
+        let is_link = matches!(kind, MemberKind::Symlink { .. });
+        if is_link && !is_tablespace(&path) || self.links.iter().any(|it| is_below(&path, it)) {
+            return Err(TarError::Link { archive: self.archive, path });
+        }
+        if is_link {
+            self.links.push(path.clone());
+        }
         let size = if kind == MemberKind::File { size } else { 0 };
         self.content_left = size;
         self.padding_left = size.next_multiple_of(BLOCK_BYTES as u64) - size;
@@ -240,6 +261,18 @@ impl TarReader {
 /// Tells whether a path stays below the directory it is unpacked in.
 pub fn is_inside(path: &str) -> bool {
     !path.starts_with('/') && path.split('/').all(|part| part != "..")
+}
+
+/// Where the data directory has a tablespace: `pg_tblspc/16384`.
+fn is_tablespace(path: &str) -> bool {
+    let oid = path.strip_prefix("pg_tblspc/").unwrap_or_default();
+    !oid.is_empty() && oid.bytes().all(|it| it.is_ascii_digit())
+}
+
+/// Whether a path is another, or lies below it, however the two are spelt.
+fn is_below(path: &str, other: &str) -> bool {
+    let mut parts = path.split('/').filter(|it| !matches!(*it, "" | "."));
+    other.split('/').all(|it| parts.next() == Some(it))
 }
 
 fn split(data: &[u8], at: u64) -> (&[u8], &[u8]) {
@@ -335,6 +368,28 @@ mod tests {
             let refused = read(&header(path, 0, b'0', ""), 512);
             assert!(matches!(refused, Err(TarError::Path { .. })), "{path}");
         }
+    }
+
+    #[test]
+    fn a_link_that_is_no_tablespace_and_what_lies_behind_one_are_refused() {
+        let link = |name: &str| header(name, 0, b'2', "/srv/victim");
+        let file = |name: &str| header(name, 0, b'0', "");
+        for (case, tar) in [
+            ("a link", link("evil")),
+            ("a link beside tablespaces", link("pg_tblspc/x")),
+            ("a link below a tablespace", link("pg_tblspc/1/x")),
+            ("a file behind a link", [link("pg_tblspc/1"), file("pg_tblspc/1/key")].concat()),
+            ("spelt otherwise", [link("pg_tblspc/1"), file("pg_tblspc/.//1/key")].concat()),
+            (
+                "a directory in its place",
+                [link("pg_tblspc/1"), header("pg_tblspc/1", 0, b'5', "")].concat(),
+            ),
+        ] {
+            assert!(matches!(read(&tar, 512), Err(TarError::Link { .. })), "{case}");
+        }
+        let good =
+            [link("pg_tblspc/1"), link("pg_tblspc/10"), file("pg_tblspc/2/PG_17/5/1")].concat();
+        assert_eq!(read(&good, 512).unwrap().len(), 3);
     }
 
     #[test]

@@ -206,10 +206,15 @@ pub async fn verify(
             }
         }
     }
-    let all_good = format!("{read_back} WAL objects read back, all good");
-    print(as_json, &values, &table, &all_good)?;
+    if as_json || bad > 0 || read_back > 0 {
+        let all_good = format!("{read_back} WAL objects read back, all good");
+        print(as_json, &values, &table, &all_good)?;
+    }
     if bad > 0 {
         bail!("{bad} of {read_back} WAL objects are not as they should be");
+    }
+    if read_back == 0 {
+        bail!("no WAL is stored there: nothing was verified");
     }
     Ok(())
 }

@@ -74,7 +74,7 @@ async fn run_service(path: &Path, log_file: &LogFile) -> anyhow::Result<()> {
 
 fn check_config(path: &Path) -> anyhow::Result<()> {
     let config: Config = config::load(path)?;
-    let watcher = Watcher::new(config.clone(), APPLICATION_NAME)?;
+    let watcher = Watcher::new(config.clone(), APPLICATION_NAME, Duration::ZERO)?;
     Notifier::new(&config, watcher.monitor)?;
     print(&format!("{} is fine\n", path.display()))
 }
@@ -87,7 +87,7 @@ async fn check(path: &Path, args: &CheckArgs) -> anyhow::Result<Status> {
         return Ok(Status::Ok);
     }
     let limit = config.timeout * 3 + DEEP_LIMIT;
-    let watcher = Watcher::new(config, APPLICATION_NAME)?;
+    let watcher = Watcher::new(config, APPLICATION_NAME, Duration::ZERO)?;
     let monitor = watcher.monitor.clone();
     // Who is in the cluster is asked, not followed; nobody ever answering is an error of its own.
     watcher.topology.members().await.context("find the members of the cluster")?;

@@ -7,7 +7,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
 use tokio_postgres::types::PgLsn;
 
-use crate::component::Component;
+use crate::component::{Component, Kind};
 use crate::facts::{Answer, Facts};
 use crate::judge::group;
 use crate::probe::postgres::PostgresFacts;
@@ -43,7 +43,7 @@ pub struct Failover {
     pub new: Primary,
     /// How long nobody took writes at most: from the last answer of the old to the first of the new.
     pub unavailable_at_most_seconds: f64,
-    /// And at least: less the pauses between two questions.
+    /// And at least: from the first answer that the old one owed to the last of the new one as a standby.
     pub unavailable_at_least_seconds: f64,
     /// WAL that the old one had flushed beyond what the new one began with, if that can be told: commits
     /// in it are lost unless they wait for a standby.
@@ -56,45 +56,73 @@ struct Seen {
     primary: Primary,
     /// When the question was sent that it last answered as a primary: it took writes after that.
     asked_at: Duration,
-    /// When a server was last asked and did not take writes, after that.
-    silent_until: Duration,
+    /// When it was first seen not to take writes: it had ended by then.
+    ended_by: Option<Duration>,
 }
 
 /// The primaries as they were last seen to take writes.
 #[derive(Clone, Debug, Default)]
-pub struct Primaries(BTreeMap<u32, Seen>);
+pub struct Primaries {
+    seen: BTreeMap<u32, Seen>,
+    /// When the question was sent that each server last answered as a standby.
+    standby_at: BTreeMap<Component, Duration>,
+}
 
 impl Primaries {
     /// Takes what is known now; returns the failovers that it shows.
     pub fn take(&mut self, facts: &Facts, now: Now) -> Vec<Failover> {
         let mut failovers = Vec::new();
         for group in group::groups(facts) {
-            let Some((component, answer)) = group::primary(facts, group) else {
-                if let Some(seen) = self.0.get_mut(&group) {
-                    seen.silent_until = now.boot;
-                }
-                continue;
-            };
-            let found = found(component, answer, now);
-            let Some(seen) = self.0.get(&group) else {
-                self.0.insert(group, found);
-                continue;
-            };
-            // An old primary that comes back is no failover; two that write are told elsewhere.
-            if found.primary.timeline < seen.primary.timeline {
-                continue;
+            self.note_end(facts, group);
+            if let Some((component, answer)) = group::primary(facts, group) {
+                failovers.extend(self.note_primary(group, component, answer, now));
             }
-            if is_other(&seen.primary, &found.primary) {
-                failovers.push(failover(group, seen, &found, answer));
+        }
+        self.standby_at.retain(|component, _| facts.postgres.contains_key(component));
+        for (component, seen) in &facts.postgres {
+            if let Some(answer) = seen.answer.as_ref().filter(|it| it.facts.in_recovery) {
+                self.standby_at.insert(component.clone(), answer.asked_at);
             }
-            self.0.insert(group, found);
         }
         failovers
     }
 
+    /// Notes when the known primary of a group was first seen not to take writes any more.
+    fn note_end(&mut self, facts: &Facts, group: u32) {
+        let Some(known) = self.seen.get_mut(&group) else { return };
+        let component = Component::of_group(Kind::Postgres, group, &known.primary.name);
+        let Some(seen) = facts.postgres.get(&component) else { return };
+        let demoted = seen.answer.as_ref().filter(|it| it.facts.in_recovery);
+        let ended_by = seen.failing_since.or(demoted.map(|it| it.answered_at));
+        known.ended_by = ended_by.map(|it| known.ended_by.unwrap_or(it));
+    }
+
+    fn note_primary(
+        &mut self,
+        group: u32,
+        component: &Component,
+        answer: &Answer<PostgresFacts>,
+        now: Now,
+    ) -> Option<Failover> {
+        let found = found(component, answer, now);
+        let Some(known) = self.seen.get(&group) else {
+            self.seen.insert(group, found);
+            return None;
+        };
+        // An old primary that comes back is no failover; two that write are told elsewhere.
+        if found.primary.timeline < known.primary.timeline {
+            return None;
+        }
+        let standby_at = self.standby_at.get(component).copied();
+        let failover = is_other(&known.primary, &found.primary)
+            .then(|| failover(group, known, &found, (standby_at, answer.answered_at)));
+        self.seen.insert(group, found);
+        failover
+    }
+
     /// The name of each group's primary, as last seen.
     pub fn names(&self) -> BTreeMap<u32, String> {
-        self.0.iter().map(|(group, seen)| (*group, seen.primary.name.clone())).collect()
+        self.seen.iter().map(|(group, seen)| (*group, seen.primary.name.clone())).collect()
     }
 }
 
@@ -106,24 +134,26 @@ fn found(component: &Component, answer: &Answer<PostgresFacts>, now: Now) -> See
     let PostgresFacts { timeline, lsn, .. } = answer.facts;
     let ago = TimeDelta::from_std(now.boot.saturating_sub(answer.answered_at)).unwrap_or_default();
     let primary = Primary { name: component.name.clone(), timeline, lsn, at: now.wall - ago };
-    Seen { primary, asked_at: answer.asked_at, silent_until: answer.asked_at }
+    Seen { primary, asked_at: answer.asked_at, ended_by: None }
 }
 
-fn failover(group: u32, old: &Seen, new: &Seen, answer: &Answer<PostgresFacts>) -> Failover {
-    let at_most = answer.answered_at.saturating_sub(old.asked_at);
-    let at_least = old.silent_until.saturating_sub(old.asked_at);
-    let began_with = new.primary.lsn.map(u64::from);
+/// `times`: when the new one was last asked and answered as a standby, and when it first answered as a
+/// primary.
+fn failover(
+    group: u32,
+    old: &Seen,
+    new: &Seen,
+    (standby_at, primary_at): (Option<Duration>, Duration),
+) -> Failover {
+    let at_most = primary_at.saturating_sub(old.asked_at);
+    let at_least = old.ended_by.zip(standby_at).map(|(ended, began)| began.saturating_sub(ended));
+    let lsns = old.primary.lsn.map(u64::from).zip(new.primary.lsn.map(u64::from));
     Failover {
         group,
         old: old.primary.clone(),
         new: new.primary.clone(),
         unavailable_at_most_seconds: at_most.as_secs_f64(),
-        unavailable_at_least_seconds: at_least.min(at_most).as_secs_f64(),
-        lost_bytes_at_most: old
-            .primary
-            .lsn
-            .map(u64::from)
-            .zip(began_with)
-            .map(|(flushed, began)| flushed.saturating_sub(began)),
+        unavailable_at_least_seconds: at_least.unwrap_or_default().min(at_most).as_secs_f64(),
+        lost_bytes_at_most: lsns.map(|(flushed, began)| flushed.saturating_sub(began)),
     }
 }

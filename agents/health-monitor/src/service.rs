@@ -12,7 +12,7 @@ use tracing::info;
 use crate::commands::{AGENT, APPLICATION_NAME};
 use crate::config::Config;
 use crate::notify::Notifier;
-use crate::watch::{Watcher, decide, now};
+use crate::watch::{START_SPREAD, Watcher, decide, now};
 use crate::{metrics, page, status};
 
 /// What is known is judged so often at most, and so seldom.
@@ -27,7 +27,7 @@ const DECIDE_MAX: Duration = Duration::from_secs(1);
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let stop = shutdown::signalled().context("install signal handlers")?;
     info!(?config, "agent started");
-    let watcher = Watcher::new(config.clone(), APPLICATION_NAME)?;
+    let watcher = Watcher::new(config.clone(), APPLICATION_NAME, START_SPREAD)?;
     let monitor = watcher.monitor.clone();
     let notifier = Notifier::new(&config, monitor.clone())?;
 

@@ -35,6 +35,8 @@ use crate::settle::Now;
 
 /// What the comprehensive questions to a server may take together.
 pub const DEEP_LIMIT: Duration = Duration::from_secs(20);
+/// Over what time the first questions of the service are spread.
+pub const START_SPREAD: Duration = Duration::from_secs(10);
 /// After the first failure a component is asked again so soon: one lost answer is no outage.
 const SECOND_LOOK: Duration = Duration::from_millis(250);
 /// Between two looks at the members, if none of them changes.
@@ -51,8 +53,8 @@ pub struct Pace {
     pub every: Duration,
     /// The most that an answer may take.
     pub limit: Duration,
-    /// When the first is asked, as a part of `every`: not all at once.
-    pub phase: f64,
+    /// Before the first: not all at once.
+    pub wait: Duration,
 }
 
 /// Asks a component for ever.
@@ -63,7 +65,7 @@ pub async fn watch<P: Probe>(
     mut probe: P,
     pace: Pace,
 ) {
-    sleep(pace.every.mul_f64(pace.phase)).await;
+    sleep(pace.wait).await;
     let mut tick = interval(pace.every);
     tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
     let mut failed_before = false;
@@ -167,6 +169,7 @@ pub struct Watcher {
     settings: Settings,
     patroni: Option<Http>,
     tasks: JoinSet<()>,
+    spread: Duration,
     phase: f64,
 }
 
@@ -180,12 +183,12 @@ struct Watched {
 
 impl Watcher {
     /// Reads the secrets and certificates that the configuration names. Nobody is asked before the
-    /// runtime, which there must be, gets to it.
+    /// runtime, which there must be, gets to it; then the first questions are spread over `spread`.
     ///
     /// # Errors
     ///
     /// One of them cannot be used.
-    pub fn new(config: Config, application_name: &str) -> anyhow::Result<Self> {
+    pub fn new(config: Config, application_name: &str, spread: Duration) -> anyhow::Result<Self> {
         let etcd = config.etcd.as_ref().map(Etcd::new).transpose()?;
         let topology = Topology::new(config.topology(), etcd)?;
         let settings = config.postgres.settings(application_name)?;
@@ -193,7 +196,8 @@ impl Watcher {
         let monitor = Monitor::new(&config.cluster, config.limits.clone(), clock::now());
         monitor.state().plan = config.sizing;
         let (tasks, phase) = (JoinSet::new(), 0.0);
-        let mut watcher = Self { monitor, topology, config, settings, patroni, tasks, phase };
+        let mut watcher =
+            Self { monitor, topology, config, settings, patroni, tasks, spread, phase };
         watcher.watch_listed()?;
         Ok(watcher)
     }
@@ -235,7 +239,8 @@ impl Watcher {
         P::Facts: 'static,
     {
         self.phase = (self.phase + GOLDEN).fract();
-        let pace = Pace { every, limit, phase: self.phase };
+        let wait = every.min(self.spread).mul_f64(self.phase);
+        let pace = Pace { every, limit, wait };
         self.tasks.spawn(watch(self.monitor.clone(), of, component, probe, pace))
     }
 

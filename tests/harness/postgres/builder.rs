@@ -148,6 +148,8 @@ impl PgServerBuilder {
         if self.tls {
             make_certificates(&data_directory).await;
         }
+        // On its command line fsync is off, which would win over the file.
+        let settings = self.settings.into_iter().filter(|(name, _)| name == "fsync").collect();
         let mut server = PgServer {
             name: self.name,
             directory,
@@ -155,7 +157,7 @@ impl PgServerBuilder {
             port: if self.tcp { free_port() } else { UNIX_PORT },
             tcp: self.tcp,
             password: self.password,
-            settings: Vec::new(),
+            settings,
             process: None,
         };
         server.start().await;
