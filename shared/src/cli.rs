@@ -1,9 +1,11 @@
-//! The options every agent has, and how its outcome becomes an exit code.
+//! The options every agent has, what it prints, and how its outcome becomes an exit code.
 
 use std::error::Error;
+use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use thiserror::Error;
 use tracing::error;
 
@@ -30,6 +32,19 @@ impl Args {
     pub fn config_file(&self, agent: &str) -> PathBuf {
         let default = || PathBuf::from(format!("/etc/pgmesh/{agent}.toml"));
         self.config.clone().unwrap_or_else(default)
+    }
+}
+
+/// Writes to standard output.
+///
+/// # Errors
+///
+/// It cannot be written to. That nobody reads on, as in `… list | head`, is no error.
+pub fn print(text: impl AsRef<str>) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_ref().as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("write to standard output"),
     }
 }
 

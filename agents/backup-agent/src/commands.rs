@@ -1,12 +1,11 @@
 //! The one-shot commands: what each prints, and when it counts as failed.
 
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use chrono::Utc;
 use serde_json::{Value, json};
-use shared::cli::WrongUse;
+use shared::cli::{WrongUse, print};
 use shared::config;
 use shared::etcd::Etcd;
 use shared::table::Table;
@@ -74,15 +73,6 @@ fn load(path: &Path) -> anyhow::Result<Config> {
 /// The configuration or a file that it names cannot be used.
 pub async fn context(path: &Path) -> anyhow::Result<Context> {
     Context::new(load(path)?, &format!("pgmesh/{AGENT}")).await
-}
-
-fn print(text: impl AsRef<str>) -> anyhow::Result<()> {
-    let mut out = io::stdout().lock();
-    match out.write_all(text.as_ref().as_bytes()).and_then(|()| out.flush()) {
-        // `backup-agent list | head` is no error.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        written => written.context("write to standard output"),
-    }
 }
 
 fn print_json(value: &Value) -> anyhow::Result<()> {

@@ -1,7 +1,5 @@
 //! `list --wal` and `verify --wal`: what WAL there is, and whether it can be read.
 
-use std::io::{self, Write as _};
-
 use anyhow::{Context as _, bail};
 use chrono::Utc;
 use futures_util::{StreamExt, stream};
@@ -246,8 +244,5 @@ fn print(as_json: bool, values: &[Value], table: &Table, nothing: &str) -> anyho
     } else {
         table.to_string()
     };
-    match io::stdout().lock().write_all(text.as_bytes()) {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        written => written.context("write to standard output"),
-    }
+    shared::cli::print(text)
 }

@@ -1,11 +1,11 @@
 //! The one-shot commands, and the way into the service.
 
-use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use shared::cli::print;
 use shared::config;
 use shared::telemetry::chain;
 use tokio_util::sync::CancellationToken;
@@ -76,14 +76,14 @@ fn check_config(path: &Path) -> anyhow::Result<()> {
     let config: Config = config::load(path)?;
     let watcher = Watcher::new(config.clone(), APPLICATION_NAME, Duration::ZERO)?;
     Notifier::new(&config, watcher.monitor)?;
-    print(&format!("{} is fine\n", path.display()))
+    print(format!("{} is fine\n", path.display()))
 }
 
 /// Asks everything once.
 async fn check(path: &Path, args: &CheckArgs) -> anyhow::Result<Status> {
     let config: Config = config::load(path)?;
     if args.list {
-        print(&report::list(&config, args))?;
+        print(report::list(&config, args))?;
         return Ok(Status::Ok);
     }
     let limit = config.timeout * 3 + DEEP_LIMIT;
@@ -116,17 +116,4 @@ async fn check(path: &Path, args: &CheckArgs) -> anyhow::Result<Status> {
     };
     print(&text)?;
     Ok(report.status())
-}
-
-/// Writes to standard output.
-///
-/// # Errors
-///
-/// It cannot be written to. That nobody reads on, as in `health-monitor check | head`, is no error.
-pub(crate) fn print(text: &str) -> anyhow::Result<()> {
-    let mut out = io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        written => written.context("write to standard output"),
-    }
 }

@@ -1,9 +1,8 @@
 //! The one-shot commands, and the way into the service.
 
-use std::io::{self, Write};
 use std::path::Path;
 
-use anyhow::Context as _;
+use shared::cli::print;
 use shared::config;
 
 use crate::cli::{Cli, Command};
@@ -39,18 +38,5 @@ fn check_config(path: &Path, config: &Config) -> anyhow::Result<()> {
         let is_there = directory.is_dir();
         anyhow::ensure!(is_there, "state_directory: {} is no directory", directory.display());
     }
-    print(&format!("{} is fine\n", path.display()))
-}
-
-/// Writes to standard output.
-///
-/// # Errors
-///
-/// It cannot be written to. That nobody reads on, as in `lag-exporter show | head`, is no error.
-pub(crate) fn print(text: &str) -> anyhow::Result<()> {
-    let mut out = io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        written => written.context("write to standard output"),
-    }
+    print(format!("{} is fine\n", path.display()))
 }

@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use chrono::SecondsFormat;
+use shared::cli::print;
 use shared::shutdown;
 use shared::table::Table;
 use shared::tasks::Tasks;
 use tokio::time::{Instant, sleep};
 
 use crate::cli::ShowArgs;
-use crate::commands::print;
 use crate::config::Config;
 use crate::fleet::{Fleet, Snapshot, Target};
 use crate::observation::{ReplayPause, WalStatus};
@@ -78,7 +78,7 @@ async fn show(config: &Config, args: &ShowArgs) -> anyhow::Result<()> {
             return Ok(());
         };
         let clears = !args.json && io::stdout().is_terminal();
-        print(&format!("{}{text}", if clears { CLEAR } else { "" }))?;
+        print(format!("{}{text}", if clears { CLEAR } else { "" }))?;
         sleep(interval).await;
     }
 }
