@@ -15,24 +15,35 @@ use crate::telemetry::{Format, chain};
 pub const FAILED: u8 = 1;
 /// Exit code of a command line that makes no sense; clap uses the same.
 pub const WRONG_USE: u8 = 2;
+/// Where `--help` has what every command has: after the command's own options.
+const LAST: usize = 900;
 
-/// The options every agent has. Flatten it into the agent's own arguments.
+/// The options every agent has. Flatten it into the agent's own arguments, beside
+/// `mut_arg("config", |arg| config_help(arg, AGENT))`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
-    /// The configuration file [default: /etc/pgmesh/AGENT.toml]
-    #[arg(long, global = true, value_name = "FILE")]
+    /// The configuration file
+    #[arg(long, global = true, value_name = "FILE", display_order = LAST)]
     config: Option<PathBuf>,
     /// How log lines are written [default: text on a terminal, json otherwise]
-    #[arg(long, global = true, value_name = "FORMAT")]
+    #[arg(long, global = true, value_name = "FORMAT", display_order = LAST)]
     pub log_format: Option<Format>,
 }
 
 impl Args {
     /// The configuration file of `agent`: as given, or `/etc/pgmesh/AGENT.toml`.
     pub fn config_file(&self, agent: &str) -> PathBuf {
-        let default = || PathBuf::from(format!("/etc/pgmesh/{agent}.toml"));
-        self.config.clone().unwrap_or_else(default)
+        self.config.clone().unwrap_or_else(|| default_config_file(agent).into())
     }
+}
+
+fn default_config_file(agent: &str) -> String {
+    format!("/etc/pgmesh/{agent}.toml")
+}
+
+/// Has `--help` say which configuration file `agent` takes without the option.
+pub fn config_help(argument: clap::Arg, agent: &str) -> clap::Arg {
+    argument.help(format!("The configuration file [default: {}]", default_config_file(agent)))
 }
 
 /// Writes to standard output.
@@ -74,6 +85,7 @@ mod tests {
     use super::*;
 
     #[derive(Debug, Parser)]
+    #[command(mut_arg("config", |argument| config_help(argument, "some-agent")))]
     struct Agent {
         #[command(flatten)]
         shared: Args,
@@ -101,6 +113,9 @@ mod tests {
 
     #[test]
     fn the_configuration_file_is_named_after_the_agent() {
+        use clap::CommandFactory;
+        let help = Agent::command().render_help().to_string();
+        assert!(help.contains("[default: /etc/pgmesh/some-agent.toml]"), "{help}");
         let agent = Agent::try_parse_from(["agent"]).unwrap();
         let file = agent.shared.config_file("backup-agent");
         assert_eq!(file, PathBuf::from("/etc/pgmesh/backup-agent.toml"));

@@ -53,6 +53,42 @@ async fn check_says_for_each_step_whether_it_works() {
     assert!(failed(&all).len() >= 2, "{all:?}");
 }
 
+/// `archive_command` may serve somebody else; what a receiver stores is safe all the same.
+#[tokio::test]
+async fn an_archiver_that_stores_elsewhere_is_none_of_our_business_while_wal_is_received() {
+    if postgres_is_missing() {
+        return;
+    }
+    let scene = Scene::new().await;
+    scene.primary.set("archive_command", "true").await;
+    let name = scene.switch_wal().await;
+    let query = "SELECT coalesce(last_archived_wal, '') FROM pg_stat_archiver";
+    let archived = async || scene.primary.psql(query).await == name;
+    eventually("it is archived elsewhere", LIMIT, archived).await;
+    let archiving = |all: &[Value]| {
+        let step = all.iter().find(|step| step["step"] == "group 0: archiving");
+        step.unwrap_or_else(|| panic!("{all:?}"))["outcome"].as_str().unwrap().to_owned()
+    };
+    let (code, all) = steps(&scene).await;
+    assert_eq!((code, archiving(&all).as_str()), (Some(1), "failed"), "{all:?}");
+
+    let mut running = scene.agent().spawn(&["run"]);
+    running.logged("receiving WAL", LIMIT).await;
+    let is_ok = async || {
+        let (code, all) = steps(&scene).await;
+        code == Some(0) && archiving(&all) == "ok"
+    };
+    eventually("it is well", LIMIT, is_ok).await;
+    scene.primary.set("archive_command", "false").await;
+    scene.switch_wal().await;
+    let is_warned = async || {
+        let (code, all) = steps(&scene).await;
+        code == Some(0) && archiving(&all) == "warning"
+    };
+    eventually("pg_wal grows", LIMIT, is_warned).await;
+    running.terminate().await.assert_success();
+}
+
 /// Takes a backup by the clock, and shows it.
 #[tokio::test]
 async fn the_service_takes_scheduled_backups_and_shows_them() {

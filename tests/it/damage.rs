@@ -1,7 +1,8 @@
 //! Damage to every kind of object, in every way: each command that reads it refuses and names it,
 //! and nothing wrong reaches PostgreSQL.
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -403,4 +404,146 @@ async fn a_forged_tombstone_deletes_nothing() {
     let expire = gallery.scene.run(&["expire", "--apply"]).await;
     expire.assert_code(1);
     assert!(root.join("base").join(&id).join("commit").exists());
+}
+
+fn flip(path: &Path, at: usize) {
+    let mut object = fs::read(path).unwrap();
+    object[at] ^= 0x10;
+    fs::write(path, object).unwrap();
+}
+
+fn is_denied(path: &Path, denied: bool) {
+    fs::set_permissions(path, Permissions::from_mode(if denied { 0 } else { 0o755 })).unwrap();
+}
+
+/// After the first damaged chunk nothing was read any more, and the tar stream behind it did not make
+/// sense, which was told as if it were damage too.
+#[tokio::test]
+async fn verify_names_every_damaged_chunk_and_nothing_that_only_follows_from_it() {
+    if postgres_is_missing() {
+        return;
+    }
+    let gallery = Gallery::new().await;
+    let root = gallery.scene.repository().join(&gallery.base);
+    let newest = |name: &str| gallery.names(name).pop().unwrap();
+    let [first, second] = ["part-00000", "part-00001"].map(newest);
+    let (files, manifest) = (newest("/files"), newest("/manifest"));
+    let chunks = |name: &str| {
+        let victim =
+            Victim { kind: Kind::Part, file: name.into(), other: name.into(), readers: Vec::new() };
+        gallery.chunks(&victim, &fs::read(root.join(name)).unwrap())
+    };
+    let problems = async || {
+        let verified = gallery.scene.run(&["verify", "--json"]).await;
+        verified.assert_code(1);
+        let backups: Vec<serde_json::Value> = serde_json::from_str(&verified.stdout).unwrap();
+        let ids = backups.iter().map(|it| it["problems"].as_array().unwrap().clone());
+        let problems: Vec<_> = ids.collect();
+        assert!(problems[0].is_empty(), "{verified}");
+        let texts = problems[1].iter().map(|problem| problem.as_str().unwrap().to_owned());
+        texts.collect::<Vec<_>>()
+    };
+    let (of_first, of_second) = (chunks(&first), chunks(&second));
+    let (count, second_count) = (of_first.len(), of_second.len());
+    for number in [0, 1, 2, 5] {
+        flip(&root.join(&first), of_first[number].start + 9);
+    }
+    let in_first = format!("{first} is damaged in chunks 0 to 2, 5 of {count}");
+    assert_eq!(problems().await, [in_first.as_str()]);
+    flip(&root.join(&second), of_second[1].start + 9);
+    let in_second = format!("{second} is damaged in chunk 1 of {second_count}");
+    assert_eq!(problems().await, [in_first.as_str(), &in_second]);
+
+    // The parts are read without the table of files too.
+    flip(&root.join(&files), HEADER_BYTES + 9);
+    flip(&root.join(&manifest), HEADER_BYTES + 9);
+    let found = problems().await;
+    let expected = [files, manifest].map(|name| format!("{name} is damaged in chunk 0 of 1"));
+    assert_eq!(found, [&expected[0], &expected[1], &in_first, &in_second].map(String::as_str));
+    fs::remove_file(root.join(&first)).unwrap();
+    let found = problems().await;
+    assert!(found[2].contains(&first) && found[2].contains("no such object"), "{found:?}");
+    assert_eq!(found[3..], [in_second]);
+}
+
+/// One folder that nobody may read failed every command for every backup, and was not named.
+#[tokio::test]
+async fn a_backup_that_cannot_be_read_is_named_and_hides_no_other() {
+    if postgres_is_missing() {
+        return;
+    }
+    let gallery = Gallery::new().await;
+    let scene = &gallery.scene;
+    let ids: Vec<String> = scene.list().await.iter().map(id_of).collect();
+    let root = scene.repository().join(&gallery.base);
+    let newest = root.join("base").join(&ids[1]);
+    is_denied(&newest, true);
+    if fs::read_dir(&newest).is_ok() {
+        is_denied(&newest, false);
+        return harness::skip("nothing is denied to root");
+    }
+    for (command, says) in [("list", "UNREADABLE"), ("verify", "1 PROBLEM")] {
+        let said = scene.run(&[command]).await;
+        said.assert_code(1);
+        let row = |id: &str| said.stdout.lines().find(|line| line.starts_with(id)).unwrap();
+        assert!(row(&ids[1]).contains(says), "{said}");
+        assert!(!row(&ids[0]).contains(says), "{said}");
+        assert!(said.stdout.contains("Permission denied"), "{said}");
+    }
+    let expire = scene.run(&["expire", "--apply"]).await;
+    expire.assert_code(1);
+    assert!(expire.stderr.contains(&ids[1]), "{expire}");
+
+    // The end of the WAL is the same from any backup; where a backup ends is not.
+    let to = scene.path("end");
+    let restore = ["restore", "--archive-mode", "off", "--to", to.to_str().unwrap()];
+    let restored = scene.run(&restore).await;
+    restored.assert_success();
+    assert!(restored.stdout.contains(&ids[0]), "{restored}");
+    let warns = restored.stderr.lines().find(|line| line.contains("passed over")).unwrap();
+    assert!(warns.contains(&ids[1]) && warns.contains("WARN"), "{warns}");
+    let to = scene.path("immediate");
+    let restore = ["restore", "--archive-mode", "off", "--to", to.to_str().unwrap()];
+    let refused = scene.run(&[&restore[..], &["--target", "immediate"]].concat()).await;
+    refused.assert_code(1);
+    assert!(refused.stderr.contains(&ids[1]), "{refused}");
+    assert!(!to.exists());
+    let by_name = [&restore[..], &["--target", "immediate", "--backup", &ids[0]]].concat();
+    scene.run(&by_name).await.assert_success();
+
+    // The next backup names it as the one before, so that it is missed when it is gone.
+    scene.backup().await;
+    is_denied(&newest, false);
+    fs::remove_dir_all(&newest).unwrap();
+    let verified = scene.run(&["verify"]).await;
+    verified.assert_code(1);
+    let row = verified.stdout.lines().find(|line| line.starts_with(&ids[1]));
+    assert!(row.is_some_and(|row| row.contains("1 PROBLEM")), "{verified}");
+    assert!(verified.stdout.contains("it is gone"), "{verified}");
+}
+
+fn id_of(backup: &serde_json::Value) -> String {
+    backup["backup_id"].as_str().unwrap().to_owned()
+}
+
+/// Somebody removed a backup by hand whose tombstone was there: nothing went any more.
+#[tokio::test]
+async fn a_tombstone_of_nothing_does_not_keep_the_retention_from_its_work() {
+    if postgres_is_missing() {
+        return;
+    }
+    let rules = "[retention]\ndaily = 1\nweekly = 0\nmonthly = 0\nwal = \"0s\"\n";
+    let scene = Scene::with(crate::scene::Kind::Directory, rules).await;
+    for _ in 0..2 {
+        scene.backup().await;
+    }
+    scene.run(&["expire", "--apply"]).await.assert_success();
+    let all = files(&scene.repository());
+    let tombstone = all.iter().find(|path| path.display().to_string().contains("/tombstone/"));
+    let tombstone = tombstone.expect("one is marked");
+    let place = tombstone.parent().unwrap().parent().unwrap();
+    fs::remove_dir_all(place.join("base").join(tombstone.file_name().unwrap())).unwrap();
+    for arguments in [&["expire"][..], &["expire", "--apply"], &["verify"], &["list"]] {
+        scene.run(arguments).await.assert_success();
+    }
 }

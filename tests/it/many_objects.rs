@@ -44,6 +44,16 @@ fn add_segments(directory: &TempDir, timeline: u32, numbers: impl Iterator<Item 
     }
 }
 
+/// The first half of each segment as a piece, as far as names tell.
+fn add_pieces(directory: &TempDir, timeline: u32, numbers: impl Iterator<Item = u64>) {
+    let folder = directory.path().join("repository/v1/tests/0/7/partial");
+    fs::create_dir_all(&folder).unwrap();
+    for number in numbers {
+        let name = Segment { timeline, number }.name(SEGMENT_BYTES);
+        fs::write(folder.join(format!("{name}.00000000-00800000-0123456789abcdef")), "").unwrap();
+    }
+}
+
 fn at(number: u64, offset: u64) -> PgLsn {
     PgLsn::from(number * SEGMENT_BYTES + offset)
 }
@@ -64,25 +74,33 @@ async fn the_way_on_is_found_without_listing_everything() {
     let history =
         vec![HistoryEntry { timeline: 1, switch_lsn: at(2000, 700), reason: String::new() }];
 
-    let whole = WalMap::read(&place, SEGMENT_BYTES).await.unwrap();
     let listed = |map: &WalMap| -> usize { map.segments.values().map(BTreeMap::len).sum() };
-    for (case, timeline, slot, listed_max) in [
-        ("up to date", 2, at(4000, 5), 1300),
-        ("the slot is in the last segment", 2, at(3999, 5), 1300),
-        ("the slot is in the hole", 2, at(3300, 0), 2000),
-        ("the slot is after the hole, in which a folder is empty", 2, at(3700, 0), 2000),
-        ("the slot is on the old timeline", 2, at(1990, 0), 2500),
-        ("a new slot, long after everything", 2, at(9000, 0), 1300),
-        ("an old primary", 1, at(2400, 0), 2000),
-        ("a slot from before everything that is stored", 2, at(0, 0), 5000),
-    ] {
-        let history = if timeline == 1 { Vec::new() } else { history.clone() };
-        let part = WalMap::read_from(&place, SEGMENT_BYTES, slot, &history).await.unwrap();
-        let server = Server { timeline, flush_lsn: at(9001, 0), history, slot_lsn: slot };
-        let start = resume::start(&part, &server, OnDivergence::Follow);
-        assert_eq!(start, resume::start(&whole, &server, OnDivergence::Follow), "{case}");
-        assert_eq!(part.histories, whole.histories, "{case}");
-        assert!(listed(&part) <= listed_max, "{case}: {} segments listed", listed(&part));
+    // Then once more with all pieces there ever were, as a store under Object Lock keeps them.
+    for kept in [false, true] {
+        if kept {
+            add_pieces(&directory, 1, 0..2500);
+            add_pieces(&directory, 2, (2000..3000).chain(3700..4001));
+        }
+        let whole = WalMap::read(&place, SEGMENT_BYTES).await.unwrap();
+        for (case, timeline, slot, listed_max) in [
+            ("up to date", 2, at(4000, 5), 1300),
+            ("the slot is in the last segment", 2, at(3999, 5), 1300),
+            ("the slot is in the hole", 2, at(3300, 0), 2000),
+            ("the slot is after the hole, in which a folder is empty", 2, at(3700, 0), 2000),
+            ("the slot is on the old timeline", 2, at(1990, 0), 2500),
+            ("a new slot, long after everything", 2, at(9000, 0), 1300),
+            ("an old primary", 1, at(2400, 0), 2000),
+            ("a slot from before everything that is stored", 2, at(0, 0), 5000),
+        ] {
+            let history = if timeline == 1 { Vec::new() } else { history.clone() };
+            let part = WalMap::read_from(&place, SEGMENT_BYTES, slot, &history).await.unwrap();
+            let server = Server { timeline, flush_lsn: at(9001, 0), history, slot_lsn: slot };
+            let start = resume::start(&part, &server, OnDivergence::Follow);
+            assert_eq!(start, resume::start(&whole, &server, OnDivergence::Follow), "{case}");
+            assert_eq!(part.histories, whole.histories, "{case}");
+            assert!(listed(&part) <= listed_max, "{case}: {} segments listed", listed(&part));
+            assert!(part.pieces.len() <= listed_max, "{case}: {} with pieces", part.pieces.len());
+        }
     }
 }
 

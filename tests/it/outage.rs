@@ -36,7 +36,7 @@ fn be_patient(scene: &Scene) {
 }
 
 /// Gives the agent an address to be asked at; returns it.
-fn admin_address(scene: &Scene) -> String {
+pub(crate) fn admin_address(scene: &Scene) -> String {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let text = fs::read_to_string(scene.config()).unwrap();

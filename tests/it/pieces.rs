@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use backup_agent::config::Config;
 use backup_agent::repository::{Place, Repository};
 use backup_agent::wal::growing::Growing;
-use backup_agent::wal::piece;
+use backup_agent::wal::{self, Packed, piece};
 use harness::postgres::postgres_is_missing;
-use harness::{Agent, At, Effect, Fault, Operation, PgServer};
+use harness::{Agent, At, Effect, Fault, Operation, PgServer, RunningAgent, eventually};
 use shared::pg::wal::{Segment, WalFile};
 
-use crate::receive::{RECEIVER, Receiving, objects};
+use crate::outage::admin_address;
+use crate::receive::{LIMIT, RECEIVER, Receiving, commits, objects};
 use crate::scene::{Kind, Scene};
 use crate::wal_files::{data_directory, run_in};
 
@@ -224,7 +225,7 @@ async fn pieces_that_overlap_must_agree() {
     pieces.add(0, &other).await;
     let agent: Agent = pieces.scene.agent();
     let mut running = agent.spawn(&["run"]);
-    running.logged("CONFLICT", crate::receive::LIMIT).await;
+    running.logged("CONFLICT", LIMIT).await;
     assert_eq!(crate::receive::reported(&pieces.scene.primary).await, None);
 }
 
@@ -263,6 +264,108 @@ async fn a_slow_server_does_not_leave_thousands_of_pieces() {
     let receiving = Receiving { agent: scene.agent().spawn(&["list"]), scene };
     let restored = receiving.recover("restored").await;
     assert_eq!(restored.psql("SELECT count(*) FROM marks").await, COMMITS.to_string());
+}
+
+/// A larger piece, or the complete segment, is damaged, and what it was to replace is there still.
+#[tokio::test]
+async fn what_a_damaged_object_was_to_replace_stands_for_it() {
+    if postgres_is_missing() {
+        return;
+    }
+    let pieces = Pieces::new().await;
+    let content = pieces.fetched().await;
+    let end = stretch(pieces.objects.last().unwrap()).1;
+    let part = |from: u64, to: u64| {
+        content[usize::try_from(from).unwrap()..usize::try_from(to).unwrap()].to_vec()
+    };
+    let larger = pieces.add(0, &part(0, end)).await;
+    let middle = pieces.add(8, &part(8, end - 8)).await;
+    for damaged in [&larger, &middle, &pieces.objects[2]] {
+        let mut object = fs::read(damaged).unwrap();
+        object[110] ^= 1;
+        fs::write(damaged, object).unwrap();
+        if damaged == &pieces.objects[2] {
+            pieces.is_refused("nothing else has it", &name(damaged)).await;
+        } else {
+            assert!(pieces.fetched().await == content, "{} is damaged", damaged.display());
+            pieces.is_found("one that others stand for", &name(damaged)).await;
+        }
+    }
+
+    // The complete segment, and all of it in a piece.
+    let primary = &pieces.scene.primary;
+    primary.psql("SELECT pg_switch_wal()").await;
+    let path = primary.data_directory().join("pg_wal").join(&pieces.segment);
+    let content = fs::read(path).unwrap();
+    let piece = pieces.add(0, &content).await;
+    let packed = Packed::read(&pieces.segment, content.as_slice(), 1).unwrap();
+    wal::store(&pieces.place().await, packed).await.unwrap();
+    let complete = objects(&pieces.scene, &format!("{}-", pieces.segment)).remove(0);
+    for damaged in [&complete, &piece] {
+        let mut object = fs::read(damaged).unwrap();
+        object[5000] ^= 1;
+        fs::write(damaged, object).unwrap();
+        if damaged == &complete {
+            assert!(pieces.fetched().await == content, "the complete segment is damaged");
+        }
+        pieces.is_found("the complete segment", &name(&complete)).await;
+    }
+    pieces.is_refused("both are damaged", &name(&complete)).await;
+}
+
+/// The store lets nothing be deleted. That costs room and harms nothing; it is said once, and a metric
+/// shows it. The pieces that stay even stand for a complete segment that is damaged later.
+#[tokio::test]
+async fn pieces_that_the_store_keeps_harm_nothing() {
+    if postgres_is_missing() {
+        return;
+    }
+    let mut receiving = Receiving::start(Kind::S3).await;
+    let faults = receiving.scene.s3.as_ref().unwrap().faults().clone();
+    faults.object_lock(true);
+    let primary = &receiving.scene.primary;
+    primary.psql("SELECT pg_switch_wal(); CREATE TABLE marks (i int)").await;
+    let mut segments = Vec::new();
+    for i in 1..=3 {
+        segments.push(primary.psql("SELECT pg_walfile_name(pg_current_wal_lsn())").await);
+        for mark in [10 * i, 10 * i + 1] {
+            primary.psql(&format!("INSERT INTO marks VALUES ({mark})")).await;
+            receiving.stored_all().await;
+        }
+        primary.psql("SELECT pg_switch_wal()").await;
+        receiving.stored_all().await;
+    }
+    for segment in &segments {
+        assert!(kept(&receiving, segment) >= 2, "pieces of {segment} are gone");
+        assert_eq!(objects(&receiving.scene, &format!("{segment}-")).len(), 1, "{segment}");
+    }
+    let said = |agent: &RunningAgent| agent.stdout().matches("does not let pieces").count();
+    assert_eq!(said(&receiving.agent), 1);
+    receiving.scene.run(&["verify", "--wal"]).await.assert_success();
+    receiving.scene.run(&["list", "--wal"]).await.assert_success();
+
+    // Also to who begins with what is there.
+    let address = admin_address(&receiving.scene);
+    receiving.restart_agent().await;
+    receiving.primary().psql("INSERT INTO marks VALUES (40)").await;
+    receiving.stored_all().await;
+    assert!(said(&receiving.agent) <= 1);
+    let metric = async || {
+        let text =
+            reqwest::get(format!("http://{address}/metrics")).await.ok()?.text().await.ok()?;
+        let line = text.lines().find(|it| it.starts_with("pgmesh_backup_wal_pieces{"))?;
+        line.rsplit_once(' ')?.1.parse::<f64>().ok()
+    };
+    let all: usize = segments.iter().map(|segment| kept(&receiving, segment)).sum();
+    let all = f64::from(u32::try_from(all).unwrap());
+    eventually("the metric shows it", LIMIT, async || metric().await >= Some(all)).await;
+
+    let restored = receiving.recover("restored").await;
+    assert_eq!(commits(&restored).await, "10,11,20,21,30,31,40");
+}
+
+fn kept(receiving: &Receiving, segment: &str) -> usize {
+    objects(&receiving.scene, &format!("/partial/{segment}.")).len()
 }
 
 /// The place of a piece in its segment, as its name has it.

@@ -8,10 +8,12 @@ use harness::postgres::postgres_is_missing;
 use harness::{
     Effect, Fault, Finished, Mode, Operation, PgServer, Refusal, RunningAgent, eventually,
 };
+use serde_json::{Value, json};
 use tokio::time::Instant;
 use tokio_postgres::types::PgLsn;
 
-use crate::scene::{Kind, Scene, files};
+use crate::outage::admin_address;
+use crate::scene::{Kind, Scene, files, write};
 
 pub(crate) const LIMIT: Duration = Duration::from_mins(1);
 /// Ships often and beats often, so that tests are short.
@@ -299,6 +301,8 @@ async fn a_lost_slot_is_a_gap_and_is_answered_with_a_backup() {
     scene.primary.set("max_slot_wal_keep_size", "-1").await;
     receiving = Receiving { agent: scene.agent().spawn(&["run"]), scene };
     receiving.agent.logged("GAP: WAL was removed before it was stored", LIMIT).await;
+    let lost = "the replication slot was lost";
+    receiving.agent.logged(lost, LIMIT).await;
     eventually("a new backup is taken", LIMIT, async || receiving.scene.list().await.len() == 2)
         .await;
     let listed = receiving.scene.list().await;
@@ -306,8 +310,45 @@ async fn a_lost_slot_is_a_gap_and_is_answered_with_a_backup() {
     receiving.stored_all().await;
     assert_ne!(listed[0]["window"], listed[1]["window"]);
     assert_eq!(objects(&receiving.scene, "/gap/").len(), 1);
+    assert_eq!(receiving.agent.stdout().matches(lost).count(), 1, "it is said once");
     let restored = receiving.recover("restored").await;
     assert_eq!(commits(&restored).await, "1,2,3");
+}
+
+/// Another database cluster had the group's name, and the newest backup is of that.
+#[tokio::test]
+async fn what_is_shown_is_of_the_server_that_is_followed() {
+    if postgres_is_missing() {
+        return;
+    }
+    let mut receiving = Receiving::start(Kind::Directory).await;
+    let address = admin_address(&receiving.scene);
+    let other = PgServer::builder().name("other").primary().await;
+    receiving.scene.configure(&[&other]);
+    receiving.restart_agent().await;
+    stored_up_to(&other, other.current_lsn().await).await;
+    for _ in 0..2 {
+        receiving.scene.backup().await;
+    }
+    receiving.scene.configure(&[&receiving.scene.primary]);
+    let text = fs::read_to_string(receiving.scene.config()).unwrap();
+    write(&receiving.scene.config(), &text.replace("127.0.0.1:0", &address));
+    receiving.restart_agent().await;
+    receiving.stored_all().await;
+    let expected = "SELECT system_identifier FROM pg_control_system()";
+    let expected = receiving.primary().psql(expected).await;
+    let shown = async || -> Option<Value> {
+        let status = reqwest::get(format!("http://{address}/status")).await.ok()?;
+        let status: Value = serde_json::from_str(&status.text().await.ok()?).ok()?;
+        Some(status["groups"]["0"]["state"]["repository"].clone())
+    };
+    eventually("its own backup is shown", 2 * LIMIT, async || {
+        shown().await.is_some_and(|it| it["system_identifier"] == expected && it["backups"] == 1)
+    })
+    .await;
+    let shown = shown().await.unwrap();
+    assert_eq!((&shown["needs_backup"], &shown["gap_seen"]), (&json!(false), &json!(false)));
+    assert!(shown["reachable_from"].is_string() && shown["reachable_until"].is_string(), "{shown}");
 }
 
 /// A server that writes another WAL than what is stored of it is refused.

@@ -5,16 +5,22 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::time::Duration;
 
+use backup_agent::backup::Context;
+use backup_agent::config::Config;
+use backup_agent::follow::Follower;
 use harness::postgres::postgres_is_missing;
 use harness::{Agent, Effect, Fault, Refusal};
 use harness::{
     EtcdCluster, Finished, Operation, PgServer, RunningAgent, etcd_is_missing, eventually,
 };
 use serde_json::Value;
-use shared::lease::TTL;
+use shared::lease::{Identity, Shares, TTL};
 use shared::pg::wal::{Segment, WalFile};
-use tokio::time::Instant;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until, timeout_at};
 use tokio_postgres::types::PgLsn;
+use tokio_util::sync::CancellationToken;
 
 use crate::receive::{RECEIVER, WAL, commits, load, objects, reported, stored_up_to};
 use crate::scene::{Kind, Scene, write};
@@ -25,6 +31,14 @@ const LIMIT: Duration = Duration::from_mins(1);
 const SLACK: Duration = Duration::from_secs(10);
 /// As [`WAL`], and nothing is written to the servers.
 const QUIET: &str = "[wal]\nship_interval = \"200ms\"\nheartbeat = \"0s\"\n";
+
+/// What changes the repository.
+const WRITES: [Operation; 4] = [
+    Operation::PutObject,
+    Operation::UploadPart,
+    Operation::DeleteObject,
+    Operation::DeleteObjects,
+];
 
 /// Long enough to be stopped meanwhile.
 const HOLD: Effect = Effect::Delay(Duration::from_millis(500));
@@ -202,16 +216,10 @@ async fn a_stopped_replica_writes_nothing_after_its_lease(fault: Fault) {
     one.logged("not responsible for the group any more", LIMIT).await;
     // Whatever it would do, it would have done before this is stored.
     mark(primary, 3, Instant::now()).await;
-    let writes = [
-        Operation::PutObject,
-        Operation::UploadPart,
-        Operation::DeleteObject,
-        Operation::DeleteObjects,
-    ];
     let late: Vec<_> = faults
         .record()
         .into_iter()
-        .filter(|request| writes.contains(&request.operation) && is_before(&request.key, lsn))
+        .filter(|request| WRITES.contains(&request.operation) && is_before(&request.key, lsn))
         .collect();
     assert!(late.is_empty(), "written after the lease was over: {late:?}");
     assert_eq!(primary.psql(&connection).await, others, "the other one's connection was ended");
@@ -265,5 +273,84 @@ async fn a_replica_that_was_stopped_between_attempts_writes_nothing_after_its_le
     if !something_is_missing() {
         let fault = Fault::new(Effect::Refuse(Refusal::SlowDown)).on(Operation::PutObject);
         Box::pin(a_stopped_replica_writes_nothing_after_its_lease(fault)).await;
+    }
+}
+
+/// Of a claim that nobody is to wait for long.
+const SHORT_TTL: Duration = Duration::from_secs(3);
+
+/// The whole process stops past its claim, and nothing else happens to it: nobody takes the group over or
+/// ends its connections, nobody tells it that the claim is over, and the store, the server and WAL that
+/// waits to be stored are all there when it goes on. Only its own look at the claim keeps it from writing.
+///
+/// Here the process is this test's one thread. The servers have others.
+async fn only_its_own_look_at_the_claim_keeps_a_follower_from_writing(fault: Fault) {
+    let etcd = EtcdCluster::start(1).await;
+    let scene = Scene::streaming(Kind::S3, &format!("{QUIET}{}", section(&etcd))).await;
+    let (primary, faults) = (&scene.primary, scene.s3.as_ref().unwrap().faults());
+    let config: Config = toml::from_str(&fs::read_to_string(scene.config()).unwrap()).unwrap();
+    let context = Context::new(config, "pgmesh/tests").await.unwrap();
+    let identity = Identity {
+        cluster: "tests".to_owned(),
+        agent: "backup-agent".to_owned(),
+        replica: "one".to_owned(),
+    };
+    let (_groups, groups) = watch::channel(BTreeSet::from([0]));
+    let (mut shares, sharing) =
+        Shares::new(context.etcd.clone(), identity, groups, SHORT_TTL, Duration::ZERO);
+    let mut renewal = JoinSet::new();
+    renewal.spawn(sharing.run(CancellationToken::new()));
+    while shares.claim(0).is_none() {
+        shares.changed().await;
+    }
+    let claim = shares.claim(0).unwrap();
+    let (needs_backup, _wanted) = mpsc::channel(1);
+    let follower = Follower::new(context, 0, needs_backup);
+    let mut work = JoinSet::new();
+    let valid = claim.clone();
+    work.spawn(async move { follower.run(&valid, CancellationToken::new()).await });
+    stored_up_to(primary, primary.current_lsn().await).await;
+
+    let fault = faults.add(fault);
+    load(primary, 100_000).await;
+    primary.psql("SELECT pg_switch_wal(); CREATE TABLE late AS SELECT 1 AS i").await;
+    let under_way = async || faults.hits(fault) > 0;
+    eventually("it is at that moment", LIMIT, under_way).await;
+    assert!(claim.is_valid() && !work.is_empty());
+    renewal.shutdown().await;
+    stop_this_thread(SHORT_TTL + Duration::from_millis(500));
+    faults.remove(fault);
+    faults.forget_requests();
+    assert!(!claim.is_valid());
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let ended = timeout_at(deadline, work.join_next()).await;
+    sleep_until(deadline).await;
+    let late: Vec<_> =
+        faults.record().into_iter().filter(|it| WRITES.contains(&it.operation)).collect();
+    assert!(late.is_empty(), "written after the claim was over: {late:?}");
+    ended.unwrap().unwrap().unwrap();
+    assert!(reported(primary).await < Some(primary.current_lsn().await));
+}
+
+#[expect(clippy::disallowed_methods, reason = "the whole process is to stand still")]
+fn stop_this_thread(span: Duration) {
+    std::thread::sleep(span);
+}
+
+/// A request that was refused is about to be sent again.
+#[tokio::test]
+async fn a_follower_that_stood_still_between_attempts_does_not_try_again_after_its_claim() {
+    if !something_is_missing() {
+        let fault = Fault::new(Effect::Refuse(Refusal::SlowDown)).on(Operation::PutObject);
+        Box::pin(only_its_own_look_at_the_claim_keeps_a_follower_from_writing(fault)).await;
+    }
+}
+
+/// It has an answer to what it stored, and more to store.
+#[tokio::test]
+async fn a_follower_that_stood_still_while_it_stored_stores_no_more_after_its_claim() {
+    if !something_is_missing() {
+        let fault = Fault::new(HOLD).on(Operation::PutObject);
+        Box::pin(only_its_own_look_at_the_claim_keeps_a_follower_from_writing(fault)).await;
     }
 }

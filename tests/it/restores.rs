@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use harness::postgres::postgres_is_missing;
@@ -222,6 +222,40 @@ async fn an_idle_database_is_restored_to_the_time_that_is_listed() {
     let at = until.to_rfc3339();
     let restored = recover(&receiving.scene, "restored", &["--target-time", &at]).await;
     assert_eq!(rows(&restored).await, "1");
+}
+
+/// Copied with `cp -r`, every object seemed to be as new as the copy, and so did what is in it.
+#[tokio::test]
+async fn a_repository_that_was_copied_without_its_times_reaches_no_further() {
+    if postgres_is_missing() {
+        return;
+    }
+    let (scene, _) = scene_with_backup().await;
+    scene.archive_wal().await;
+    let times = async || {
+        let listed = scene.list().await;
+        let wal = scene.run(&["list", "--wal", "--json"]).await;
+        wal.assert_success();
+        let ranges: Vec<serde_json::Value> = serde_json::from_str(&wal.stdout).unwrap();
+        let until = &listed[0]["window"]["until"];
+        let times = [until, &ranges[0]["stored_from"], &ranges[0]["stored_until"]];
+        times.map(|it| it.as_str().unwrap().parse::<DateTime<Utc>>().unwrap())
+    };
+    let before = times().await;
+    let later = SystemTime::now() + Duration::from_hours(1);
+    for file in files(&scene.repository()) {
+        fs::File::open(file).unwrap().set_modified(later).unwrap();
+    }
+    // A file system's clock ticks less often than ours.
+    for (after, before) in times().await.into_iter().zip(before) {
+        assert!((after - before).abs() < TimeDelta::seconds(1), "{before} has become {after}");
+    }
+    let at = (Utc::now() + TimeDelta::minutes(10)).to_rfc3339();
+    let to = scene.path("beyond");
+    let restore = ["restore", "--archive-mode", "off", "--to", to.to_str().unwrap()];
+    let refused = scene.run(&[&restore[..], &["--target-time", &at]].concat()).await;
+    refused.assert_code(1);
+    assert!(refused.stderr.contains("cannot be reached"), "{refused}");
 }
 
 /// `--force` and `--tablespace OLD=OLD` would have emptied it.

@@ -162,7 +162,7 @@ async fn encryption_that_is_asked_for_arrives_with_every_object() {
         upload.complete(vec![part]).await.unwrap();
         for key in [put, multipart] {
             assert_eq!(s3.bucket().encryption(&key).as_deref(), expected, "{key}");
-            assert_eq!(store.get(&key).await.unwrap(), "x");
+            assert_eq!(store.get(&key, 1).await.unwrap(), "x");
         }
     }
 
@@ -172,7 +172,9 @@ async fn encryption_that_is_asked_for_arrives_with_every_object() {
     let begin = store.upload("k", 5 << 20, None).await.unwrap_err();
     for (error, operation) in [(put, "put k"), (begin, "begin upload of k")] {
         assert_eq!(error.kind, StoreErrorKind::Unsupported);
-        let expected = format!("{operation}: NotImplemented: refused on purpose");
+        let S3Endpoint { bucket, url, .. } = s3.endpoint();
+        let reason = "NotImplemented: refused on purpose";
+        let expected = format!("{operation}: bucket {bucket} at {url}: {reason}");
         assert_eq!(chain(&error).to_string(), expected);
     }
 }

@@ -2,9 +2,16 @@
 //! and that nothing is lost where a promise is missing.
 
 use bytes::Bytes;
-use harness::{S3Endpoint, S3Server, directory, garage_endpoint, moto_endpoint};
+use harness::{
+    Effect, Fault, Operation, Refusal, S3Endpoint, S3Server, directory, garage_endpoint,
+    moto_endpoint,
+};
 use shared::store::{ObjectStore, Put, StoreConfig, StoreErrorKind};
+use shared::telemetry::chain;
 use tempfile::TempDir;
+
+/// The longest object that is read as a whole, in bytes.
+const LIMIT: u64 = 12 << 20;
 
 /// What a server does that others do not.
 #[derive(Clone, Copy, Debug)]
@@ -30,15 +37,18 @@ fn bytes(len: usize) -> Bytes {
 /// Everything the agent asks of a store.
 async fn keeps_its_promises(store: &ObjectStore, promises: Promises) {
     assert_eq!(store.head("a/none").await.unwrap(), None);
-    assert_eq!(store.get("a/none").await.unwrap_err().kind, StoreErrorKind::NotFound);
+    assert_eq!(store.get("a/none", LIMIT).await.unwrap_err().kind, StoreErrorKind::NotFound);
     assert!(store.list("a/", None, None).await.unwrap().is_empty());
 
     let content = bytes(100_000);
     assert_eq!(store.put("a/one", content.clone(), None).await.unwrap(), Put::Created);
-    assert_eq!(store.get("a/one").await.unwrap(), content);
+    assert_eq!(store.get("a/one", LIMIT).await.unwrap(), content);
     assert_eq!(store.get_range("a/one", 10..20).await.unwrap(), content.slice(10..20));
     let beyond = store.get_range("a/one", 99_990..100_010).await.unwrap_err();
     assert_eq!(beyond.kind, StoreErrorKind::Corrupt, "{beyond}");
+    let longer = store.get("a/one", 99_999).await.unwrap_err();
+    assert_eq!(longer.kind, StoreErrorKind::Refused, "{longer}");
+    assert!(chain(&longer).to_string().contains("100000 bytes, expected 99999"), "{longer:?}");
     let info = store.head("a/one").await.unwrap().unwrap();
     assert_eq!((info.key.as_str(), info.bytes), ("a/one", 100_000));
 
@@ -47,10 +57,10 @@ async fn keeps_its_promises(store: &ObjectStore, promises: Promises) {
     let other = store.put("a/one", bytes(5), None).await.unwrap();
     if promises.write_once {
         assert_eq!(other, Put::Exists);
-        assert_eq!(store.get("a/one").await.unwrap(), content);
+        assert_eq!(store.get("a/one", LIMIT).await.unwrap(), content);
     }
     assert_eq!(store.put("a/empty", Bytes::new(), None).await.unwrap(), Put::Created);
-    assert_eq!(store.get("a/empty").await.unwrap(), Bytes::new());
+    assert_eq!(store.get("a/empty", LIMIT).await.unwrap(), Bytes::new());
 
     for name in ["a/x/1", "a/x/2", "a/y/3", "b/4"] {
         store.put(name, bytes(10), None).await.unwrap();
@@ -77,7 +87,7 @@ async fn keeps_its_promises(store: &ObjectStore, promises: Promises) {
     }
     let third = upload.part(3, whole.slice(10 << 20..)).await.unwrap();
     upload.complete(vec![second, first, third]).await.unwrap();
-    assert!(store.get("a/large").await.unwrap() == whole);
+    assert!(store.get("a/large", LIMIT).await.unwrap() == whole);
     let middle = store.get_range("a/large", (5 << 20) - 3..(5 << 20) + 3).await.unwrap();
     assert_eq!(middle, whole.slice((5 << 20) - 3..(5 << 20) + 3));
 
@@ -111,7 +121,7 @@ async fn a_directory_that_is_not_there_is_not_an_empty_one() {
     let config: StoreConfig = toml::from_str(&text).unwrap();
     let store = ObjectStore::open(&config).await.unwrap();
     let error = store.list("", None, None).await.unwrap_err();
-    assert!(shared::telemetry::chain(&error).to_string().contains("does not exist"), "{error:?}");
+    assert!(chain(&error).to_string().contains("does not exist"), "{error:?}");
     store.put("a", bytes(1), None).await.unwrap_err();
     assert!(!path.exists(), "the missing directory was made");
 }
@@ -148,6 +158,33 @@ async fn garage_keeps_its_promises_but_one() {
     }
 }
 
+/// Some servers do not know the request that deletes many, or refuse it without a checksum.
+#[tokio::test]
+async fn a_store_that_cannot_delete_many_at_once_deletes_one_by_one() {
+    let server = S3Server::start().await;
+    let (store, _directory) = open_s3(server.endpoint(), "").await;
+    let keys = |from: u32| (from..from + 20).map(|n| format!("many/{n}")).collect::<Vec<_>>();
+    for (from, refusal) in [(0, Refusal::NotImplemented), (20, Refusal::AccessDenied)] {
+        let many = Operation::DeleteObjects;
+        let fault = server.faults().add(Fault::new(Effect::Refuse(refusal)).on(many));
+        for key in keys(from) {
+            store.put(&key, bytes(1), None).await.unwrap();
+        }
+        store.delete_all(keys(from)).await.unwrap();
+        assert!(server.faults().hits(fault) > 0, "{refusal:?}: it was not even tried");
+        assert!(store.list("many/", None, None).await.unwrap().is_empty(), "{refusal:?}");
+        server.faults().clear();
+    }
+    // Nothing at all may be deleted.
+    for key in keys(40) {
+        store.put(&key, bytes(1), None).await.unwrap();
+    }
+    server.faults().object_lock(true);
+    let denied = store.delete_all(keys(40)).await.unwrap_err();
+    assert_eq!(denied.kind, StoreErrorKind::Denied, "{denied}");
+    assert_eq!(store.list("many/", None, None).await.unwrap().len(), 20);
+}
+
 #[tokio::test]
 async fn a_storage_class_reaches_the_store() {
     let server = S3Server::start().await;
@@ -167,12 +204,12 @@ async fn wrong_credentials_and_a_missing_bucket_are_told_apart() {
     let mut wrong = server.endpoint().clone();
     wrong.secret_access_key = "not the secret".to_owned();
     let (store, _directory) = open_s3(&wrong, "").await;
-    assert_eq!(store.get("x").await.unwrap_err().kind, StoreErrorKind::Denied);
+    assert_eq!(store.get("x", LIMIT).await.unwrap_err().kind, StoreErrorKind::Denied);
 
     let mut missing = server.endpoint().clone();
     missing.bucket = "no-such-bucket".to_owned();
     let (store, _directory) = open_s3(&missing, "").await;
     let error = store.put("x", bytes(1), None).await.unwrap_err();
     assert_eq!(error.kind, StoreErrorKind::NotFound);
-    assert!(shared::telemetry::chain(&error).to_string().contains("NoSuchBucket"), "{error:?}");
+    assert!(chain(&error).to_string().contains("NoSuchBucket"), "{error:?}");
 }

@@ -10,10 +10,9 @@ use thiserror::Error;
 use tokio_postgres::types::PgLsn;
 use tracing::{debug, error, info, warn};
 
-use crate::catalog;
 use crate::config::Config;
 use crate::repository::{OpenError, Place, Repository, RepositoryError};
-use crate::wal::{self, Absence, Packed, Stored, WalError, WalMap, piece};
+use crate::wal::{self, Absence, Packed, Stored, WalError, WalMap, newest, piece};
 
 /// Where a server keeps its system identifier, below the data directory: the first eight bytes.
 /// Source: `ControlFileData` in `src/include/catalog/pg_control.h`.
@@ -108,7 +107,7 @@ pub async fn push(config: &Config, path: &Path) -> Result<Stored, ArchiveError> 
         return Err(WalError::OtherServer { name: file, expected, found }.into());
     }
     let place = Repository::open(config).await?.place(config.wal.group, expected);
-    let stored = wal::store(&place, packed).await?;
+    let stored = wal::push(&place, packed).await?;
     match stored {
         Stored::Now => info!(segment = file, "WAL file stored"),
         Stored::Before => info!(segment = file, "WAL file was stored before, with this content"),
@@ -142,7 +141,7 @@ pub async fn fetch(
 ) -> Result<Fetched, ArchiveError> {
     let place = Repository::open(config).await?.place(config.wal.group, system_identifier()?);
     if let Some(until) = until {
-        let segment_bytes = catalog::wal_segment_bytes(&place).await?.unwrap_or(16 << 20);
+        let segment_bytes = newest::segment_bytes(&place).await?;
         if is_behind(file, segment_bytes, until) {
             info!(segment = file, %until, "WAL behind the target is left");
             return Ok(Fetched::NeverProduced);
@@ -201,7 +200,11 @@ async fn fetch_from(
             let reason = "it was listed a moment ago".to_owned();
             return Err(ArchiveError::Missing { file: file.to_owned(), reason });
         }
-        return Err(error.into());
+        let pieces = if error.is_damage() { all_pieces(place, file).await? } else { None };
+        let Some(content) = pieces else { return Err(error.into()) };
+        put(path, &content)?;
+        warn!(segment = file, error = %chain(&error), "damaged WAL segment put together from its pieces");
+        return Ok(Fetched::Done);
     }
     fs::rename(&provisional, path)
         .map_err(|source| ArchiveError::Write { path: path.to_owned(), source })?;
@@ -217,7 +220,7 @@ async fn fetch_growing(
     path: &Path,
     until: Option<PgLsn>,
 ) -> Result<Fetched, ArchiveError> {
-    let segment_bytes = catalog::wal_segment_bytes(place).await?.unwrap_or(16 << 20);
+    let segment_bytes = newest::segment_bytes(place).await?;
     let Ok(WalFile::Segment(segment)) = WalFile::parse(file, segment_bytes) else {
         return absent(place, file, segment_bytes).await;
     };
@@ -262,16 +265,38 @@ async fn fetch_listed(
         Err(error) if error.is_gone() => return Ok(None),
         content => content?,
     };
-    let failed = |source| ArchiveError::Write { path: path.to_owned(), source };
-    let provisional = path.with_extension("pgmesh");
-    let written = fs::write(&provisional, content).and_then(|()| fs::rename(&provisional, path));
-    if let Err(source) = written {
-        // What there is of it would take room on a disk that may have none.
-        fs::remove_file(&provisional).ok();
-        return Err(failed(source));
-    }
+    put(path, &content)?;
     info!(segment = file, bytes = covered, "WAL segment put together from its pieces");
     Ok(Some(Fetched::Done))
+}
+
+/// Writes a segment; it gets its name when it is whole.
+fn put(path: &Path, content: &[u8]) -> Result<(), ArchiveError> {
+    let provisional = path.with_extension("pgmesh");
+    let written = fs::write(&provisional, content).and_then(|()| fs::rename(&provisional, path));
+    written.map_err(|source| {
+        // What there is of it would take room on a disk that may have none.
+        fs::remove_file(&provisional).ok();
+        ArchiveError::Write { path: path.to_owned(), source }
+    })
+}
+
+/// All of a segment whose complete object is damaged, from pieces that were not removed yet, or that
+/// the store keeps; `None` if they are not all there.
+async fn all_pieces(place: &Place, file: &str) -> Result<Option<Vec<u8>>, ArchiveError> {
+    let segment_bytes = newest::segment_bytes(place).await?;
+    let Ok(WalFile::Segment(segment)) = WalFile::parse(file, segment_bytes) else {
+        return Ok(None);
+    };
+    let pieces = piece::list_of(place, segment, segment_bytes).await?;
+    if piece::cover(&pieces).to < segment_bytes {
+        return Ok(None);
+    }
+    match piece::stitch_whole(place, segment, segment_bytes, &pieces).await {
+        Ok(content) => Ok(Some(content)),
+        Err(error) if error.is_damage() => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// The first `covered` bytes of a segment and zeros after them: from its own pieces, or, if those
@@ -283,22 +308,28 @@ async fn beginning(
     covered: u64,
 ) -> Result<Vec<u8>, WalError> {
     let bytes = stored.segment_bytes;
-    let own = stored.pieces.get(&segment).map_or(&[][..], Vec::as_slice);
-    let own = piece::cover(own);
-    if own.to >= covered {
-        return piece::stitch(place, segment, bytes, &own).await;
+    let pieces = |segment| stored.pieces.get(&segment).map_or(&[][..], Vec::as_slice);
+    if piece::cover(pieces(segment)).to >= covered {
+        return piece::stitch_whole(place, segment, bytes, pieces(segment)).await;
     }
     let mut content = Vec::new();
     let Some((parent, _)) = stored.parent(segment) else { return Ok(content) };
+    let mut is_damaged = false;
     if let [complete] = stored.objects(parent) {
-        wal::read(place, complete, |chunk| {
+        let read = wal::read(place, complete, |chunk| {
             content.extend_from_slice(chunk);
             Ok(())
-        })
-        .await?;
-    } else {
-        let pieces = stored.pieces.get(&parent).map_or(&[][..], Vec::as_slice);
-        content = piece::stitch(place, parent, bytes, &piece::cover(pieces)).await?;
+        });
+        match read.await {
+            Err(error) if error.is_damage() && piece::cover(pieces(parent)).to >= covered => {
+                warn!(segment = complete.name, error = %chain(&error), "damaged WAL segment left out");
+                is_damaged = true;
+            }
+            read => read?,
+        }
+    }
+    if is_damaged || stored.objects(parent).is_empty() {
+        content = piece::stitch_whole(place, parent, bytes, pieces(parent)).await?;
     }
     let end = usize::try_from(covered).unwrap_or(usize::MAX).min(content.len());
     content[end..].fill(0);

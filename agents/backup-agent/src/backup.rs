@@ -28,6 +28,7 @@ use crate::progress::Progress;
 use crate::replication::base_backup::{BaseBackup, BaseBackupOptions, Verdict};
 use crate::replication::{Replication, ReplicationError};
 use crate::repository::{Place, Repository, RepositoryError};
+use crate::same_key;
 use crate::server_manifest::ManifestError;
 use crate::source::{self, RunLock, Source, SourceError};
 use crate::tar::TarError;
@@ -239,6 +240,8 @@ pub async fn take_backup(
     let lock = RunLock::take(connect(settings, &source.primary).await?)
         .await?
         .ok_or(BackupError::OtherRun { group })?;
+    // Before what follows from it: nothing takes the WAL of a server with another key.
+    same_key::require(&place).await?;
     let slot = &context.config.wal.slot;
     if !lock.wal_is_taken(slot).await? {
         let (primary, slot) = (source.primary.to_string(), slot.clone());
@@ -293,7 +296,7 @@ pub async fn take_backup(
         manifest: copied.manifest,
         files: copied.files,
         file_count: copied.file_count,
-        previous: catalog.backups.last().map(|backup| backup.backup_id.clone()),
+        previous: catalog.newest.clone(),
     };
 
     progress.begin("waiting for WAL", 0);

@@ -21,6 +21,8 @@ pub struct Catalog {
     pub tombstones: BTreeMap<BackupId, DateTime<Utc>>,
     /// Of those, the ones that objects are left of.
     pub buried: BTreeSet<BackupId>,
+    /// The newest backup that there is, whether it can be read or not.
+    pub newest: Option<BackupId>,
     /// Objects of backups that have no commit object: a run under way, or one that was stopped.
     pub unfinished: BTreeMap<BackupId, Vec<ObjectInfo>>,
 }
@@ -41,7 +43,7 @@ impl Catalog {
     ///
     /// # Errors
     ///
-    /// The store could not be asked. A single commit object that is damaged is listed in
+    /// The store could not be asked. A single backup that cannot be read is listed in
     /// [`Catalog::unreadable`].
     pub async fn read(place: &Place) -> Result<Self, RepositoryError> {
         let mut catalog = Self::default();
@@ -59,7 +61,7 @@ impl Catalog {
         }
         let mut committed = BTreeSet::new();
         let mut objects: BTreeMap<BackupId, Vec<ObjectInfo>> = BTreeMap::new();
-        for info in place.list("base/", None, None).await? {
+        for info in catalog.list_objects(place).await? {
             let path = info.key.strip_prefix("base/").unwrap_or_default();
             let Some((id, object)) = path.split_once('/') else { continue };
             let Ok(id) = id.parse::<BackupId>() else { continue };
@@ -77,6 +79,7 @@ impl Catalog {
                 catalog.unfinished.insert(id, objects);
                 continue;
             }
+            catalog.newest = catalog.newest.take().max(Some(id.clone()));
             match read_commit(place, &id).await {
                 Ok(commit) => catalog.backups.push(commit),
                 Err(error) if error.is_transient() => return Err(error),
@@ -84,6 +87,29 @@ impl Catalog {
             }
         }
         Ok(catalog)
+    }
+
+    /// Lists the objects of all backups. If the store does not let it, one of them may be to blame:
+    /// then each is asked for alone.
+    async fn list_objects(&mut self, place: &Place) -> Result<Vec<ObjectInfo>, RepositoryError> {
+        match place.list("base/", None, None).await {
+            Err(error) if !error.is_transient() => {}
+            listed => return listed,
+        }
+        let mut listed = Vec::new();
+        for folder in place.list_folders("base/").await? {
+            let Ok(id) = folder.parse::<BackupId>() else { continue };
+            match place.list(&id.object(""), None, None).await {
+                Ok(objects) => listed.extend(objects),
+                Err(error) if error.is_transient() => return Err(error),
+                Err(_) if self.tombstones.contains_key(&id) => drop(self.buried.insert(id)),
+                Err(error) => {
+                    self.newest = self.newest.take().max(Some(id.clone()));
+                    self.unreadable.push((id, error));
+                }
+            }
+        }
+        Ok(listed)
     }
 
     /// Backups that a later one names as its predecessor, and of which nothing is left: they were

@@ -100,7 +100,7 @@ async fn check_repository(repository: &Repository, cluster: &str, steps: &mut St
     }
     steps.add("repository put", Outcome::Ok, location);
     match store
-        .get(&key)
+        .get(&key, object.len() as u64)
         .await
         .map_err(|error| chain(&error).to_string())
         .and_then(|object| open_whole(keys, &identity, &object).map_err(|error| error.to_string()))
@@ -262,27 +262,88 @@ async fn check_archiving(
              (`backup-agent run`), and archive_mode is off"
         ));
     }
+    let is_received = behind.is_some();
     if row.get("failing") {
         let failed: String = row.get("failed");
-        return Err(format!("{failed} could not be archived; see the log of {}", node.name));
-    }
-    let archived: Option<String> = row.get("archived");
-    let Some(archived) = archived else {
-        let detail = "on, and nothing archived yet; try SELECT pg_switch_wal()";
+        let failed = format!("{failed} could not be archived; see the log of {}", node.name);
+        if !is_received {
+            return Err(failed);
+        }
+        let detail =
+            format!("{failed}. WAL is received here, but pg_wal grows until that is mended");
         steps.add(step, Outcome::Warning, detail);
+        return Ok(());
+    }
+    let Some(archived) = row.get::<_, Option<String>>("archived") else {
+        let outcome = if is_received { Outcome::Ok } else { Outcome::Warning };
+        steps.add(step, outcome, "on, and nothing archived yet; try SELECT pg_switch_wal()");
         return Ok(());
     };
     let place = context.repository.place(group.number, state.system_identifier);
-    let found = wal::find(&place, &archived).await.map_err(|error| chain(&error).to_string())?;
-    match found.len() {
-        1 => steps.add(step, Outcome::Ok, format!("{archived} is in the repository")),
+    let mut contents = 0;
+    for file in [Some(archived.as_str()), labelled(&archived)].into_iter().flatten() {
+        let found = wal::find(&place, file).await.map_err(|error| chain(&error).to_string())?;
+        contents = contents.max(found.len());
+    }
+    let (outcome, detail) = archiving(&archived, contents, is_received);
+    steps.add(step, outcome, detail);
+    Ok(())
+}
+
+/// The segment that the label of a base backup is named for: it was archived before.
+fn labelled(archived: &str) -> Option<&str> {
+    archived.strip_suffix(".backup").and_then(|label| label.get(..24))
+}
+
+/// What it means that of the file that was archived last the repository has so many contents.
+fn archiving(archived: &str, contents: usize, is_received: bool) -> (Outcome, String) {
+    match contents {
+        1 => (Outcome::Ok, format!("{archived} is in the repository")),
+        0 if is_received => {
+            let detail = "archive_command stores WAL elsewhere; the WAL receiver stores it here";
+            (Outcome::Ok, detail.to_owned())
+        }
+        0 if archived.contains('.') => {
+            let detail = format!(
+                "{archived} was archived last, which is no WAL segment and not in this repository; \
+                 try SELECT pg_switch_wal()"
+            );
+            (Outcome::Warning, detail)
+        }
         0 => {
-            return Err(format!(
+            let detail = format!(
                 "{archived} was archived, and not into this repository: does archive_command run \
                  backup-agent with this cluster name and group?"
-            ));
+            );
+            (Outcome::Failed, detail)
         }
-        count => return Err(format!("{archived} is in the repository with {count} contents")),
+        _ => (Outcome::Failed, format!("{archived} is in the repository with {contents} contents")),
     }
-    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn archiving_fails_only_if_wal_is_lost() {
+        let segment = "000000010000000000000005";
+        let label = "000000010000000000000005.00000028.backup";
+        for (archived, contents, is_received, expected) in [
+            (segment, 1, false, Outcome::Ok),
+            (segment, 0, false, Outcome::Failed),
+            (segment, 0, true, Outcome::Ok),
+            (segment, 2, true, Outcome::Failed),
+            (label, 1, false, Outcome::Ok),
+            (label, 0, false, Outcome::Warning),
+            ("00000002.history", 0, false, Outcome::Warning),
+            ("00000002.history", 0, true, Outcome::Ok),
+            ("000000010000000000000005.partial", 0, false, Outcome::Warning),
+        ] {
+            let (outcome, detail) = archiving(archived, contents, is_received);
+            assert_eq!(outcome, expected, "{archived}, {contents}, {is_received}: {detail}");
+        }
+        assert_eq!(labelled(label), Some(segment));
+        assert_eq!(labelled("00000002.history"), None);
+    }
 }

@@ -5,14 +5,17 @@ use std::path::PathBuf;
 
 use chrono::{DateTime, Utc};
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use shared::cli::config_help;
 use tokio_postgres::types::PgLsn;
 
+use crate::commands::AGENT;
 use crate::manifest::BackupId;
 use crate::recovery::{Target, TargetTimeline};
 
 /// Takes base backups of PostgreSQL clusters, stores their WAL, and restores both.
 #[derive(Debug, Parser)]
 #[command(name = "backup-agent", version, max_term_width = 100)]
+#[command(mut_arg("config", |argument| config_help(argument, AGENT)))]
 pub struct Cli {
     /// What every agent has.
     #[command(flatten)]
@@ -34,6 +37,10 @@ pub enum Command {
     /// is in the repository. Exit code 1 also for a suspect backup, which is kept.
     Backup(GroupArgs),
     /// Show the backups and what each can be restored to; or the stored WAL
+    ///
+    /// AGE is since it was complete, SIZE that of the database cluster, STORED what it takes in the
+    /// repository. RESTORABLE UNTIL (UTC) is as far as WAL without a gap leads from it. Below a backup
+    /// stands what is wrong with it. --json tells more.
     ///
     /// With --wal: the ranges of WAL without a gap, and what is after each. Exit code 1 if a backup
     /// cannot be read or WAL is missing.
@@ -211,7 +218,8 @@ pub struct RestoreArgs {
     /// The database cluster, if the group was created anew and the repository has several
     #[arg(long, value_name = "N")]
     pub system_identifier: Option<u64>,
-    /// A certain backup [default: the newest that leads to the target]
+    /// A certain backup [default: the newest that leads to the target; to a name or a transaction,
+    /// of which nobody knows where it is, the oldest]
     #[arg(long, value_name = "ID")]
     pub backup: Option<BackupId>,
     /// Stop at the last commit at or before a time: '2026-03-01 14:30:00+00' (a zone is required)
@@ -308,6 +316,18 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn help_fits_a_terminal_and_names_our_configuration_file() {
+        let mut command = Cli::command();
+        command.build();
+        for command in command.get_subcommands_mut().filter(|it| it.get_name() != "help") {
+            let help = command.render_long_help().to_string();
+            assert!(help.contains("[default: /etc/pgmesh/backup-agent.toml]"), "{help}");
+            let width = help.lines().map(|line| line.chars().count()).max();
+            assert!(width <= Some(100), "{width:?}:\n{help}");
+        }
     }
 
     #[test]

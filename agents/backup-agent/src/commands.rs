@@ -9,28 +9,28 @@ use shared::cli::{WrongUse, print};
 use shared::config;
 use shared::etcd::Etcd;
 use shared::table::Table;
+use shared::telemetry::chain;
 use shared::topology::groups;
 
 use crate::archive;
 use crate::backup::{Context, take_backup};
-use crate::catalog::Catalog;
 use crate::check::{Outcome, check};
 use crate::cli::{
-    ArchiveMode, Cli, Command, ExpireArgs, GroupArgs, JsonArgs, ListArgs, RestoreArgs, VerifyArgs,
+    Action, ArchiveMode, Cli, Command, ExpireArgs, GroupArgs, JsonArgs, ListArgs, RestoreArgs,
+    VerifyArgs,
 };
 use crate::config::Config;
-use crate::expire::{self, Spare};
+use crate::expire::{self, Plan, Spare};
 use crate::keys::{new_key, new_key_file};
-use crate::manifest::Commit;
+use crate::listing::{self, Listing, heading};
 use crate::prefetch;
 use crate::progress::{Progress, drawn};
 use crate::quantities::{bytes, span, time};
-use crate::recovery::{Target, TargetTimeline, Window};
+use crate::recovery::{Target, Window};
 use crate::repository::{Place, Repository};
 use crate::restore::{RestoreError, RestoreOptions, restore};
 use crate::service;
 use crate::verify::verify;
-use crate::wal::{Then, WalMap};
 use crate::wal_commands;
 
 /// The service's name: package, configuration file, log target.
@@ -98,10 +98,14 @@ async fn backup(context: &Context, args: &GroupArgs) -> anyhow::Result<()> {
         let problem = "neither [[nodes]] nor [patroni] is configured: no server to back up";
         bail!(WrongUse(problem.to_owned()));
     }
-    let groups = match args.group {
-        Some(group) => [group].into(),
-        None => groups(&context.topology.nodes().await?),
-    };
+    let mut groups = groups(&context.topology.nodes().await?);
+    if let Some(group) = args.group {
+        if !groups.contains(&group) {
+            let known = groups.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
+            bail!("group {group} has no servers; there are groups: {known}");
+        }
+        groups = [group].into();
+    }
     let (mut suspect, mut values, mut failed) = (Vec::new(), Vec::new(), Vec::new());
     for group in groups {
         let progress = Progress::default();
@@ -118,9 +122,10 @@ async fn backup(context: &Context, args: &GroupArgs) -> anyhow::Result<()> {
             let (plain, stored) = (bytes(commit.plain_bytes()), bytes(commit.object_bytes()));
             let took = span(commit.finished_at - commit.started_at);
             let id = &commit.backup_id;
-            print(format!("{id}: {plain} in {stored}, from {}, {took}\n", commit.node))?;
+            let node = &commit.node;
+            print(format!("{id}: {plain}, {stored} stored, from {node}, in {took}\n"))?;
         }
-        values.push(backup_json(&commit, None));
+        values.push(listing::backup(&commit, None));
         if commit.suspect.is_some() {
             suspect.push(commit.backup_id.to_string());
         }
@@ -130,7 +135,7 @@ async fn backup(context: &Context, args: &GroupArgs) -> anyhow::Result<()> {
     }
     if let Some(error) = failed.pop() {
         for earlier in failed {
-            tracing::error!(error = %shared::telemetry::chain(earlier.as_ref()), "backup failed");
+            tracing::error!(error = %chain(earlier.as_ref()), "backup failed");
         }
         return Err(error);
     }
@@ -140,106 +145,46 @@ async fn backup(context: &Context, args: &GroupArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn backup_json(commit: &Commit, window: Option<&Window>) -> Value {
-    let reach = window.and_then(|window| window.reach.as_ref());
-    json!({
-        "backup_id": commit.backup_id,
-        "group": commit.group,
-        "system_identifier": commit.system_identifier.to_string(),
-        "node": commit.node,
-        "from_standby": commit.from_standby,
-        "server_version_num": commit.server_version_num,
-        "timeline": commit.timeline,
-        "start_lsn": commit.start_lsn.to_string(),
-        "end_lsn": commit.end_lsn.to_string(),
-        "started_at": commit.started_at,
-        "finished_at": commit.finished_at,
-        "bytes": commit.plain_bytes(),
-        "object_bytes": commit.object_bytes(),
-        "file_count": commit.file_count,
-        "suspect": commit.suspect,
-        "window": reach.map(|reach| json!({
-            "consistent": window.is_some_and(Window::is_consistent),
-            "timeline": reach.timeline,
-            "until_lsn": reach.until_lsn.to_string(),
-            "until": reach.until,
-            "ends_with": match &reach.then {
-                Then::End => json!({ "reason": "end" }),
-                Then::Gap { segment } => json!({ "reason": "gap", "segment": segment }),
-                Then::Conflict { segment } => json!({ "reason": "conflict", "segment": segment }),
-            },
-        })),
-    })
-}
-
 async fn list(config: &Config, args: &ListArgs) -> anyhow::Result<()> {
     let ListArgs { wal, group: args } = args;
+    let places = places(config, args.group).await?;
+    if *wal && places.is_empty() && !args.json {
+        return print(format!("no WAL{}\n", nothing(config, args.group).await?));
+    }
     if *wal {
-        let places = places(config, args.group).await?;
         return wal_commands::list(&places, &config.retention, args.json).await;
     }
-    let header =
-        ["BACKUP", "GROUP", "FROM", "AGE", "TOOK", "SIZE", "STORED", "RESTORABLE UNTIL", "NOTE"];
-    let mut table = Table::new(&header);
-    let (mut values, mut unreadable) = (Vec::new(), Vec::new());
-    for place in places(config, args.group).await? {
-        let catalog = Catalog::read(&place).await?;
-        let segment_bytes = catalog.backups.last().map_or(16 << 20, |it| it.wal_segment_bytes);
-        let wal = WalMap::read(&place, segment_bytes).await?;
-        for commit in &catalog.backups {
-            let window = Window::of(commit, &wal, TargetTimeline::Latest);
-            values.push(backup_json(commit, Some(&window)));
-            table.row(list_row(commit, &window));
-        }
-        for (backup_id, error) in &catalog.unreadable {
-            let error = shared::telemetry::chain(error).to_string();
-            values.push(json!({ "backup_id": backup_id, "group": place.group, "error": error }));
-            let mut row = vec![backup_id.to_string(), place.group.to_string()];
-            row.extend(["?"; 6].map(str::to_owned));
-            row.push(format!("UNREADABLE: {error}"));
-            table.row(row);
-            unreadable.push(backup_id.to_string());
+    let (mut listings, mut problems) = (Vec::new(), Vec::new());
+    for place in &places {
+        match Listing::read(place).await {
+            Ok(listing) => listings.push(listing),
+            // The other groups are none the worse for it.
+            Err(error) => problems.push(format!("group {}: {}", place.group, chain(&error))),
         }
     }
+    let unreadable = listings.iter().flat_map(Listing::unreadable);
+    problems.extend(unreadable.map(|id| format!("backup {id} cannot be read")));
+    listings.retain(|listing| !listing.is_empty());
     if args.json {
-        print_json(&json!(values))?;
-    } else if table.is_empty() {
-        print("no backups; take one with `backup-agent backup`\n")?;
-    } else {
-        print(table.to_string())?;
+        print_json(&listings.iter().flat_map(Listing::to_json).collect())?;
+    } else if !listings.is_empty() {
+        let now = Utc::now();
+        print(listings.iter().map(|it| it.to_text(now)).collect::<Vec<_>>().join("\n"))?;
+    } else if problems.is_empty() {
+        let nothing = nothing(config, args.group).await?;
+        print(format!("no backups{nothing}; take one with `backup-agent backup`\n"))?;
     }
-    if !unreadable.is_empty() {
-        bail!("cannot be read: {}", unreadable.join(", "));
+    if problems.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    bail!("{}", problems.join("; "))
 }
 
-fn list_row(commit: &Commit, window: &Window) -> Vec<String> {
-    let until = match &window.reach {
-        Some(reach) if window.is_consistent() => reach.until.map_or("?".to_owned(), time),
-        _ => "NOT RESTORABLE".to_owned(),
-    };
-    let mut notes = Vec::new();
-    if commit.suspect.is_some() {
-        notes.push("SUSPECT".to_owned());
-    }
-    match window.reach.as_ref().map(|reach| &reach.then) {
-        Some(Then::Gap { segment }) => notes.push(format!("then {segment} is missing")),
-        Some(Then::Conflict { segment }) => notes.push(format!("then {segment} has two contents")),
-        Some(Then::End) | None => {}
-    }
-    let node = if commit.from_standby { "standby" } else { "primary" };
-    vec![
-        commit.backup_id.to_string(),
-        commit.group.to_string(),
-        format!("{} ({node})", commit.node),
-        span(Utc::now() - commit.finished_at),
-        span(commit.finished_at - commit.started_at),
-        bytes(commit.plain_bytes()),
-        bytes(commit.object_bytes()),
-        until,
-        notes.join("; "),
-    ]
+/// Where it is that there is nothing.
+async fn nothing(config: &Config, group: Option<u32>) -> anyhow::Result<String> {
+    let group = group.map(|group| format!(", group {group}")).unwrap_or_default();
+    let location = Repository::open(config).await?.location();
+    Ok(format!(" of cluster {}{group} in {location}", config.cluster))
 }
 
 async fn restore_command(config_path: &Path, args: &RestoreArgs) -> anyhow::Result<()> {
@@ -277,30 +222,50 @@ async fn restore_command(config_path: &Path, args: &RestoreArgs) -> anyhow::Resu
         reach: Some(restored.reach),
     };
     if args.json {
-        let mut value = backup_json(&restored.commit, Some(&window));
+        let mut value = listing::backup(&restored.commit, Some(&window));
         value["restored_to"] = json!(options.to);
         value["target"] = json!(options.target.to_string());
         return print_json(&value);
     }
+    print(format!(
+        "{} restored to {} in {} ({}).\n\
+         Check the files, if you like: pg_verifybackup -n {}\n\
+         Then start PostgreSQL there: it recovers to {} on timeline {} by itself.\n{}",
+        restored.commit.backup_id,
+        options.to.display(),
+        span(Utc::now() - began),
+        bytes(restored.bytes),
+        options.to.display(),
+        options.target,
+        window.reach.map_or(0, |reach| reach.timeline),
+        afterwards(&options, args.target_action),
+    ))
+}
+
+/// What happens when the server has come to its target.
+fn afterwards(options: &RestoreOptions, action: Action) -> String {
+    let end = match (&options.target, action) {
+        (Target::End, _) | (_, Action::Promote) => "There it becomes a primary.\n",
+        (_, Action::Pause) => {
+            "There it stays in recovery, read-only: look, then make it a primary with \
+             SELECT pg_wal_replay_resume().\n"
+        }
+        (_, Action::Shutdown) => "There it shuts down.\n",
+    };
     // PostgreSQL looks for a commit after the time, and replays everything before it gives up.
-    let hint = match options.target {
+    let time = match options.target {
         Target::Time(_) => {
             "If it says \"recovery ended before configured recovery target was reached\", no commit \
              after that time is stored: then restore without --target-time.\n"
         }
         _ => "",
     };
-    print(format!(
-        "{} restored to {} in {} ({}).\nStart PostgreSQL there: it recovers to {} on timeline {} \
-         by itself.\n{hint}Check the files, if you like, before that: pg_verifybackup -n {}\n",
-        restored.commit.backup_id,
-        options.to.display(),
-        span(Utc::now() - began),
-        bytes(restored.bytes),
-        options.target,
-        window.reach.map_or(0, |reach| reach.timeline),
-        options.to.display(),
-    ))
+    let archiving = if options.archive_off {
+        "It does not archive: archive_mode is off in its postgresql.auto.conf.\n"
+    } else {
+        ""
+    };
+    format!("{end}{time}{archiving}")
 }
 
 /// The `restore_command` of the restored server: this very program with this configuration.
@@ -324,10 +289,15 @@ async fn verify_command(config: &Config, args: &VerifyArgs) -> anyhow::Result<()
     if args.wal {
         let progress = Progress::default();
         let places = places(config, args.group).await?;
+        if places.is_empty() {
+            let nothing = nothing(config, args.group).await?;
+            bail!("there is no WAL{nothing}: nothing was verified");
+        }
         let work = Box::pin(wal_commands::verify(&places, &config.retention, args.json, &progress));
         return drawn(&progress, work).await;
     }
-    let mut table = Table::new(&["BACKUP", "READ", "WAL SEGMENTS", "RESULT"]);
+    let header = ["BACKUP", "READ", "WAL SEGMENTS", "RESULT"];
+    let mut table = Table::new(&header).numbers(&[1, 2]);
     let (mut values, mut bad, mut count) = (Vec::new(), 0, 0);
     for place in places(config, args.group).await? {
         let progress = Progress::default();
@@ -337,71 +307,103 @@ async fn verify_command(config: &Config, args: &VerifyArgs) -> anyhow::Result<()
             count += 1;
             bad += usize::from(!verified.problems.is_empty());
             values.push(json!({
-                "backup_id": verified.backup_id, "group": place.group, "bytes": verified.bytes,
-                "segments": verified.segments, "problems": verified.problems,
+                "backup_id": verified.backup_id, "group": place.group,
+                "system_identifier": place.system_identifier.to_string(),
+                "bytes": verified.bytes, "segments": verified.segments,
+                "problems": verified.problems,
             }));
-            let mut results = verified.problems.into_iter();
-            let first = results.next().unwrap_or_else(|| "can be restored".to_owned());
+            let result = match verified.problems.len() {
+                0 => "can be restored".to_owned(),
+                1 => "1 PROBLEM".to_owned(),
+                several => format!("{several} PROBLEMS"),
+            };
             let segments = verified.segments.to_string();
-            table.row([verified.backup_id.to_string(), bytes(verified.bytes), segments, first]);
-            for more in results {
-                table.row(["", "", "", &more].map(str::to_owned));
-            }
+            table.row([verified.backup_id.to_string(), bytes(verified.bytes), segments, result]);
+            verified.problems.into_iter().for_each(|problem| table.note(problem));
         }
     }
     if args.json {
         print_json(&json!(values))?;
-    } else {
+    } else if !table.is_empty() {
         print(table.to_string())?;
     }
     match (count, bad) {
-        (0, _) => bail!("there is no such backup: nothing was verified"),
+        (0, _) => {
+            let backup_id = args.backup.as_ref().map(|id| format!(" {id}")).unwrap_or_default();
+            let nothing = nothing(config, args.group).await?;
+            bail!("there is no backup{backup_id}{nothing}: nothing was verified")
+        }
         (_, 0) => Ok(()),
         _ => bail!("{bad} of {count} backups have problems"),
     }
 }
 
 async fn expire_command(config: &Config, args: &ExpireArgs) -> anyhow::Result<()> {
-    let mut table = Table::new(&["WHAT", "ACTION", "WHY"]);
-    let mut values = Vec::new();
+    let (mut values, mut texts, mut problems) = (Vec::new(), Vec::new(), Vec::new());
     for place in places(config, args.group).await? {
-        let plan = expire::plan(&place, &config.retention, Utc::now()).await?;
-        for decision in &plan.decisions {
-            let id = decision.backup_id.to_string();
-            let keep = decision.keep.join(", ");
-            let action = if decision.keep.is_empty() { "mark as deleted" } else { "keep" };
-            values.push(json!({ "backup_id": id, "action": action, "reasons": decision.keep }));
-            let why = if keep.is_empty() { "no rule keeps it".to_owned() } else { keep };
-            table.row([id, action.to_owned(), why]);
-        }
-        for (id, due) in &plan.marked {
-            let why = format!("can be brought back until {}", time(*due));
-            values.push(json!({ "backup_id": id, "action": "marked", "until": due }));
-            table.row([id.to_string(), "marked as deleted".to_owned(), why]);
-        }
-        for id in &plan.delete {
-            values.push(json!({ "backup_id": id, "action": "delete" }));
-            table.row([id.to_string(), "delete".to_owned(), "was marked long enough".to_owned()]);
-        }
-        for Spare { count, object_bytes, name, key, why } in plan.spare() {
-            values.push(json!({
-                key: count, "bytes": object_bytes, "action": "delete", "why": why,
-            }));
-            let what = format!("{count} {name}, {}", bytes(object_bytes));
-            table.row([what, "delete".to_owned(), why.to_owned()]);
+        let (group, system_identifier) = (place.group, place.system_identifier);
+        let plan = match expire::plan(&place, &config.retention, Utc::now()).await {
+            Ok(plan) => plan,
+            Err(error) => {
+                problems.push(format!("nothing of group {group} goes: {}", chain(&error)));
+                continue;
+            }
+        };
+        let (table, plan_values) = planned(&plan);
+        values.extend(plan_values.into_iter().map(|mut value| {
+            value["group"] = json!(group);
+            value["system_identifier"] = json!(system_identifier.to_string());
+            value
+        }));
+        if !table.is_empty() {
+            texts.push(format!("{}\n{table}", heading(group, system_identifier)));
         }
         if args.apply {
             expire::apply(&place, &plan).await?;
         }
     }
     if args.json {
-        return print_json(&json!(values));
+        print_json(&json!(values))?;
+    } else if !texts.is_empty() {
+        let done = if args.apply { "done" } else { "nothing was changed; do it with --apply" };
+        print(format!("{}{done}\n", texts.join("\n")))?;
+    } else if problems.is_empty() {
+        print(format!("there is nothing{}\n", nothing(config, args.group).await?))?;
     }
-    print(table.to_string())?;
-    if !args.apply {
-        print("nothing was changed; do it with --apply\n")?;
+    if problems.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    bail!("{}", problems.join("; "))
+}
+
+/// A plan, for people and for programs.
+fn planned(plan: &Plan) -> (Table, Vec<Value>) {
+    let mut table = Table::new(&["WHAT", "ACTION", "WHY"]);
+    let mut values = Vec::new();
+    for decision in &plan.decisions {
+        let id = decision.backup_id.to_string();
+        let keep = decision.keep.join(", ");
+        let action = if decision.keep.is_empty() { "mark as deleted" } else { "keep" };
+        values.push(json!({ "backup_id": id, "action": action, "reasons": decision.keep }));
+        let why = if keep.is_empty() { "no rule keeps it".to_owned() } else { keep };
+        table.row([id, action.to_owned(), why]);
+    }
+    for (id, due) in &plan.marked {
+        let why = format!("goes after {}", time(*due));
+        values.push(json!({ "backup_id": id, "action": "marked", "until": due }));
+        table.row([id.to_string(), "is marked".to_owned(), why]);
+        table.note(format!("brought back by deleting the object tombstone/{id}"));
+    }
+    for id in &plan.delete {
+        values.push(json!({ "backup_id": id, "action": "delete" }));
+        table.row([id.to_string(), "delete".to_owned(), "was marked long enough".to_owned()]);
+    }
+    for Spare { count, object_bytes, name, key, why } in plan.spare() {
+        values.push(json!({ key: count, "bytes": object_bytes, "action": "delete", "why": why }));
+        let what = format!("{count} {name}, {}", bytes(object_bytes));
+        table.row([what, "delete".to_owned(), why.to_owned()]);
+    }
+    (table, values)
 }
 
 async fn check_command(context: &Context, args: &JsonArgs) -> anyhow::Result<()> {
@@ -410,14 +412,17 @@ async fn check_command(context: &Context, args: &JsonArgs) -> anyhow::Result<()>
     if args.json {
         print_json(&json!(steps))?;
     } else {
-        let mut table = Table::new(&["STEP", "RESULT", "DETAIL"]);
+        let mut table = Table::new(&["RESULT", "STEP", "DETAIL"]);
         for step in &steps {
-            let outcome = match step.outcome {
-                Outcome::Ok => "ok",
-                Outcome::Warning => "WARNING",
-                Outcome::Failed => "FAILED",
+            let (outcome, detail) = match step.outcome {
+                Outcome::Ok => ("ok", step.detail.as_str()),
+                Outcome::Warning => ("WARNING", ""),
+                Outcome::Failed => ("FAILED", ""),
             };
-            table.row([step.step.clone(), outcome.to_owned(), step.detail.clone()]);
+            table.row([outcome, &step.step, detail].map(str::to_owned));
+            if step.outcome != Outcome::Ok {
+                table.note(&step.detail);
+            }
         }
         print(table.to_string())?;
     }

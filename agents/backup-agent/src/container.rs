@@ -3,7 +3,8 @@
 //! ```text
 //! header   100 bytes, readable without a key
 //! chunks   each AES-256-GCM( data ‖ codec byte ), 16-byte tag at its end
-//! index    the sealed lengths of the chunks and the length of the whole, sealed like a chunk
+//! index    the length of the whole, when it was sealed, and the sealed lengths of the chunks,
+//!          sealed like a chunk
 //! trailer  16 bytes: length of the sealed index, number of chunks, magic
 //! ```
 //!
@@ -16,6 +17,8 @@
 //!
 //! Chunks are independent zstd frames: they are made and opened in parallel, and a part of an
 //! object can be read alone. All integers are little-endian.
+//!
+//! Format version 1 has no time in the index, and is read as ever.
 
 use std::cell::RefCell;
 use std::io::Cursor;
@@ -23,6 +26,7 @@ use std::ops::Range;
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use bytes::Bytes;
+use chrono::{DateTime, Utc};
 use hkdf::Hkdf;
 use sha2::{Digest, Sha256};
 use thiserror::Error;
@@ -43,7 +47,11 @@ pub const CHUNKS_MAX: u32 = 1 << 22;
 
 const MAGIC: [u8; 8] = *b"PGMESH\r\n";
 const TRAILER_MAGIC: [u8; 8] = *b"\r\nHSEMGP";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
+/// The version before, whose index has no time.
+const VERSION_WITHOUT_TIME: u16 = 1;
+/// The longest index there can be, sealed.
+const INDEX_BYTES_MAX: u32 = 16 + 4 * CHUNKS_MAX + 16;
 /// HKDF-SHA256, AES-256-GCM, zstd.
 const SUITE: u8 = 1;
 const CODEC_RAW: u8 = 0;
@@ -97,7 +105,8 @@ pub enum ContainerError {
     },
     /// Written by a later release.
     #[error(
-        "{name} has format version {found}, this release reads {VERSION}; use a newer backup-agent"
+        "{name} has format version {found}, this release reads {VERSION_WITHOUT_TIME} to {VERSION}; \
+         use a newer backup-agent"
     )]
     Version {
         /// The object.
@@ -174,6 +183,7 @@ pub enum ContainerError {
 /// The readable beginning of an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Header {
+    version: u16,
     kind: u8,
     chunk_bytes: u32,
     key_id: String,
@@ -186,7 +196,7 @@ impl Header {
     fn encode(&self) -> [u8; HEADER_BYTES] {
         let mut bytes = [0; HEADER_BYTES];
         bytes[..8].copy_from_slice(&MAGIC);
-        bytes[8..10].copy_from_slice(&VERSION.to_le_bytes());
+        bytes[8..10].copy_from_slice(&self.version.to_le_bytes());
         bytes[10] = SUITE;
         bytes[11] = self.kind;
         bytes[12..16].copy_from_slice(&self.chunk_bytes.to_le_bytes());
@@ -212,7 +222,7 @@ impl Header {
             return Err(not_ours("the header's checksum is wrong".to_owned()));
         }
         let version = u16::from_le_bytes(array(&bytes[8..10]));
-        if version != VERSION || bytes[10] != SUITE {
+        if !(VERSION_WITHOUT_TIME..=VERSION).contains(&version) || bytes[10] != SUITE {
             return Err(ContainerError::Version { name: name.to_owned(), found: version });
         }
         let chunk_bytes = u32::from_le_bytes(array(&bytes[12..16]));
@@ -224,6 +234,7 @@ impl Header {
             .map_err(|_| not_ours("the key id is no text".to_owned()))?
             .to_owned();
         Ok(Self {
+            version,
             kind: bytes[11],
             chunk_bytes,
             key_id,
@@ -231,6 +242,11 @@ impl Header {
             key_check: array(&bytes[80..88]),
             name_check: array(&bytes[88..96]),
         })
+    }
+
+    /// Bytes of the index before the lengths of the chunks: the length of the whole, and the time.
+    fn index_head_bytes(&self) -> usize {
+        if self.version == VERSION_WITHOUT_TIME { 8 } else { 16 }
     }
 }
 
@@ -269,6 +285,7 @@ impl Sealer {
         })?;
         let derived = Derived::new(key, &salt, identity);
         let header = Header {
+            version: VERSION,
             kind: identity.kind as u8,
             chunk_bytes,
             key_id: key_id.to_owned(),
@@ -331,8 +348,9 @@ impl Sealer {
     /// More than the cipher takes, which no object reaches.
     pub fn finish(&self, sealed_lens: &[u32], plain_bytes: u64) -> Result<Vec<u8>, ContainerError> {
         let chunks = count(sealed_lens.len());
-        let mut tail = Vec::with_capacity(8 + 4 * sealed_lens.len() + TAG_BYTES + TRAILER_BYTES);
+        let mut tail = Vec::with_capacity(16 + 4 * sealed_lens.len() + TAG_BYTES + TRAILER_BYTES);
         tail.extend_from_slice(&plain_bytes.to_le_bytes());
+        tail.extend_from_slice(&Utc::now().timestamp_micros().to_le_bytes());
         for len in sealed_lens {
             tail.extend_from_slice(&len.to_le_bytes());
         }
@@ -355,6 +373,7 @@ pub struct Opener {
     salt: [u8; 32],
     chunk_bytes: u32,
     plain_bytes: u64,
+    sealed_at: Option<DateTime<Utc>>,
     /// Where chunk `n` begins in the object; one more than there are chunks.
     offsets: Vec<u64>,
     cipher: Cipher,
@@ -398,6 +417,11 @@ impl Unopened {
         Ok(Self { name: name.clone(), header, cipher })
     }
 
+    /// The id of the key that sealed it.
+    pub fn key_id(&self) -> &str {
+        &self.header.key_id
+    }
+
     /// Opens the index. `tail` is the end of the object, `object_bytes` its length.
     ///
     /// # Errors
@@ -408,19 +432,24 @@ impl Unopened {
             |reason: String| ContainerError::Truncated { name: self.name.clone(), reason };
         let (index_bytes, chunks) = trailer(tail)
             .ok_or_else(|| truncated("it does not end with the magic bytes".to_owned()))?;
+        let head_bytes = self.header.index_head_bytes();
         let index_end = tail.len() - TRAILER_BYTES;
         let index_start = index_end
             .checked_sub(index_bytes as usize)
-            .filter(|_| index_bytes as usize == 8 + 4 * chunks as usize + TAG_BYTES)
+            .filter(|_| index_bytes as usize == head_bytes + 4 * chunks as usize + TAG_BYTES)
             .ok_or_else(|| truncated("the index has an impossible length".to_owned()))?;
         let mut index = Vec::new();
         if !self.cipher.open(chunks, true, &tail[index_start..index_end], &mut index) {
             return Err(ContainerError::Damaged { name: self.name, chunk: chunks, chunks });
         }
-        let plain_bytes = u64::from_le_bytes(array(&index[..8]));
+        let (head, lens) = index.split_at(head_bytes);
+        let plain_bytes = u64::from_le_bytes(array(head));
+        let sealed_at = head.last_chunk().filter(|_| head_bytes > 8).copied();
+        let sealed_at =
+            sealed_at.and_then(|at| DateTime::from_timestamp_micros(i64::from_le_bytes(at)));
         let mut offsets = Vec::with_capacity(chunks as usize + 1);
         let mut offset = HEADER_BYTES as u64;
-        for len in index[8..].chunks_exact(4) {
+        for len in lens.chunks_exact(4) {
             offsets.push(offset);
             offset += u64::from(u32::from_le_bytes(array(len)));
         }
@@ -437,6 +466,7 @@ impl Unopened {
             salt: self.header.salt,
             chunk_bytes: self.header.chunk_bytes,
             plain_bytes,
+            sealed_at,
             offsets,
             cipher: self.cipher,
         })
@@ -450,6 +480,11 @@ pub fn tail_bytes(end: &[u8]) -> Option<u64> {
 }
 
 impl Opener {
+    /// What the object is called.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The salt: it names this very object.
     pub fn salt(&self) -> [u8; 32] {
         self.salt
@@ -470,6 +505,12 @@ impl Opener {
     /// Plaintext bytes of the whole object.
     pub fn plain_bytes(&self) -> u64 {
         self.plain_bytes
+    }
+
+    /// When it was sealed, by the clock of who did: nothing in it is younger. `None` before format
+    /// version 2.
+    pub fn sealed_at(&self) -> Option<DateTime<Utc>> {
+        self.sealed_at
     }
 
     /// Plaintext bytes of each chunk but the last.
@@ -799,7 +840,8 @@ fn trailer(end: &[u8]) -> Option<(u32, u32)> {
     let trailer = end.last_chunk::<TRAILER_BYTES>()?;
     let index_bytes = u32::from_le_bytes(array(&trailer[..4]));
     let chunks = u32::from_le_bytes(array(&trailer[4..8]));
-    (trailer[8..] == TRAILER_MAGIC && chunks <= CHUNKS_MAX).then_some((index_bytes, chunks))
+    let is_possible = chunks <= CHUNKS_MAX && index_bytes <= INDEX_BYTES_MAX;
+    (trailer[8..] == TRAILER_MAGIC && is_possible).then_some((index_bytes, chunks))
 }
 
 /// A count of bytes in memory; what does not fit cannot be there.
@@ -921,6 +963,37 @@ mod tests {
         assert_eq!(open_whole(&keys(1), &identity("a"), &object).unwrap().0, plain);
     }
 
+    /// What a release wrote that put no time into the index.
+    #[test]
+    fn format_version_1_is_read() {
+        let object = hex::decode(
+            "50474d4553480d0a01000106000004006b3100000000000000000000000000000000000000000000\
+             00000000000000007a6493949d541e415658108fef568cf875d70c518f5367f25f8c19f9487366ba\
+             971f13ddb562c7de9b1cdf9ab26f788686ff40f4fb3ede742191207e1118cad2e0dbdfad000ecc07\
+             9609780b38d57cb3dc61e0a188fd5f38d3f6926bc2c7f25ccb4ded8d8bab854d8e3282559fe61039\
+             8a7bcb089593052a5245d6159e5a0ceda59bf15502b908a93b9b1c000000010000000d0a4853454d\
+             4750",
+        )
+        .unwrap();
+        let name = "history/00000002.history-7a41d2c559c1e31e".to_owned();
+        let identity = Identity { system_identifier: 7, kind: Kind::History, name };
+        let (content, _) = open_whole(&keys(1), &identity, &object).unwrap();
+        assert_eq!(content, b"1\t0/5000000\tno recovery target specified\n");
+        let unopened = Unopened::new(&keys(1), &identity, &object).unwrap();
+        let opener = unopened.open_index(&object, object.len() as u64).unwrap();
+        assert_eq!(opener.sealed_at(), None);
+    }
+
+    #[test]
+    fn an_object_says_when_it_was_sealed() {
+        let before = Utc::now() - chrono::TimeDelta::microseconds(1);
+        let (_, object) = object();
+        let unopened = Unopened::new(&keys(1), &identity("a"), &object).unwrap();
+        let opener = unopened.open_index(&object, object.len() as u64).unwrap();
+        let sealed_at = opener.sealed_at().unwrap();
+        assert!(before <= sealed_at && sealed_at <= Utc::now(), "{sealed_at}");
+    }
+
     #[test]
     fn the_same_content_never_gives_the_same_object() {
         let seal = || seal_whole(&keys(1), &identity("a"), 100, 3, b"content").unwrap().0;
@@ -936,7 +1009,7 @@ mod tests {
         let other_key =
             KeyRing::new(vec![("k2".to_owned(), Zeroizing::new([1; 32]))], "k2").unwrap();
         let mut later = good.clone();
-        later[8] = 2;
+        later[8] = 3;
         let checksum = crc32c::crc32c(&later[..96]);
         later[96..100].copy_from_slice(&checksum.to_le_bytes());
         let mut damaged = good.clone();
@@ -975,7 +1048,7 @@ mod tests {
             (
                 "a later version",
                 open(&keys(1), &identity("a"), &later),
-                "a has format version 2, this release reads 1; use a newer backup-agent",
+                "a has format version 3, this release reads 1 to 2; use a newer backup-agent",
             ),
             (
                 "cut off",

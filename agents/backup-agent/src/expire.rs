@@ -141,12 +141,20 @@ pub async fn plan(
     // this very run, too.
     let mut needed = catalog.backups;
     for (backup_id, _) in &marked {
-        needed.push(read_commit(place, backup_id).await?);
+        match read_commit(place, backup_id).await {
+            Ok(commit) => needed.push(commit),
+            // Removed by hand: there is nothing to bring back.
+            Err(RepositoryError::Store(error)) if error.kind == StoreErrorKind::NotFound => {}
+            Err(error) => return Err(error.into()),
+        }
     }
-    let wal = spare_wal(&needed, &map, retention, now).into_iter().cloned().collect();
-    let pieces = spare_pieces(&needed, &map, retention, now).into_iter().cloned().collect();
+    // The one that began the window may have been marked late: what it reached then stays.
+    let marked_at = marked.iter().filter_map(|(backup_id, _)| catalog.tombstones.get(backup_id));
+    let at = marked_at.min().copied().unwrap_or(now).min(now);
+    let wal = spare_wal(&needed, &map, retention, at).into_iter().cloned().collect();
+    let pieces = spare_pieces(&needed, &map, retention, at).into_iter().cloned().collect();
     let remnants = remnant::list(place, map.segment_bytes).await?;
-    let remnants = spare_remnants(&needed, &remnants, map.segment_bytes, retention, now);
+    let remnants = spare_remnants(&needed, &remnants, map.segment_bytes, retention, at);
     let remnants = remnants.into_iter().cloned().collect();
     Ok(Plan { decisions, delete, marked, wal, pieces, remnants, named })
 }

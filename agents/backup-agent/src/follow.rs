@@ -32,6 +32,7 @@ use crate::receive::{self, ReceiveError, Received, Receiver, Shipping};
 use crate::replication::{Replication, ReplicationError};
 use crate::repository::{Place, RepositoryError};
 use crate::resume::{self, Position, Refusal, Server, Start};
+use crate::same_key;
 use crate::slots::{self, Alarm, Burden, Slot};
 use crate::wal::{self, Gap, Packed, WalError, WalMap, piece};
 use servers::Servers;
@@ -209,13 +210,16 @@ pub struct Follower {
     look: Notify,
     /// WAL was stored since the last failure, or there was none to store.
     has_got_on: AtomicBool,
+    /// It was said that the store does not let pieces be deleted.
+    said_kept: AtomicBool,
 }
 
 impl Follower {
     /// A follower that knows nothing yet.
     pub fn new(context: Context, group: u32, needs_backup: mpsc::Sender<u32>) -> Self {
         let (state, look) = (watch::Sender::default(), Notify::new());
-        Self { context, group, state, needs_backup, look, has_got_on: AtomicBool::new(false) }
+        let (has_got_on, said_kept) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self { context, group, state, needs_backup, look, has_got_on, said_kept }
     }
 
     /// Follows until `shutdown`, or until the claim on the group is over.
@@ -384,14 +388,12 @@ impl Follower {
     fn made(&self, node: &Node, slot: Slot) {
         let (name, restart_lsn) = (&self.wal().slot, slot.restart_lsn);
         if slot.was_lost {
-            error!(
-                node = node.name, slot = name, %restart_lsn,
-                "the replication slot was lost, beyond max_slot_wal_keep_size, and is made anew: \
-                 WAL before it that is not stored may be gone from this server"
-            );
+            info!(node = node.name, slot = name, %restart_lsn, "lost replication slot made anew");
             self.state.send_modify(|state| {
                 state.lost.insert(node.name.clone(), restart_lsn);
             });
+            // The alarm is told there, unless it was when the slot was lost.
+            self.look.notify_one();
         } else if slot.is_new {
             info!(node = node.name, slot = name, %restart_lsn, "replication slot created");
         }
@@ -455,6 +457,8 @@ impl Follower {
         let slot_name = &self.wal().slot;
         let settings =
             Settings { application_name: slot_name.clone(), ..self.context.settings.clone() };
+        let place = self.context.repository.place(self.group, primary.system_identifier);
+        same_key::require(&place).await?;
         let connection = connect(&self.context.settings, &primary.node).await?;
         // The lease says that nobody but we may use it.
         if self.context.etcd.is_some() && slots::free(&connection, slot_name).await? {
@@ -466,13 +470,13 @@ impl Follower {
         let burden = slots::burden(&connection, slot_name).await?;
         self.state.send_modify(|state| state.burden = Some(burden));
         drop(connection);
-        let place = self.context.repository.place(self.group, primary.system_identifier);
         let receiver = Receiver {
             place: &place,
             segment_bytes: primary.segment_bytes,
             shipping: &|| self.shipping(),
             may_write,
             on_progress: &|received| self.progressed(received),
+            on_kept: &|error| self.kept(error),
         };
         let mut replication = Replication::connect(&settings, &primary.node, STALL_LIMIT).await?;
         let mut slot_lsn = slot.restart_lsn;
@@ -490,7 +494,7 @@ impl Follower {
             let mut stored =
                 WalMap::read_from(&place, primary.segment_bytes, slot_lsn, &history).await?;
             require(&place, may_write)?;
-            remove_superseded(&place, &mut stored).await?;
+            self.remove_superseded(&place, &mut stored).await?;
             // Once more, so that the position is not older than what was stored by others meanwhile.
             let flush_lsn = replication.identify_system().await?.lsn;
             let timeline = identity.timeline;
@@ -571,6 +575,56 @@ impl Follower {
         Ok(after)
     }
 
+    /// Removes the pieces of segments that are complete: whoever stored them was stopped before. If a
+    /// complete one cannot be read back, its pieces are what there is.
+    async fn remove_superseded(&self, place: &Place, stored: &mut WalMap) -> Result<(), WalError> {
+        for segment in stored.superseded().collect::<Vec<_>>() {
+            let mut is_good = true;
+            for object in stored.objects(segment) {
+                match wal::read(place, object, |_| Ok(())).await {
+                    Ok(()) => {}
+                    Err(WalError::Repository(failure)) if failure.is_transient() => {
+                        return Err(failure.into());
+                    }
+                    Err(failure) => {
+                        error!(
+                            segment = object.name, error = %chain(&failure),
+                            "a complete WAL segment is damaged; its pieces stand for it"
+                        );
+                        is_good = false;
+                    }
+                }
+            }
+            if !is_good {
+                stored.disregard(segment);
+                continue;
+            }
+            match piece::remove(place, segment, stored.segment_bytes).await {
+                Ok(()) => {}
+                Err(failure) if failure.is_denied() => {
+                    self.kept(&failure);
+                    break;
+                }
+                Err(failure) => {
+                    warn!(error = %chain(&failure), "pieces of a stored segment not removed");
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Says once that what was replaced stays: that is right under Object Lock.
+    fn kept(&self, failure: &RepositoryError) {
+        if !self.said_kept.swap(true, Ordering::Relaxed) {
+            warn!(
+                error = %chain(failure),
+                "the store does not let pieces of WAL segments be deleted that were replaced: they stay \
+                 until `expire` may delete them"
+            );
+        }
+    }
+
     /// How to ship just now: at once if commits wait for it.
     fn shipping(&self) -> Shipping {
         let wal = self.wal();
@@ -648,36 +702,6 @@ fn require(place: &Place, may_write: &(dyn Fn() -> bool + Sync)) -> Result<(), R
     if may_write() { Ok(()) } else { Err(ReceiveError::LeaseLost { group: place.group }) }
 }
 
-/// Removes the pieces of segments that are complete: whoever stored them was stopped before. If a
-/// complete one cannot be read back, its pieces are what there is.
-async fn remove_superseded(place: &Place, stored: &mut WalMap) -> Result<(), WalError> {
-    for segment in stored.superseded().collect::<Vec<_>>() {
-        let mut is_good = true;
-        for object in stored.objects(segment) {
-            match wal::read(place, object, |_| Ok(())).await {
-                Ok(()) => {}
-                Err(WalError::Repository(failure)) if failure.is_transient() => {
-                    return Err(failure.into());
-                }
-                Err(failure) => {
-                    error!(
-                        segment = object.name, error = %chain(&failure),
-                        "a complete WAL segment is damaged; its pieces stand for it"
-                    );
-                    is_good = false;
-                }
-            }
-        }
-        if !is_good {
-            stored.disregard(segment);
-        } else if let Err(failure) = piece::remove(place, segment, stored.segment_bytes).await {
-            warn!(error = %chain(&failure), "pieces of a stored segment not removed");
-            break;
-        }
-    }
-    Ok(())
-}
-
 /// Fetches the histories of a timeline and of those before it: the file of each, and the history
 /// of the last.
 async fn histories(
@@ -727,7 +751,8 @@ fn tell(alarms: &[Alarm], told: &mut Vec<Alarm>, burden: &Burden, node: &str) {
             Alarm::SlotLost => error!(
                 node,
                 limit_bytes,
-                "the replication slot is lost: WAL that is not stored may be gone from this server"
+                "the replication slot was lost, beyond max_slot_wal_keep_size: WAL that it held back \
+                 and that is not stored may be gone from this server"
             ),
             Alarm::DiskNearlyFull => error!(
                 node,

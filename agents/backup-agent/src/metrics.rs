@@ -19,6 +19,7 @@ use tokio::sync::watch;
 
 use crate::follow::{Following, SlotState};
 use crate::manifest::Commit;
+use crate::outlook::Outlook;
 use crate::progress::Progress;
 
 /// How a run ended.
@@ -82,6 +83,8 @@ pub struct LastRun {
 pub struct RepositoryState {
     /// When it was read.
     pub observed_at: DateTime<Utc>,
+    /// Of which database cluster; too many digits for a number of JSON.
+    pub system_identifier: Option<String>,
     /// Backups that can be restored.
     pub backups: u64,
     /// Of those, suspect.
@@ -92,14 +95,28 @@ pub struct RepositoryState {
     pub newest_at: Option<DateTime<Utc>>,
     /// From when on a moment can be reached.
     pub reachable_from: Option<DateTime<Utc>>,
-    /// Until when, from the newest backup without a gap.
-    pub reachable_until: Option<DateTime<Utc>>,
-    /// The first WAL segment that is missing or ambiguous after the newest backup.
-    pub broken_at: Option<String>,
-    /// Whether a new backup is needed, because WAL is lost after the newest.
-    pub needs_backup: bool,
-    /// Whether WAL after the newest backup is missing.
-    pub gap_seen: bool,
+    /// Until when, and what is wrong.
+    #[serde(flatten)]
+    pub outlook: Outlook,
+    /// Pieces of WAL segments that were written since the newest backup and not removed yet.
+    pub wal_pieces: u64,
+}
+
+impl RepositoryState {
+    /// Nothing of a database cluster.
+    pub fn new(system_identifier: Option<u64>) -> Self {
+        Self {
+            observed_at: Utc::now(),
+            system_identifier: system_identifier.map(|it| it.to_string()),
+            backups: 0,
+            suspect: 0,
+            unreadable: 0,
+            newest_at: None,
+            reachable_from: None,
+            outlook: Outlook::default(),
+            wal_pieces: 0,
+        }
+    }
 }
 
 /// The state of all groups, shared between the loops and the admin server.
@@ -179,7 +196,20 @@ impl State {
     /// Whether WAL was missing when the repository was last read.
     pub fn gap_seen(&self, group: u32) -> bool {
         let snapshot = self.snapshot();
-        snapshot.get(&group).and_then(|it| it.repository.as_ref()).is_some_and(|it| it.gap_seen)
+        let observed = snapshot.get(&group).and_then(|it| it.repository.as_ref());
+        observed.is_some_and(|it| it.outlook.gap_seen)
+    }
+
+    /// The database cluster that is followed.
+    pub fn followed(&self, group: u32) -> Option<u64> {
+        let following = self.snapshot().get(&group)?.following()?;
+        following.primary.map(|primary| primary.system_identifier)
+    }
+
+    /// The database cluster that the repository was last read of.
+    pub fn system_identifier(&self, group: u32) -> Option<u64> {
+        let snapshot = self.snapshot();
+        snapshot.get(&group)?.repository.as_ref()?.system_identifier.as_ref()?.parse().ok()
     }
 
     /// When the repository was last read, for each group.
@@ -302,16 +332,23 @@ const GAUGES: &[Gauge] = &[
         "reachable_until_timestamp",
         "The latest moment that can be restored from the newest base backup.",
         Some(Unit::Seconds),
-        |state| Some(seconds_since_1970(state.repository.as_ref()?.reachable_until?)),
+        |state| Some(seconds_since_1970(state.repository.as_ref()?.outlook.reachable_until?)),
     ),
     (
         "wal_broken",
         "1 when WAL after the newest base backup is missing or ambiguous.",
         None,
         |state| {
-            let broken = state.repository.as_ref()?.broken_at.is_some();
+            let broken = state.repository.as_ref()?.outlook.broken_at.is_some();
             Some(bit(broken))
         },
+    ),
+    (
+        "wal_pieces",
+        "Pieces of WAL segments in the repository since the newest base backup: some dozens, unless \
+         the store does not let them be deleted.",
+        None,
+        |state| state.repository.as_ref().map(|it| float(it.wal_pieces)),
     ),
     ("wal_receiving", "1 while WAL is being received.", None, |state| {
         Some(bit(state.following()?.received.is_some()))

@@ -125,6 +125,8 @@ pub struct Receiver<'a> {
     pub may_write: &'a (dyn Fn() -> bool + Sync),
     /// Told about each step forward.
     pub on_progress: &'a (dyn Fn(Received) + Sync),
+    /// Told when the store does not let what was replaced be deleted.
+    pub on_kept: &'a (dyn Fn(&RepositoryError) + Sync),
 }
 
 impl fmt::Debug for Receiver<'_> {
@@ -370,6 +372,9 @@ impl Receiver<'_> {
             Replaces::All => piece::remove(self.place, segment, bytes).await,
         };
         if let Err(failure) = removed {
+            if failure.is_denied() {
+                (self.on_kept)(&failure);
+            }
             // Tried again with the next that replaces them, or when receiving begins again.
             let segment = segment.name(bytes);
             debug!(segment, error = %chain(&failure), "pieces that were replaced not removed");

@@ -30,6 +30,20 @@ pub enum Target {
     Xid(u64),
 }
 
+impl Target {
+    /// Whether a recovery from another backup than the chosen one could end elsewhere, and [`choose`]
+    /// might have taken that one. The end, a position and a time are the same from wherever they are
+    /// reached.
+    pub fn depends_on(&self, other: &BackupId, chosen: &BackupId) -> bool {
+        match self {
+            Self::Immediate => other > chosen,
+            // The first of that name or number counts.
+            Self::Name(_) | Self::Xid(_) => other < chosen,
+            Self::End | Self::Time(_) | Self::Lsn(_) => false,
+        }
+    }
+}
+
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -265,13 +279,6 @@ pub fn choose<'a>(
     })
 }
 
-/// Tells whether a recovery from one of these backups can follow the newest timeline of which WAL is
-/// stored. A failover that left the end of the newest backup behind may leave none.
-pub fn lead_to_newest(backups: &[Commit], wal: &WalMap) -> bool {
-    let newest = wal.newest_with_wal().unwrap_or_default();
-    backups.iter().any(|it| wal.newest_timeline(it.timeline, it.end_lsn) >= newest)
-}
-
 fn lines(windows: &[Window]) -> String {
     windows.iter().map(|window| format!("  {window}")).collect::<Vec<_>>().join("\n")
 }
@@ -281,7 +288,7 @@ fn time(at: DateTime<Utc>) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::collections::BTreeMap;
 
     use shared::pg::wal::{HistoryEntry, Segment};
@@ -293,16 +300,16 @@ mod tests {
 
     const SEGMENT: u64 = 16 << 20;
 
-    fn at(minute: u32) -> DateTime<Utc> {
+    pub(crate) fn at(minute: u32) -> DateTime<Utc> {
         DateTime::from_timestamp(1_800_000_000 + i64::from(minute) * 60, 0).unwrap()
     }
 
-    fn lsn(segment: u64) -> PgLsn {
+    pub(crate) fn lsn(segment: u64) -> PgLsn {
         PgLsn::from(segment * SEGMENT)
     }
 
     /// A backup that starts in segment `first` at that minute and ends two segments later.
-    fn backup(timeline: u32, first: u64, suspect: bool) -> Commit {
+    pub(crate) fn backup(timeline: u32, first: u64, suspect: bool) -> Commit {
         let record = ObjectRecord { object_bytes: 1, plain_bytes: 1, salt: [0; 32] };
         let started_at = at(u32::try_from(first).unwrap());
         Commit {
@@ -353,7 +360,9 @@ mod tests {
         numbers.map(object).collect()
     }
 
-    fn map(timelines: &[(u32, Vec<u64>)], histories: &[(u32, &[(u32, u64)])]) -> WalMap {
+    /// Segments by timeline, and for each timeline with a history which ones were left before it, and
+    /// in which segment.
+    pub(crate) fn map(timelines: &[(u32, Vec<u64>)], histories: &[(u32, &[(u32, u64)])]) -> WalMap {
         let history = |entries: &[(u32, u64)]| {
             entries
                 .iter()
@@ -374,6 +383,7 @@ mod tests {
                 .collect(),
             pieces: Pieces::new(),
             histories: histories.iter().map(|(timeline, it)| (*timeline, history(it))).collect(),
+            strange: Vec::new(),
         }
     }
 
@@ -500,7 +510,6 @@ mod tests {
         for (case, target, timeline, expected) in cases {
             assert_eq!(chosen(&backups, &wal, &target, timeline), expected, "{case}");
         }
-        assert!(lead_to_newest(&backups, &wal));
         let asked = Some(&backups[2].backup_id);
         let by_name = choose(&backups, &wal, &Target::End, latest, asked).unwrap();
         assert_eq!(by_name.reach.timeline, 1);
@@ -523,8 +532,24 @@ mod tests {
             assert!(message.contains("timeline 2, which is the newest"), "{message}");
             assert!(message.contains("on timeline 1"), "{message}");
         }
-        assert!(!lead_to_newest(&backups, &wal));
-        assert!(lead_to_newest(&[backups[0].clone(), backup(2, 12, true)], &wal));
+    }
+
+    #[test]
+    fn a_backup_that_cannot_be_read_matters_where_the_outcome_may_differ() {
+        let [old, new] = [2, 20].map(|first| backup(1, first, false).backup_id);
+        let name = || Target::Name("x".to_owned());
+        for (case, target, other, chosen, expected) in [
+            ("the newest backup is not the newest", Target::Immediate, &new, &old, true),
+            ("an older one is nobody's choice", Target::Immediate, &old, &new, false),
+            ("an earlier place of that name", name(), &old, &new, true),
+            ("the oldest is chosen for a name", name(), &new, &old, false),
+            ("a transaction", Target::Xid(7), &old, &new, true),
+            ("the end is the end", Target::End, &new, &old, false),
+            ("a position", Target::Lsn(lsn(30)), &new, &old, false),
+            ("a time", Target::Time(at(30)), &new, &old, false),
+        ] {
+            assert_eq!(target.depends_on(other, chosen), expected, "{case}");
+        }
     }
 
     #[test]

@@ -10,9 +10,12 @@
 //!
 //! A name below the system identifier's folder is the object's name, which is part of its key.
 
+use std::pin::pin;
+
 use bytes::Bytes;
+use chrono::{DateTime, Utc};
 use futures_util::stream::{self, Stream, StreamExt};
-use shared::store::{ObjectInfo, ObjectStore, Put, StoreError};
+use shared::store::{ObjectInfo, ObjectStore, Put, StoreError, StoreErrorKind};
 use thiserror::Error;
 
 use crate::config::{Config, StorageClass};
@@ -24,6 +27,9 @@ use crate::keys::{KeyError, KeyRing};
 
 /// Plaintext bytes of a chunk of the small objects; base backups and WAL choose their own.
 const CHUNK_BYTES: u32 = 1 << 20;
+/// The longest object that is read as a whole, other than WAL: a commit object has a line for each
+/// part, a history file one for each promotion.
+const SMALL_OBJECT_BYTES_MAX: u64 = 64 << 20;
 /// What is fetched of an object's end at first: the index of all but huge objects.
 const TAIL_BYTES: u64 = 64 << 10;
 /// Chunks in a piece of [`ObjectReader::pieces`]. Several pieces are in memory at a time, and what
@@ -45,6 +51,17 @@ pub enum RepositoryError {
         /// The key.
         key: String,
     },
+    /// The key that writes is not the one that wrote before.
+    #[error(
+        "{name} was written with another key under the id {key_id}; nothing is written with this \
+         one. Put the right key into its file, or give the new key an id of its own"
+    )]
+    OtherKey {
+        /// An object that the other key wrote.
+        name: String,
+        /// The id.
+        key_id: String,
+    },
     /// The object is authentic, but its content makes no sense to this release.
     #[error("read {name}")]
     Content {
@@ -60,7 +77,10 @@ impl RepositoryError {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Store(error) => error.is_transient(),
-            Self::Container(_) | Self::Conflict { .. } | Self::Content { .. } => false,
+            Self::Container(_)
+            | Self::Conflict { .. }
+            | Self::OtherKey { .. }
+            | Self::Content { .. } => false,
         }
     }
 }
@@ -82,13 +102,18 @@ impl RepositoryError {
                 | ContainerError::Codec { .. } => false,
             },
             Self::Content { .. } => true,
-            Self::Store(_) | Self::Conflict { .. } => false,
+            Self::Store(_) | Self::Conflict { .. } | Self::OtherKey { .. } => false,
         }
+    }
+
+    /// Tells whether the store forbids it: Object Lock, or no permission.
+    pub fn is_denied(&self) -> bool {
+        matches!(self, Self::Store(error) if error.kind == StoreErrorKind::Denied)
     }
 
     /// Tells whether a key is configured under the id of another.
     pub fn is_wrong_key(&self) -> bool {
-        matches!(self, Self::Container(ContainerError::WrongKey { .. }))
+        matches!(self, Self::Container(ContainerError::WrongKey { .. }) | Self::OtherKey { .. })
     }
 }
 
@@ -287,8 +312,30 @@ impl Place {
         kind: Kind,
         name: &str,
     ) -> Result<(Vec<u8>, [u8; 32]), RepositoryError> {
-        let object = self.store().get(&self.key(name)).await?;
+        let object = self.store().get(&self.key(name), SMALL_OBJECT_BYTES_MAX).await?;
         Ok(open_whole(self.keys(), &self.identity(kind, name), &object)?)
+    }
+
+    /// Whether the key that writes also wrote this object. False if that cannot be told: another id
+    /// stands in its header, or the header cannot be read.
+    ///
+    /// # Errors
+    ///
+    /// [`RepositoryError::OtherKey`]; or the store could not be asked.
+    pub async fn has_same_key(&self, kind: Kind, name: &str) -> Result<bool, RepositoryError> {
+        let header = match self.store().get_range(&self.key(name), 0..HEADER_BYTES as u64).await {
+            Ok(header) => header,
+            Err(error) if error.kind == StoreErrorKind::Unavailable => return Err(error.into()),
+            // It is gone, cut short, or nobody may read it who only archives.
+            Err(_) => return Ok(false),
+        };
+        let (writing, _) = self.keys().writing();
+        match Unopened::new(self.keys(), &self.identity(kind, name), &header) {
+            Err(ContainerError::WrongKey { name, key_id }) if key_id == writing => {
+                Err(RepositoryError::OtherKey { name, key_id })
+            }
+            unopened => Ok(unopened.is_ok_and(|it| it.key_id() == writing)),
+        }
     }
 
     /// Opens an object for reading in pieces. `object_bytes` is its length if that is known.
@@ -306,7 +353,7 @@ impl Place {
         let found = self.store().head(&key).await?.ok_or_else(|| StoreError {
             operation: "get",
             key: key.clone(),
-            kind: shared::store::StoreErrorKind::NotFound,
+            kind: StoreErrorKind::NotFound,
             source: "there is no such object".into(),
         })?;
         let short = |reason: String| ContainerError::Truncated { name: name.to_owned(), reason };
@@ -332,6 +379,19 @@ impl Place {
         }
         let opener = unopened.open_index(&tail, found.bytes)?;
         Ok(ObjectReader { place: self.clone(), key, opener: opener.into() })
+    }
+
+    /// When an object was sealed: nothing in it is younger. `None` if it does not say.
+    ///
+    /// # Errors
+    ///
+    /// As [`Place::open`].
+    pub async fn sealed_at(
+        &self,
+        kind: Kind,
+        name: &str,
+    ) -> Result<Option<DateTime<Utc>>, RepositoryError> {
+        Ok(self.open(kind, name, None).await?.opener.sealed_at())
     }
 }
 
@@ -361,8 +421,53 @@ impl ObjectReader {
         stream::iter(firsts).map(move |first| self.clone().piece(first)).buffered(at_once)
     }
 
+    /// Reads all of it, whatever is damaged, and hands to `take` what can be opened, in order; `None`
+    /// stands for a chunk that cannot. Returns the numbers of those.
+    ///
+    /// # Errors
+    ///
+    /// The store failed.
+    pub async fn read_through(
+        self,
+        at_once: usize,
+        mut take: impl FnMut(Option<&[u8]>),
+    ) -> Result<Vec<u32>, RepositoryError> {
+        let (mut damaged, mut first) = (Vec::new(), 0);
+        let mut pieces = pin!(self.clone().pieces(at_once));
+        while let Some(piece) = pieces.next().await {
+            let end = self.piece_end(first);
+            match piece {
+                Ok(piece) => take(Some(&piece)),
+                Err(error) if error.is_damage() => {
+                    for number in first..end {
+                        match self.clone().stretch(number, number + 1).await {
+                            Ok(chunk) => take(Some(&chunk)),
+                            Err(error) if error.is_damage() => {
+                                damaged.push(number);
+                                take(None);
+                            }
+                            Err(error) => return Err(error),
+                        }
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+            first = end;
+        }
+        Ok(damaged)
+    }
+
+    fn piece_end(&self, first: u32) -> u32 {
+        first.saturating_add(CHUNKS_PER_PIECE).min(self.opener.chunks())
+    }
+
     async fn piece(self, first: u32) -> Result<Vec<u8>, RepositoryError> {
-        let end = first.saturating_add(CHUNKS_PER_PIECE).min(self.opener.chunks());
+        let end = self.piece_end(first);
+        self.stretch(first, end).await
+    }
+
+    /// Fetches and opens the chunks `first` up to but not including `end`.
+    async fn stretch(self, first: u32, end: u32) -> Result<Vec<u8>, RepositoryError> {
         let sealed = self.fetch(first, end).await?;
         let open = move || {
             let chunk_bytes = usize::try_from(self.opener.chunk_bytes()).unwrap_or(0);

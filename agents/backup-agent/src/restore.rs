@@ -275,7 +275,7 @@ pub async fn restore(
     };
     let place = choose_place(repository, options).await?.ok_or_else(no_backup)?;
     let catalog = Catalog::read(&place).await?;
-    refuse_unreadable(&catalog, options)?;
+    say_unreadable(&catalog, options)?;
     if catalog.backups.is_empty() {
         return Err(no_backup());
     }
@@ -284,6 +284,7 @@ pub async fn restore(
     let asked = options.backup.as_ref();
     let Choice { backup, reach } =
         choose(&catalog.backups, &wal, &options.target, options.timeline, asked)?;
+    refuse_to_guess(&catalog, &backup.backup_id, options)?;
     say(backup, &reach, &wal, options);
     let members = read_members(&place, backup).await?;
     let manifest = open_manifest(&place, backup).await?;
@@ -369,16 +370,34 @@ async fn choose_place(
     }
 }
 
-/// A damaged commit object may be the newest backup's: only a person may pass over it.
-fn refuse_unreadable(catalog: &Catalog, options: &RestoreOptions) -> Result<(), RestoreError> {
-    let concerns = |id: &BackupId| options.backup.as_ref().is_none_or(|asked| asked == id);
+/// Says which backups cannot be read, and refuses if the one that is asked for is among them, or if
+/// there is no other.
+fn say_unreadable(catalog: &Catalog, options: &RestoreOptions) -> Result<(), RestoreError> {
     for (backup_id, error) in &catalog.unreadable {
-        if concerns(backup_id) {
-            let reason = chain(error).to_string();
+        let reason = chain(error).to_string();
+        if options.backup.as_ref() == Some(backup_id) || catalog.backups.is_empty() {
             return Err(RestoreError::Unreadable { backup_id: backup_id.clone(), reason });
         }
+        warn!(%backup_id, error = reason, "backup cannot be read: it is passed over");
     }
     Ok(())
+}
+
+/// Only a person may pass over a backup that might have been the one to start from, if that makes a
+/// difference.
+fn refuse_to_guess(
+    catalog: &Catalog,
+    chosen: &BackupId,
+    options: &RestoreOptions,
+) -> Result<(), RestoreError> {
+    let matters = |id: &BackupId| options.backup.is_none() && options.target.depends_on(id, chosen);
+    match catalog.unreadable.iter().find(|(id, _)| matters(id)) {
+        Some((backup_id, error)) => {
+            let reason = chain(error).to_string();
+            Err(RestoreError::Unreadable { backup_id: backup_id.clone(), reason })
+        }
+        None => Ok(()),
+    }
 }
 
 /// Reads the table of files.
@@ -390,7 +409,7 @@ pub(crate) async fn read_members(
     place: &Place,
     backup: &Commit,
 ) -> Result<Members, RepositoryError> {
-    let reader = open_recorded(place, backup, Kind::Files, "files", &backup.files).await?;
+    let reader = open_table(place, backup).await?;
     let (mut members, mut lines) = (Members::default(), Lines::default());
     let mut pieces = pin!(reader.pieces(1));
     while let Some(piece) = pieces.next().await {
@@ -402,6 +421,18 @@ pub(crate) async fn read_members(
         read.map_err(|source| RepositoryError::Content { name: name(), source })?;
     }
     Ok(members)
+}
+
+/// Opens the table of files for reading.
+///
+/// # Errors
+///
+/// As [`read_members`].
+pub(crate) async fn open_table(
+    place: &Place,
+    backup: &Commit,
+) -> Result<ObjectReader, RepositoryError> {
+    open_recorded(place, backup, Kind::Files, "files", &backup.files).await
 }
 
 /// Opens the server's manifest for reading.

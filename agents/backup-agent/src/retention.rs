@@ -24,7 +24,8 @@ pub struct Retention {
     pub weekly: usize,
     /// The newest backup of each of so many months that have one.
     pub monthly: usize,
-    /// Every moment this recent stays reachable.
+    /// Every moment this recent stays reachable. WAL stays for [`Retention::delete_after`] longer, so
+    /// that what was marked as deleted and is brought back reaches what it reached.
     #[serde(with = "humantime_serde")]
     pub wal: Duration,
     /// How long what was marked as deleted can still be brought back.
@@ -50,8 +51,9 @@ impl Retention {
         if self.daily == 0 {
             problems.add("daily", "must be at least 1: the newest backup always stays");
         }
-        if TimeDelta::from_std(self.wal).is_err() {
-            problems.add("wal", "is too long");
+        let longest = self.wal.checked_add(self.delete_after);
+        if longest.is_none_or(|it| TimeDelta::from_std(it).is_err()) {
+            problems.add("wal", "is too long, with delete_after");
         }
     }
 }
@@ -70,7 +72,7 @@ pub struct Decision {
 /// A suspect backup fills nobody's place: it stays for a look while it is as young as the WAL,
 /// and as long as there is no other.
 pub fn decide(backups: &[Commit], retention: &Retention, now: DateTime<Utc>) -> Vec<Decision> {
-    let window_start = window_start(retention, now);
+    let window_start = ago(retention.wal, now);
     let mut oldest_first: Vec<&Commit> = backups.iter().collect();
     oldest_first.sort_by_key(|backup| backup.finished_at);
     let good: Vec<&Commit> =
@@ -111,7 +113,7 @@ pub fn spare_wal<'a>(
     retention: &Retention,
     now: DateTime<Utc>,
 ) -> Vec<&'a WalObject> {
-    let window_start = window_start(retention, now);
+    let window_start = wal_window_start(retention, now);
     let Some(needs) = Needs::new(kept, wal.segment_bytes, window_start) else { return Vec::new() };
     let all = wal.segments.iter().flat_map(|(timeline, segments)| {
         segments.iter().flat_map(move |(number, objects)| {
@@ -133,7 +135,7 @@ pub fn spare_pieces<'a>(
     retention: &Retention,
     now: DateTime<Utc>,
 ) -> Vec<&'a Piece> {
-    let window_start = window_start(retention, now);
+    let window_start = wal_window_start(retention, now);
     let Some(needs) = Needs::new(kept, wal.segment_bytes, window_start) else { return Vec::new() };
     let is_spare = |piece: &&Piece| {
         let Segment { timeline, number } = piece.segment;
@@ -151,7 +153,7 @@ pub fn spare_remnants<'a>(
     retention: &Retention,
     now: DateTime<Utc>,
 ) -> Vec<&'a Remnant> {
-    let window_start = window_start(retention, now);
+    let window_start = wal_window_start(retention, now);
     let Some(needs) = Needs::new(kept, segment_bytes, window_start) else { return Vec::new() };
     let is_spare = |remnant: &&Remnant| {
         let Segment { timeline, number } = remnant.segment;
@@ -168,7 +170,7 @@ pub fn is_spare(
     retention: &Retention,
     now: DateTime<Utc>,
 ) -> impl Fn(Segment) -> bool {
-    let needs = Needs::new(kept, segment_bytes, window_start(retention, now));
+    let needs = Needs::new(kept, segment_bytes, wal_window_start(retention, now));
     move |Segment { timeline, number }| needs.as_ref().is_some_and(|it| !it.has(timeline, number))
 }
 
@@ -204,9 +206,14 @@ fn anchor<'a>(good: &[&'a Commit], window_start: DateTime<Utc>) -> Option<&'a Co
     good.iter().rev().find(|backup| backup.finished_at <= window_start).copied()
 }
 
-fn window_start(retention: &Retention, now: DateTime<Utc>) -> DateTime<Utc> {
-    let window = TimeDelta::from_std(retention.wal).unwrap_or(TimeDelta::MAX);
-    now.checked_sub_signed(window).unwrap_or(DateTime::<Utc>::MIN_UTC)
+/// Since when WAL stays: the backup that began the window until a moment ago can be brought back.
+fn wal_window_start(retention: &Retention, now: DateTime<Utc>) -> DateTime<Utc> {
+    ago(retention.wal.saturating_add(retention.delete_after), now)
+}
+
+fn ago(span: Duration, now: DateTime<Utc>) -> DateTime<Utc> {
+    let span = TimeDelta::from_std(span).unwrap_or(TimeDelta::MAX);
+    now.checked_sub_signed(span).unwrap_or(DateTime::<Utc>::MIN_UTC)
 }
 
 /// The newest backup of each of the newest `count` periods that have one.
@@ -389,6 +396,29 @@ mod tests {
         let before = map(&[(1, segment(1) - 2..segment(1) + 3)], day(100));
         assert_eq!(spare(&[fresh], &before).len(), 2);
     }
+
+    /// The backup that began the window is marked as soon as the next one can begin it. Until it is
+    /// deleted it can be brought back, and reaches what it reached.
+    #[test]
+    fn wal_stays_until_what_needs_it_cannot_be_brought_back() {
+        let marked = backup(40, false);
+        let all = map(&[(1, segment(40)..segment(5))], day(100));
+        let between: Vec<u64> = (segment(40) + 2..segment(31)).map(|it| it % 256).collect();
+        for (case, begins_window, delete_after, expected) in [
+            ("no time to bring it back", 31, 0, between),
+            ("it can be brought back", 31, 2, Vec::new()),
+        ] {
+            let kept = [marked.clone(), backup(begins_window, false), backup(1, false)];
+            let delete_after = Duration::from_hours(24 * delete_after);
+            let retention = Retention { delete_after, ..retention(1, 0, 0, 30) };
+            let decided = decide(&kept, &retention, now());
+            assert!(decided[0].keep.is_empty() && !decided[1].keep.is_empty(), "{case}");
+            let spare = spare_wal(&kept, &all, &retention, now());
+            let spare = spare.iter().map(|it| u64::from_str_radix(&it.file[16..], 16).unwrap());
+            assert_eq!(spare.collect::<Vec<_>>(), expected, "{case}");
+        }
+    }
+
     #[test]
     fn pieces_go_with_the_wal_around_them() {
         let piece = |number: u64, stored_at| Piece {

@@ -8,12 +8,12 @@ use chrono::{DateTime, Utc};
 use shared::admin::Admin;
 use shared::backoff::{Policy, retry};
 use shared::lease::{Identity, Shares, TTL, replica_name};
+use shared::pg::wal::Segment;
 use shared::tasks::Tasks;
 use shared::telemetry::chain;
-use shared::{metrics, shutdown};
+use shared::{metrics, shutdown, topology};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
-use tokio_postgres::types::PgLsn;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, error, info, info_span, warn};
 
@@ -25,10 +25,10 @@ use crate::expire;
 use crate::groups;
 use crate::manifest::Commit;
 use crate::metrics::{RepositoryState, State};
+use crate::outlook::{leading, outlook};
 use crate::progress::Progress;
-use crate::recovery::{TargetTimeline, Window, lead_to_newest};
-use crate::repository::{Place, Repository};
-use crate::wal::{self, Then, WalError, WalMap};
+use crate::repository::{Place, Repository, RepositoryError};
+use crate::wal::{self, WalError, WalMap};
 
 /// Longest sleep before the clock is read again, so that a clock step or a suspended host delays
 /// a backup by a minute and not by a day.
@@ -141,7 +141,7 @@ async fn schedule(
             () = shutdown.cancelled() => return Ok(()),
             () = sleep_until_some(due) => shares.held().into_keys().collect(),
             Some(group) = wanted.recv() => {
-                if !needs_backup(&context, group).await {
+                if !needs_backup(&context, &state, group).await {
                     continue;
                 }
                 warn!(
@@ -169,9 +169,9 @@ async fn schedule(
 
 /// Whether a group's WAL cannot be replayed to its end from a backup, by now. Unknown is no: it is
 /// asked again in a minute.
-async fn needs_backup(context: &Context, group: u32) -> bool {
-    let observed = timeout(OBSERVE_LIMIT, observe_group(&context.repository, group)).await;
-    observed.is_ok_and(|observed| observed.is_ok_and(|it| it.needs_backup || it.gap_seen))
+async fn needs_backup(context: &Context, state: &State, group: u32) -> bool {
+    let observed = timeout(OBSERVE_LIMIT, observe_group(context, state, group)).await;
+    observed.is_ok_and(|it| it.is_ok_and(|it| it.outlook.needs_backup || it.outlook.gap_seen))
 }
 
 async fn sleep_until_some(due: Option<DateTime<Utc>>) {
@@ -237,7 +237,7 @@ async fn observe(
 ) -> anyhow::Result<()> {
     loop {
         for group in shares.held().into_keys() {
-            let observed = timeout(OBSERVE_LIMIT, observe_group(&context.repository, group));
+            let observed = timeout(OBSERVE_LIMIT, observe_group(&context, &state, group));
             let observed = tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
                 observed = observed => observed,
@@ -245,8 +245,8 @@ async fn observe(
             match observed {
                 Ok(Ok(observed)) => {
                     // What is on its way out of order looks like a gap, for a moment.
-                    let lasting = observed.gap_seen && state.gap_seen(group);
-                    if observed.needs_backup || lasting {
+                    let lasting = observed.outlook.gap_seen && state.gap_seen(group);
+                    if observed.outlook.needs_backup || lasting {
                         // If the queue is full, it is asked for already.
                         needs_backup.try_send(group).ok();
                     }
@@ -266,52 +266,93 @@ async fn observe(
     }
 }
 
-/// Reads what the repository holds of a group: of its newest database cluster.
-async fn observe_group(repository: &Repository, group: u32) -> Result<RepositoryState, WalError> {
-    let mut newest: Option<(Place, Catalog)> = None;
-    let (mut suspect, mut unreadable) = (0, 0);
-    for place in repository.places(group).await? {
-        let catalog = Catalog::read(&place).await?;
-        suspect += catalog.backups.iter().filter(|it| it.suspect.is_some()).count() as u64;
-        unreadable += catalog.unreadable.len() as u64;
-        let last = |catalog: &Catalog| catalog.backups.last().map(|it| it.finished_at);
-        if newest.as_ref().is_none_or(|(_, other)| last(other) < last(&catalog)) {
-            newest = Some((place, catalog));
+/// Reads what the repository holds of a group: of the database cluster that is followed.
+async fn observe_group(
+    context: &Context,
+    state: &State,
+    group: u32,
+) -> Result<RepositoryState, WalError> {
+    let repository = &context.repository;
+    let place = match followed(context, state, group).await {
+        Some(system_identifier) => Some(repository.place(group, system_identifier)),
+        None => newest_place(repository, group).await?,
+    };
+    let mut observed = RepositoryState::new(place.as_ref().map(|it| it.system_identifier));
+    let Some(place) = place else { return Ok(observed) };
+    let catalog = Catalog::read(&place).await?;
+    let good: Vec<&Commit> = catalog.backups.iter().filter(|it| it.suspect.is_none()).collect();
+    observed.backups = catalog.backups.len() as u64;
+    observed.suspect = observed.backups - good.len() as u64;
+    observed.unreadable = catalog.unreadable.len() as u64;
+    // One that may not restore is none to rest on.
+    observed.newest_at = good.last().map(|it| it.finished_at);
+    let Some(last) = catalog.backups.last() else { return Ok(observed) };
+    let wal = newest_wal(&place, last, good.last().copied()).await?;
+    observed.outlook = outlook(&catalog.backups, &wal, &wal::gaps(&place).await?);
+    observed.wal_pieces = wal.pieces.values().map(Vec::len).sum::<usize>() as u64;
+    for backup in leading(&catalog.backups, &wal).into_iter().filter(|it| it.suspect.is_none()) {
+        if has_own_wal(&place, backup).await? {
+            observed.reachable_from = Some(backup.finished_at);
+            break;
         }
     }
-    let mut state = RepositoryState {
-        observed_at: Utc::now(),
-        backups: 0,
-        suspect,
-        unreadable,
-        newest_at: None,
-        reachable_from: None,
-        reachable_until: None,
-        broken_at: None,
-        needs_backup: false,
-        gap_seen: false,
-    };
-    let Some((place, catalog)) = newest else { return Ok(state) };
-    state.backups = catalog.backups.len() as u64;
-    let Some(last) = catalog.backups.last() else { return Ok(state) };
-    // One that may not restore is none to rest on.
-    let good = catalog.backups.iter().rfind(|it| it.suspect.is_none());
-    state.newest_at = good.map(|it| it.finished_at);
-    let wal = WalMap::read(&place, last.wal_segment_bytes).await?;
-    let windows = catalog.backups.iter().map(|it| Window::of(it, &wal, TargetTimeline::Latest));
-    let windows: Vec<_> = windows.collect();
-    let consistent = windows.iter().find(|window| window.is_consistent());
-    state.reachable_from = consistent.map(|window| window.from);
-    let reach = windows.last().and_then(|window| window.reach.as_ref());
-    state.reachable_until = reach.and_then(|reach| reach.until);
-    state.broken_at = reach.and_then(|reach| match &reach.then {
-        Then::End => None,
-        Then::Gap { segment } | Then::Conflict { segment } => Some(segment.clone()),
+    Ok(observed)
+}
+
+/// The system identifier of the group's primary, or what it was: a primary that is away is no other.
+async fn followed(context: &Context, state: &State, group: u32) -> Option<u64> {
+    let before = state.system_identifier(group);
+    if context.config.wal.receive
+        && let Some(known) = state.followed(group).or(before)
+    {
+        return Some(known);
+    }
+    let Ok(nodes) = context.topology.nodes().await else { return before };
+    let observed = topology::observe_group(&context.settings, &nodes, group).await;
+    observed.primary().ok().map(|(_, primary)| primary.system_identifier).or(before)
+}
+
+/// The place with the newest backup: as long as no server has told which database cluster is the
+/// group's.
+async fn newest_place(
+    repository: &Repository,
+    group: u32,
+) -> Result<Option<Place>, RepositoryError> {
+    let mut newest: Option<(Option<DateTime<Utc>>, Place)> = None;
+    for place in repository.places(group).await? {
+        let last = Catalog::read(&place).await?.backups.last().map(|it| it.finished_at);
+        if newest.as_ref().is_none_or(|(other, _)| *other < last) {
+            newest = Some((last, place));
+        }
+    }
+    Ok(newest.map(|(_, place)| place))
+}
+
+/// Lists the WAL from the start of the newest backup on, and of the newest that is good: of what is
+/// before, nothing is asked but the backups' own. If it turns out that neither leads to the newest
+/// timeline, everything is listed: an older backup does, or none.
+async fn newest_wal(
+    place: &Place,
+    last: &Commit,
+    good: Option<&Commit>,
+) -> Result<WalMap, WalError> {
+    let newest = [Some(last), good].into_iter().flatten();
+    let newest: Vec<Commit> = newest.cloned().collect();
+    let from = newest.iter().map(|it| it.start_lsn).min().unwrap_or(last.start_lsn);
+    let wal = WalMap::read_since(place, last.wal_segment_bytes, from).await?;
+    if leading(&newest, &wal).len() == newest.len() {
+        return Ok(wal);
+    }
+    WalMap::read(place, last.wal_segment_bytes).await
+}
+
+/// Whether the segments that make a backup consistent are there.
+async fn has_own_wal(place: &Place, backup: &Commit) -> Result<bool, RepositoryError> {
+    let names = backup.segments().map(|number| {
+        let segment = Segment { timeline: backup.timeline, number };
+        segment.name(backup.wal_segment_bytes)
     });
-    let good = catalog.backups.iter().rfind(|backup| backup.suspect.is_none());
-    let end_lsn = good.map_or(PgLsn::from(0), |backup| backup.end_lsn);
-    let has_gap = wal::gaps(&place).await?.iter().any(|gap| gap.until_lsn > end_lsn);
-    state.needs_backup = has_gap || !lead_to_newest(&catalog.backups, &wal);
-    state.gap_seen = reach.is_some_and(|reach| matches!(reach.then, Then::Gap { .. }));
-    Ok(state)
+    let names: Vec<String> = names.collect();
+    let stored = wal::stored_from(place, &backup.first_segment(), Some(names.len() + 1)).await?;
+    Ok(names.iter().all(|name| stored.get(name).is_some_and(|objects| objects.len() == 1)))
 }

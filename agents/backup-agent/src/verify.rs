@@ -1,8 +1,5 @@
 //! Reads a backup back, all of it, and says what could not be restored and why.
 
-use std::pin::pin;
-
-use futures_util::StreamExt;
 use shared::pg::wal::Segment;
 use shared::telemetry::chain;
 use tracing::warn;
@@ -11,8 +8,8 @@ use crate::catalog::Catalog;
 use crate::manifest::{Archive, BackupId, Commit};
 use crate::members::Members;
 use crate::progress::Progress;
-use crate::repository::{Place, RepositoryError};
-use crate::restore::{open_manifest, open_part, read_members};
+use crate::repository::{ObjectReader, Place, RepositoryError};
+use crate::restore::{open_manifest, open_part, open_table, read_members};
 use crate::server_manifest::Comparison;
 use crate::tar::{TarError, TarReader};
 use crate::wal;
@@ -85,13 +82,9 @@ async fn verify_backup(
     if let Some(suspect) = &backup.suspect {
         verified.problems.push(format!("is suspect: {}", suspect.reason));
     }
-    match read_members(place, backup).await {
-        Err(error) => verified.problems.push(problem(error)?),
-        Ok(members) => {
-            check_manifest(place, backup, &members, &mut verified).await?;
-            check_files(place, backup, &members, at_once, progress, &mut verified).await?;
-        }
-    }
+    let members = check_table(place, backup, &mut verified).await?;
+    check_manifest(place, backup, members.as_ref(), &mut verified).await?;
+    check_files(place, backup, members.as_ref(), at_once, progress, &mut verified).await?;
     check_wal(place, backup, &mut verified).await?;
     for problem in &verified.problems {
         warn!(backup_id = %backup.backup_id, problem, "backup does not verify");
@@ -104,68 +97,122 @@ fn problem(error: RepositoryError) -> Result<String, RepositoryError> {
     if error.is_transient() { Err(error) } else { Ok(chain(&error).to_string()) }
 }
 
+/// Reads an object to its end, whatever is damaged: one finding names every chunk that is. What opens
+/// is handed to `take`, in order; `None` stands for a chunk that does not. Returns whether all of it opened.
+async fn read_object(
+    reader: Result<ObjectReader, RepositoryError>,
+    at_once: usize,
+    verified: &mut Verified,
+    take: impl FnMut(Option<&[u8]>),
+) -> Result<bool, RepositoryError> {
+    let read = async {
+        let reader = reader?;
+        let opener = reader.opener.clone();
+        Ok((reader.read_through(at_once, take).await?, opener))
+    };
+    match read.await {
+        Ok((damaged, _)) if damaged.is_empty() => return Ok(true),
+        Ok((damaged, opener)) => {
+            let (name, chunks) = (opener.name(), opener.chunks());
+            verified.problems.push(format!("{name} is damaged in {} of {chunks}", list(&damaged)));
+        }
+        Err(error) => verified.problems.push(problem(error)?),
+    }
+    Ok(false)
+}
+
+/// `chunk 3`, or `chunks 0, 3 to 7, 9`.
+fn list(damaged: &[u32]) -> String {
+    const STRETCHES_MAX: usize = 10;
+    let is_next = |a: &u32, b: &u32| *b == a + 1;
+    let stretches: Vec<_> = damaged.chunk_by(is_next).collect();
+    let shown = stretches.iter().take(STRETCHES_MAX).map(|stretch| match stretch {
+        [first, .., last] => format!("{first} to {last}"),
+        one => one.iter().map(u32::to_string).collect(),
+    });
+    let shown = shown.collect::<Vec<_>>().join(", ");
+    let more: usize = stretches.iter().skip(STRETCHES_MAX).map(|stretch| stretch.len()).sum();
+    match (damaged.len(), more) {
+        (1, _) => format!("chunk {shown}"),
+        (_, 0) => format!("chunks {shown}"),
+        _ => format!("chunks {shown} and {more} more"),
+    }
+}
+
+/// Reads the table of files; `None` if it cannot be used.
+async fn check_table(
+    place: &Place,
+    backup: &Commit,
+    verified: &mut Verified,
+) -> Result<Option<Members>, RepositoryError> {
+    let error = match read_members(place, backup).await {
+        Ok(members) => return Ok(Some(members)),
+        Err(error) => error,
+    };
+    // If it opens now, what is wrong is what it says.
+    if !error.is_damage()
+        || read_object(open_table(place, backup).await, 1, verified, |_| ()).await?
+    {
+        verified.problems.push(problem(error)?);
+    }
+    Ok(None)
+}
+
 /// Compares the table of files with the server's manifest.
 async fn check_manifest(
     place: &Place,
     backup: &Commit,
-    members: &Members,
+    members: Option<&Members>,
     verified: &mut Verified,
 ) -> Result<(), RepositoryError> {
-    let mut comparison = Comparison::new(members, &backup.archives);
-    let read = async {
-        let mut pieces = pin!(open_manifest(place, backup).await?.pieces(1));
-        while let Some(piece) = pieces.next().await {
-            comparison.read(&piece?);
+    let mut comparison = members.map(|members| Comparison::new(members, &backup.archives));
+    let take = |piece: Option<&[u8]>| {
+        if let (Some(comparison), Some(piece)) = (&mut comparison, piece) {
+            comparison.read(piece);
         }
-        Ok(())
     };
-    if let Err(error) = read.await {
-        verified.problems.push(problem(error)?);
-    } else if let Err(error) = comparison.finish() {
+    let is_whole = read_object(open_manifest(place, backup).await, 1, verified, take).await?;
+    if let Some(comparison) = comparison.filter(|_| is_whole)
+        && let Err(error) = comparison.finish()
+    {
         verified.problems.push(error.to_string());
     }
     Ok(())
 }
 
 /// Sends the whole stream through the tar reader again: the files that come out must be those of
-/// the table, byte for byte.
+/// the table, byte for byte. After a hole it is no tar stream any more, and is only opened.
 async fn check_files(
     place: &Place,
     backup: &Commit,
-    members: &Members,
+    members: Option<&Members>,
     at_once: usize,
     progress: &Progress,
     verified: &mut Verified,
 ) -> Result<(), RepositoryError> {
-    let mut stream = Stream::new(&backup.archives, members);
+    let mut stream = members.map(|members| Stream::new(&backup.archives, members));
     for part in 0..backup.parts.len() {
-        let reader = match open_part(place, backup, part).await {
-            Ok(reader) => reader,
-            Err(error) => {
-                verified.problems.push(problem(error)?);
-                continue;
+        let (mut bytes, mut torn) = (0, None);
+        let take = |plain: Option<&[u8]>| {
+            let Some(plain) = plain else {
+                stream = None;
+                return;
+            };
+            bytes += plain.len() as u64;
+            progress.add(plain.len() as u64);
+            let read = stream.as_mut().map_or(Ok(()), |stream| stream.read(plain));
+            if let Err(error) = read {
+                (stream, torn) = (None, Some(error.to_string()));
             }
         };
-        let mut pieces = pin!(reader.pieces(at_once));
-        while let Some(piece) = pieces.next().await {
-            let piece = match piece {
-                Ok(piece) => piece,
-                Err(error) => {
-                    // One finding per part is enough: the rest of it is read by nobody.
-                    verified.problems.push(problem(error)?);
-                    break;
-                }
-            };
-            verified.bytes += piece.len() as u64;
-            progress.add(piece.len() as u64);
-            if let Err(error) = stream.read(&piece) {
-                verified.problems.push(error.to_string());
-                return Ok(());
-            }
+        let is_whole = read_object(open_part(place, backup, part).await, at_once, verified, take);
+        if !is_whole.await? {
+            stream = None;
         }
+        verified.bytes += bytes;
+        verified.problems.extend(torn);
     }
-    let all_read = verified.bytes == backup.plain_bytes();
-    if all_read && !stream.is_as_in_table() {
+    if stream.is_some_and(|stream| !stream.is_as_in_table()) {
         verified.problems.push("the table of files is not the one of the stream".to_owned());
     }
     Ok(())
@@ -244,4 +291,22 @@ async fn check_wal(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn damaged_chunks_are_listed_shortly() {
+        let every_other: Vec<u32> = (0..40).step_by(2).collect();
+        for (damaged, expected) in [
+            (&[3][..], "chunk 3"),
+            (&[0, 3, 4, 5, 9], "chunks 0, 3 to 5, 9"),
+            (&[7, 8], "chunks 7 to 8"),
+            (&every_other, "chunks 0, 2, 4, 6, 8, 10, 12, 14, 16, 18 and 10 more"),
+        ] {
+            assert_eq!(list(damaged), expected);
+        }
+    }
 }

@@ -1,11 +1,16 @@
 //! WAL in the repository: what is there, what may be stored, and what a restore can reach.
 
+mod absence;
 #[cfg(test)]
 pub(crate) mod example;
 pub mod growing;
+mod map;
+pub mod newest;
 pub mod piece;
+mod put;
 pub mod ranges;
 pub mod remnant;
+mod times;
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -14,22 +19,27 @@ use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use shared::pg::wal::{
-    HistoryEntry, SEGMENT_BYTES_MIN, Segment, WalFile, WalFileError, WalHeader, WalHeaderError,
-    parse_history, segment_number,
+    HistoryEntry, SEGMENT_BYTES_MIN, WalFile, WalFileError, WalHeader, WalHeaderError,
+    parse_history,
 };
 use shared::store::StoreErrorKind;
 use thiserror::Error;
 use tokio_postgres::types::PgLsn;
 
 use crate::container::{Compressed, ContainerError, Kind, open_each};
-use crate::manifest::{Commit, lsn};
+use crate::manifest::lsn;
 use crate::repository::{Place, RepositoryError};
-use piece::Pieces;
+
+pub use absence::{Absence, absence};
+pub use map::{Reach, Then, WalMap};
+pub use put::{Stored, push, store, store_and_compare};
 
 /// Hexadecimal digits of the content's hash in an object's name: 64 bits. It makes names
 /// unique by content, so that a store that ignores `If-None-Match` cannot lose one of two.
 const HASH_DIGITS: usize = 16;
 
+/// The longest object of WAL: the largest `wal_segment_size`, not shrunk at all, and what seals it.
+const OBJECT_BYTES_MAX: u64 = (1 << 30) + (1 << 20);
 /// The longest history file that is taken: a line for each promotion there ever was.
 const HISTORY_BYTES_MAX: usize = 1 << 20;
 /// How often a growing segment is looked at anew because a piece of it was replaced meanwhile.
@@ -138,6 +148,16 @@ impl WalError {
         matches!(self, Self::Repository(RepositoryError::Store(error))
             if error.kind == StoreErrorKind::NotFound)
     }
+
+    /// Whether an object is there and is not what it should be.
+    #[must_use]
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Repository(error) => error.is_damage(),
+            Self::Stored { .. } => true,
+            _ => false,
+        }
+    }
 }
 
 impl From<ContainerError> for WalError {
@@ -157,7 +177,8 @@ pub struct WalObject {
     pub hash: String,
     /// Bytes in the store.
     pub object_bytes: u64,
-    /// When it was stored, by the store's clock: nothing in it is younger.
+    /// When it was stored, by the store's clock or its own word (see `times.rs`): nothing in it is
+    /// younger.
     pub stored_at: DateTime<Utc>,
 }
 
@@ -386,7 +407,7 @@ pub async fn read(
     wal: &WalObject,
     mut take: impl FnMut(&[u8]) -> Result<(), WalError>,
 ) -> Result<(), WalError> {
-    let object = place.store().get(&place.key(&wal.name)).await.map_err(RepositoryError::from)?;
+    let object = get(place, &wal.name).await?;
     let identity = place.identity(kind(&wal.file), &wal.name);
     let wrong = |source| WalError::Stored { object: wal.name.clone(), source: Box::new(source) };
     let mut checked = Checked::new(&wal.file)?;
@@ -403,98 +424,9 @@ pub async fn read(
     }
 }
 
-/// What became of a file that was to be stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stored {
-    /// It is new.
-    Now,
-    /// The same content was there.
-    Before,
-}
-
-/// Stores a WAL file.
-///
-/// The same content again is fine. Other content under the same name is refused, whichever came
-/// first: the list is read before and after, so that of two writers at the same moment at least
-/// one sees the other, on every store.
-///
-/// # Errors
-///
-/// [`WalError::Conflict`]; or the repository failed.
-pub async fn store(place: &Place, packed: Packed) -> Result<Stored, WalError> {
-    store_object(place, packed).await.map(|(stored, _)| stored)
-}
-
-/// Stores a WAL file and reads its object back, so that what else holds it may be given up.
-///
-/// # Errors
-///
-/// As [`store`]; or the store does not give back what it was given.
-pub async fn store_and_compare(place: &Place, packed: Packed) -> Result<Stored, WalError> {
-    let name = format!("{}{}", stem(&packed.file), packed.hash);
-    let error = match store_object(place, packed).await {
-        Ok((stored, None)) => return Ok(stored),
-        Ok((stored, Some((name, object)))) => {
-            let is_same = place.store().holds(&place.key(&name), &object).await;
-            if is_same.map_err(RepositoryError::from)? {
-                return Ok(stored);
-            }
-            let source = ContainerError::Replaced { name: name.clone() };
-            WalError::DamagedCopy { name, source: Box::new(source.into()) }
-        }
-        Err(error) => error,
-    };
-    let is_damaged = match &error {
-        WalError::DamagedCopy { .. } => true,
-        WalError::Repository(RepositoryError::Store(error)) => {
-            error.kind == StoreErrorKind::Corrupt
-        }
-        _ => false,
-    };
-    if is_damaged {
-        // Its name would stand for what the server still has, and sends again.
-        place.store().delete(&place.key(&name)).await.map_err(RepositoryError::from)?;
-    }
-    Err(error)
-}
-
-/// Stores a WAL file; returns the object too if it was written now.
-async fn store_object(
-    place: &Place,
-    packed: Packed,
-) -> Result<(Stored, Option<(String, Bytes)>), WalError> {
-    let Packed { file, hash, content, system_identifier: _ } = packed;
-    let conflict = |found: &[WalObject]| -> Result<(), WalError> {
-        let others: Vec<_> =
-            found.iter().filter(|it| it.hash != hash).map(|it| it.name.as_str()).collect();
-        if others.is_empty() {
-            return Ok(());
-        }
-        Err(WalError::Conflict { name: file.clone(), found: others.join(", ") })
-    };
-    let before = find(place, &file).await?;
-    conflict(&before)?;
-    if let Some(same) = before.first() {
-        read_back(place, same).await?;
-        return Ok((Stored::Before, None));
-    }
-    let name = format!("{}{hash}", stem(&file));
-    let kind = kind(&file);
-    let (object, _) = content.seal(place.keys(), &place.identity(kind, &name), CHUNK_BYTES)?;
-    let stored = match place.put_sealed(kind, &name, object.clone()).await {
-        Ok(()) => Stored::Now,
-        // Another writer was faster with the same content, sealed with another salt.
-        Err(RepositoryError::Conflict { .. }) => Stored::Before,
-        Err(error) => return Err(error.into()),
-    };
-    let after = find(place, &file).await?;
-    conflict(&after)?;
-    if stored == Stored::Before {
-        for same in &after {
-            read_back(place, same).await?;
-        }
-    }
-    Ok((stored, (stored == Stored::Now).then_some((name, object))))
+/// Fetches an object of WAL as a whole.
+async fn get(place: &Place, name: &str) -> Result<Bytes, RepositoryError> {
+    Ok(place.store().get(&place.key(name), OBJECT_BYTES_MAX).await?)
 }
 
 /// WAL that is lost: the server removed it before it was stored.
@@ -543,446 +475,4 @@ pub async fn gaps(place: &Place) -> Result<Vec<Gap>, RepositoryError> {
         gaps.push(serde_json::from_slice(&text).map_err(wrong)?);
     }
     Ok(gaps)
-}
-
-/// Reads an object that is to stand for a file that is pushed again: a truncated one must not.
-async fn read_back(place: &Place, same: &WalObject) -> Result<(), WalError> {
-    match read(place, same, |_| Ok(())).await {
-        Err(WalError::Repository(error)) if !error.is_damage() => Err(error.into()),
-        Err(source) => {
-            Err(WalError::DamagedCopy { name: same.name.clone(), source: Box::new(source) })
-        }
-        Ok(()) => Ok(()),
-    }
-}
-
-/// All WAL of one database cluster in the repository, as far as names tell.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct WalMap {
-    /// Bytes of a segment.
-    pub segment_bytes: u64,
-    /// Per timeline, the segments by number; more than one object is a conflict.
-    pub segments: BTreeMap<u32, BTreeMap<u64, Vec<WalObject>>>,
-    /// The pieces of segments that are not complete.
-    pub pieces: Pieces,
-    /// Per timeline, where it comes from.
-    pub histories: BTreeMap<u32, Vec<HistoryEntry>>,
-}
-
-/// Where a recovery from a backup would stop, and why.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Reach {
-    /// The timeline that recovery follows.
-    pub timeline: u32,
-    /// The end of the last segment that can be replayed, exclusive.
-    pub until_lsn: PgLsn,
-    /// When that segment was stored: no commit in it is younger. `None` if there is no segment.
-    pub until: Option<DateTime<Utc>>,
-    /// What is after it.
-    pub then: Then,
-}
-
-/// What is after the last segment that can be replayed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Then {
-    /// Nothing: it is the newest.
-    End,
-    /// A missing segment; there is WAL after it.
-    Gap {
-        /// The first missing segment's name.
-        segment: String,
-    },
-    /// A segment that is there with two contents.
-    Conflict {
-        /// Its name.
-        segment: String,
-    },
-}
-
-impl WalMap {
-    /// Lists the WAL of a place. `segment_bytes` is the cluster's `wal_segment_size`.
-    ///
-    /// # Errors
-    ///
-    /// The store could not be asked, or a history file is damaged.
-    pub async fn read(place: &Place, segment_bytes: u64) -> Result<Self, WalError> {
-        let mut map = Self { segment_bytes, ..Self::default() };
-        // Before the complete segments, which take their place: what is completed meanwhile is in
-        // one of the two lists.
-        map.pieces = piece::list(place, segment_bytes).await?;
-        for wal in place.list("wal/", None, None).await?.into_iter().filter_map(object) {
-            map.add(wal);
-        }
-        map.histories = histories(place).await?;
-        Ok(map)
-    }
-
-    /// Lists what tells where receiving goes on: of the complete segments those from `lsn` on, or from
-    /// where the server's `history` left their timeline, and of each timeline some before and the
-    /// newest. So a large repository takes no longer than a small one.
-    ///
-    /// # Errors
-    ///
-    /// As [`WalMap::read`].
-    pub async fn read_from(
-        place: &Place,
-        segment_bytes: u64,
-        lsn: PgLsn,
-        history: &[HistoryEntry],
-    ) -> Result<Self, WalError> {
-        // Before the complete segments, as in `read`.
-        let pieces = piece::list(place, segment_bytes).await?;
-        let mut map = Self { segment_bytes, pieces, ..Self::default() };
-        for timeline in place.list_folders("wal/").await? {
-            let Ok(number) = u32::from_str_radix(&timeline, 16) else { continue };
-            let left = history.iter().find(|entry| entry.timeline == number);
-            let from = left.map_or(lsn, |entry| lsn.min(entry.switch_lsn));
-            let first = Segment { timeline: number, number: segment_number(from, segment_bytes) };
-            map.add_from(place, &timeline, &first.name(segment_bytes)[..16]).await?;
-        }
-        let growing = map.pieces.keys().copied().filter(|it| map.objects(*it).is_empty());
-        for segment in growing.collect::<Vec<_>>() {
-            for wal in find(place, &segment.name(segment_bytes)).await? {
-                map.add(wal);
-            }
-        }
-        map.histories = histories(place).await?;
-        Ok(map)
-    }
-
-    /// Lists the complete segments of a timeline from the folder `first` on, and those of the last
-    /// folder before it that has any.
-    async fn add_from(
-        &mut self,
-        place: &Place,
-        timeline: &str,
-        first: &str,
-    ) -> Result<(), WalError> {
-        let prefix = format!("wal/{timeline}/");
-        let folders = place.list_folders(&prefix).await?;
-        let before = folders.iter().rev().skip_while(|folder| folder.as_str() >= first);
-        for folder in before.chain(folders.first()) {
-            let folder = format!("{prefix}{folder}/");
-            let listed = place.list(&prefix, Some(&folder), None).await?;
-            let is_empty = listed.first().is_none_or(|info| !info.key.starts_with(&folder));
-            listed.into_iter().filter_map(object).for_each(|wal| self.add(wal));
-            // Where a directory is the store, one that was just made may be empty.
-            if !is_empty {
-                break;
-            }
-        }
-        Ok(())
-    }
-
-    /// Lists what tells about one segment: its own objects, those of the timeline before, a few that
-    /// come after, and all pieces and histories.
-    ///
-    /// # Errors
-    ///
-    /// As [`WalMap::read`].
-    pub async fn around(
-        place: &Place,
-        segment: Segment,
-        segment_bytes: u64,
-    ) -> Result<Self, WalError> {
-        let pieces = piece::list(place, segment_bytes).await?;
-        let histories = histories(place).await?;
-        let mut map = Self { segment_bytes, pieces, histories, ..Self::default() };
-        let parent = map.parent(segment).map(|(parent, _)| parent);
-        for near in [Some(segment), parent].into_iter().flatten() {
-            let prefix = format!("wal/{:08X}/", near.timeline);
-            let listed =
-                place.list(&prefix, Some(&stem(&near.name(segment_bytes))), Some(4)).await?;
-            for wal in listed.into_iter().filter_map(object) {
-                map.add(wal);
-            }
-        }
-        Ok(map)
-    }
-
-    fn add(&mut self, wal: WalObject) {
-        if let Ok(WalFile::Segment(segment)) = WalFile::parse(&wal.file, self.segment_bytes) {
-            let timeline = self.segments.entry(segment.timeline).or_default();
-            let objects = timeline.entry(segment.number).or_default();
-            // Two lists may both have it.
-            if !objects.contains(&wal) {
-                objects.push(wal);
-            }
-        }
-    }
-
-    /// How much of a segment is stored, from its first byte on: all of it if it is complete.
-    pub fn covered(&self, segment: Segment) -> u64 {
-        let complete = self.segments.get(&segment.timeline);
-        if complete.is_some_and(|timeline| timeline.contains_key(&segment.number)) {
-            return self.segment_bytes;
-        }
-        self.pieces.get(&segment).map_or(0, |pieces| piece::cover(pieces).to)
-    }
-
-    /// Complete segments of which there are pieces still: whoever stored them was stopped there.
-    pub fn superseded(&self) -> impl Iterator<Item = Segment> {
-        let complete = |segment: &Segment| {
-            let timeline = self.segments.get(&segment.timeline);
-            timeline.is_some_and(|timeline| timeline.contains_key(&segment.number))
-        };
-        self.pieces.keys().copied().filter(complete)
-    }
-
-    /// The objects of a complete segment.
-    pub fn objects(&self, segment: Segment) -> &[WalObject] {
-        let timeline = self.segments.get(&segment.timeline);
-        timeline.and_then(|it| it.get(&segment.number)).map_or(&[], Vec::as_slice)
-    }
-
-    /// Takes a complete segment for one that is not there, because it is damaged.
-    pub fn disregard(&mut self, segment: Segment) {
-        if let Some(timeline) = self.segments.get_mut(&segment.timeline) {
-            timeline.remove(&segment.number);
-        }
-    }
-
-    /// How much of a segment a recovery can have: what is stored of it; or, of the segment in which
-    /// its timeline began, the beginning that it has in common with the timeline before.
-    pub fn within_reach(&self, segment: Segment) -> u64 {
-        let own = self.covered(segment);
-        let Some((parent, common)) = self.parent(segment).filter(|(_, common)| own < *common)
-        else {
-            return own;
-        };
-        own.max(self.covered(parent).min(common))
-    }
-
-    /// The same segment on the timeline before, if `segment` is the one in which its timeline
-    /// began, and how many bytes the two have in common.
-    pub fn parent(&self, segment: Segment) -> Option<(Segment, u64)> {
-        let entry = self.histories.get(&segment.timeline)?.last()?;
-        let begins_here = segment_number(entry.switch_lsn, self.segment_bytes) == segment.number;
-        let parent = Segment { timeline: entry.timeline, ..segment };
-        begins_here.then_some((parent, u64::from(entry.switch_lsn) % self.segment_bytes))
-    }
-
-    /// What proves that a segment, of which the first `covered` bytes are stored, was longer.
-    pub fn goes_on(&self, segment: Segment, covered: u64) -> Option<String> {
-        let Segment { timeline, number } = segment;
-        if let Some(later) = self.numbers(timeline).filter(|later| *later > number).min() {
-            let later = Segment { timeline, number: later }.name(self.segment_bytes);
-            return Some(format!("{later} is stored, which is after it"));
-        }
-        let end = number * self.segment_bytes + covered;
-        let left =
-            |entry: &&HistoryEntry| entry.timeline == timeline && u64::from(entry.switch_lsn) > end;
-        self.histories.iter().find_map(|(child, history)| {
-            let entry = history.iter().find(left)?;
-            Some(format!("timeline {child} branched off it at {}", entry.switch_lsn))
-        })
-    }
-
-    /// The newest timeline of which WAL is stored.
-    pub fn newest_with_wal(&self) -> Option<u32> {
-        let complete = self.segments.keys().copied().max();
-        complete.max(self.pieces.keys().map(|segment| segment.timeline).max())
-    }
-
-    /// The numbers of the segments of a timeline of which anything is stored, not in order.
-    pub fn numbers(&self, timeline: u32) -> impl Iterator<Item = u64> {
-        let complete = self.segments.get(&timeline).into_iter().flat_map(BTreeMap::keys).copied();
-        let of_timeline = move |segment: &&Segment| segment.timeline == timeline;
-        complete.chain(self.pieces.keys().filter(of_timeline).map(|segment| segment.number))
-    }
-
-    /// Where the stored WAL of a timeline ends, gaps or not; `None` if there is none.
-    pub fn end_of(&self, timeline: u32) -> Option<PgLsn> {
-        let number = self.numbers(timeline).max()?;
-        let covered = self.covered(Segment { timeline, number });
-        Some((number * self.segment_bytes + covered).into())
-    }
-
-    /// The newest timeline of which WAL or a history is stored.
-    pub fn newest_stored(&self) -> Option<u32> {
-        let histories = self.histories.keys().copied().max();
-        let complete = self.segments.keys().copied().max();
-        histories.max(complete).max(self.pieces.keys().map(|segment| segment.timeline).max())
-    }
-
-    /// The newest timeline that a recovery which started on `timeline` at `lsn` can follow.
-    pub fn newest_timeline(&self, timeline: u32, lsn: PgLsn) -> u32 {
-        let follows = |candidate: &u32| self.branch(*candidate, timeline, lsn);
-        self.histories.keys().copied().filter(follows).max().unwrap_or(timeline).max(timeline)
-    }
-
-    /// Tells whether `candidate` branched off `timeline` at or after `lsn`.
-    fn branch(&self, candidate: u32, timeline: u32, lsn: PgLsn) -> bool {
-        let history = self.histories.get(&candidate).map_or(&[][..], Vec::as_slice);
-        history.iter().any(|entry| entry.timeline == timeline && entry.switch_lsn >= lsn)
-    }
-
-    /// Follows the WAL of a backup along the timeline `target` as far as it goes without a gap.
-    ///
-    /// `None` if `target` does not branch off the backup's timeline after the backup's end: what
-    /// branched off before knows nothing of what the backup may hold.
-    pub fn reach(&self, backup: &Commit, target: u32) -> Option<Reach> {
-        let Commit { timeline, start_lsn: lsn, end_lsn, .. } = *backup;
-        if target != timeline && !self.branch(target, timeline, end_lsn) {
-            return None;
-        }
-        let history = self.histories.get(&target).map_or(&[][..], Vec::as_slice);
-        let mut number = segment_number(lsn, self.segment_bytes);
-        let mut until = None;
-        loop {
-            // The segment in which a timeline ends is read from the timeline after it, which
-            // begins with a copy.
-            let on = history
-                .iter()
-                .find(|entry| number < segment_number(entry.switch_lsn, self.segment_bytes))
-                .map_or(target, |entry| entry.timeline);
-            let found = self.segments.get(&on).and_then(|timeline| timeline.get(&number));
-            let segment = Segment { timeline: on, number };
-            let name = || segment.name(self.segment_bytes);
-            let pieces = self.pieces.get(&segment).map_or(&[][..], Vec::as_slice);
-            let cover = piece::cover(pieces);
-            let then = match found.map(Vec::as_slice) {
-                Some([wal]) => {
-                    until = until.max(Some(wal.stored_at));
-                    number += 1;
-                    continue;
-                }
-                Some([_, _, ..]) => Then::Conflict { segment: name() },
-                Some([]) | None if cover.furthest > cover.to => Then::Gap { segment: name() },
-                Some([]) | None if self.is_beyond(target, history, segment) => Then::End,
-                Some([]) | None => Then::Gap { segment: name() },
-            };
-            until = until.max(cover.chain.iter().map(|piece| piece.stored_at).max());
-            let conflict = matches!(then, Then::Conflict { .. });
-            let more = if conflict { 0 } else { self.within_reach(segment) };
-            let until_lsn = PgLsn::from(number * self.segment_bytes + more);
-            return Some(Reach { timeline: target, until_lsn, until, then });
-        }
-    }
-
-    /// Timelines of a backup that go on after the one that leads to `target` branched off them: the
-    /// newest segment of each. After a failover there is none; after a restore to an earlier
-    /// moment there is what was left behind, or a server that lives on beside the copy.
-    pub fn left_behind(&self, backup: &Commit, target: u32) -> Vec<(u32, String)> {
-        let history = self.histories.get(&target).map_or(&[][..], Vec::as_slice);
-        let on_the_way = history.iter().filter(|entry| entry.timeline >= backup.timeline);
-        let goes_on = on_the_way.filter_map(|entry| {
-            let (number, _) = self.segments.get(&entry.timeline)?.last_key_value()?;
-            let switched_in = segment_number(entry.switch_lsn, self.segment_bytes);
-            let segment = Segment { timeline: entry.timeline, number: *number };
-            (*number > switched_in).then(|| (entry.timeline, segment.name(self.segment_bytes)))
-        });
-        goes_on.collect()
-    }
-
-    /// Tells whether nothing is stored after a segment, which is not complete, on the way to
-    /// `target`.
-    fn is_beyond(&self, target: u32, history: &[HistoryEntry], segment: Segment) -> bool {
-        let Segment { timeline: on, number } = segment;
-        let later = history.iter().map(|entry| entry.timeline).chain([target]);
-        let last_allowed =
-            |timeline| if timeline == on { number } else { number.saturating_sub(1) };
-        later
-            .filter(|timeline| *timeline >= on)
-            .all(|timeline| self.numbers(timeline).all(|it| it <= last_allowed(timeline)))
-    }
-}
-
-/// What the repository proves about a file that PostgreSQL asks for and that is not there.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Absence {
-    /// It was never produced, as far as anything in the repository can tell: recovery has
-    /// reached the end, or is to look on another timeline.
-    NeverProduced,
-    /// It was produced or may have been: there is WAL after it, or this is where it should be.
-    Missing {
-        /// Why it must have been there.
-        reason: String,
-    },
-}
-
-/// Decides whether an absent file was never produced.
-///
-/// # Errors
-///
-/// The store could not be asked, or a history file is damaged: then nothing is proven.
-pub async fn absence(place: &Place, file: &str, segment_bytes: u64) -> Result<Absence, WalError> {
-    // An empty place proves nothing: it is a missing mount, or another cluster's name.
-    if place.list("", None, Some(1)).await?.is_empty() {
-        let reason = "the repository holds nothing of this server: wrong mount, bucket, prefix, \
-                      cluster name or group?"
-            .to_owned();
-        return Ok(Absence::Missing { reason });
-    }
-    let segment = match WalFile::parse(file, segment_bytes)? {
-        WalFile::Segment(segment) => segment,
-        // No history file, no such timeline: the list is the proof.
-        WalFile::History { .. } | WalFile::Partial(_) | WalFile::BackupLabel { .. } => {
-            return Ok(Absence::NeverProduced);
-        }
-    };
-    // Where the segment before this one would be stored.
-    let before = Segment { number: segment.number.saturating_sub(1), ..segment };
-    let mut before_is_on = before.timeline;
-    for (child, history) in histories(place).await? {
-        for entry in &history {
-            let ends_in = segment_number(entry.switch_lsn, segment_bytes);
-            if child == segment.timeline && segment.number < ends_in {
-                // Recovery asks on the newest timeline first; this is an older one's.
-                return Ok(Absence::NeverProduced);
-            }
-            if child == segment.timeline && before.number < ends_in {
-                before_is_on = before_is_on.min(entry.timeline);
-            }
-            if entry.timeline == segment.timeline && segment.number < ends_in {
-                let reason = format!(
-                    "timeline {child} branched off timeline {} after it, at {}",
-                    segment.timeline, entry.switch_lsn
-                );
-                return Ok(Absence::Missing { reason });
-            }
-        }
-    }
-    let timeline_prefix = format!("wal/{}/", &file[..8]);
-    let later = place.list(&timeline_prefix, Some(&stem(file)), Some(1)).await?;
-    let pieces = piece::list(place, segment_bytes).await?;
-    let later_piece =
-        pieces.keys().find(|it| it.timeline == segment.timeline && it.number >= segment.number);
-    let later = later.into_iter().find_map(object).map(|later| later.file);
-    if let Some(later) = later.or(later_piece.map(|later| later.name(segment_bytes))) {
-        let reason = if later == file {
-            "its first piece is missing, and a later one is stored".to_owned()
-        } else {
-            format!("{later} is stored, which is after it")
-        };
-        return Ok(Absence::Missing { reason });
-    }
-    // The end of the WAL comes after something. Without it, this may as well be a hole.
-    let before_segment = Segment { timeline: before_is_on, ..before };
-    let before = before_segment.name(segment_bytes);
-    if !pieces.contains_key(&before_segment) && find(place, &before).await?.is_empty() {
-        let reason = format!("{before}, which is before it, is missing too");
-        return Ok(Absence::Missing { reason });
-    }
-    Ok(Absence::NeverProduced)
-}
-
-/// Reads every timeline history in the repository.
-async fn histories(place: &Place) -> Result<BTreeMap<u32, Vec<HistoryEntry>>, WalError> {
-    let mut histories = BTreeMap::new();
-    for wal in place.list("history/", None, None).await?.into_iter().filter_map(object) {
-        // The size of a segment does not matter to the name of a history file.
-        let Ok(WalFile::History { timeline }) = WalFile::parse(&wal.file, 1 << 20) else {
-            continue;
-        };
-        let mut text = Vec::new();
-        read(place, &wal, |chunk| {
-            text.extend_from_slice(chunk);
-            Ok(())
-        })
-        .await?;
-        let history = read_history(&wal.name, &text)?;
-        histories.insert(timeline, history);
-    }
-    Ok(histories)
 }

@@ -7,29 +7,31 @@ use serde_json::{Value, json};
 use shared::table::Table;
 use shared::telemetry::chain;
 
-use crate::catalog::{self, Catalog};
+use crate::catalog::Catalog;
+use crate::listing::heading;
 use crate::progress::Progress;
 use crate::quantities::{bytes, time};
 use crate::repository::{Place, RepositoryError};
 use crate::retention::{self, Retention};
 use crate::wal::piece::{self, Piece};
 use crate::wal::ranges::{Next, Range, ranges};
-use crate::wal::{self, WalError, WalMap, WalObject};
+use crate::wal::{self, WalError, WalMap, WalObject, newest, remnant};
 
-/// `wal_segment_size` where no backup says it.
-const SEGMENT_BYTES: u64 = 16 << 20;
 /// Objects that are read at once.
 const AT_ONCE: usize = 4;
+/// What is said of an object whose name is none of WAL, as far as this cluster's segments go.
+const NOT_WAL: &str = "has no name of WAL with this cluster's wal_segment_size";
 
 async fn read(place: &Place, retention: &Retention) -> Result<(WalMap, Vec<Range>), WalError> {
     let catalog = Catalog::read(place).await?;
     let segment_bytes = match catalog.backups.last() {
         Some(newest) => newest.wal_segment_bytes,
-        None => catalog::wal_segment_bytes(place).await?.unwrap_or(SEGMENT_BYTES),
+        None => newest::segment_bytes(place).await?,
     };
     // Nobody knows what a backup needs whose commit object is damaged.
     let backups = if catalog.unreadable.is_empty() { catalog.backups } else { Vec::new() };
-    let map = WalMap::read(place, segment_bytes).await?;
+    let mut map = WalMap::read(place, segment_bytes).await?;
+    map.strange.extend(remnant::strange(place, segment_bytes).await?);
     let is_spare = retention::is_spare(&backups, segment_bytes, retention, Utc::now());
     let ranges = ranges(&map, &wal::gaps(place).await?, is_spare);
     Ok((map, ranges))
@@ -42,53 +44,69 @@ async fn read(place: &Place, retention: &Retention) -> Result<(WalMap, Vec<Range
 ///
 /// There is a gap; or the repository could not be read.
 pub async fn list(places: &[Place], retention: &Retention, as_json: bool) -> anyhow::Result<()> {
-    let header = [
-        "GROUP",
-        "TIMELINE",
-        "FROM",
-        "UNTIL",
-        "SEGMENTS",
-        "STORED",
-        "STORED FROM",
-        "STORED UNTIL",
-        "THEN",
-    ];
-    let mut table = Table::new(&header);
-    let (mut values, mut gaps) = (Vec::new(), 0);
+    let (mut values, mut texts, mut gaps, mut strange) = (Vec::new(), Vec::new(), 0, Vec::new());
     for place in places {
-        for range in read(place, retention).await?.1 {
-            gaps += usize::from(matches!(range.next, Next::Gap { .. }));
-            values.push(to_json(place, &range));
-            table.row([
-                place.group.to_string(),
-                range.timeline.to_string(),
-                range.from_lsn.to_string(),
-                range.until_lsn.to_string(),
-                range.segments.to_string(),
-                bytes(range.object_bytes),
-                time(range.from),
-                time(range.until),
-                then(&range.next),
-            ]);
+        let (map, ranges) = read(place, retention).await?;
+        strange.extend(map.strange.iter().map(|name| place.key(name)));
+        gaps += ranges.iter().filter(|range| matches!(range.next, Next::Gap { .. })).count();
+        values.extend(ranges.iter().map(|range| to_json(place, range)));
+        if !ranges.is_empty() {
+            let heading = heading(place.group, place.system_identifier);
+            texts.push(format!("{heading}\n{}", to_table(&ranges)));
         }
     }
-    print(as_json, &values, &table, "no WAL is stored")?;
-    if gaps > 0 {
-        bail!(
-            "{gaps} gap{} in the WAL: no recovery goes across one",
-            if gaps == 1 { "" } else { "s" }
-        );
+    if as_json {
+        shared::cli::print(format!("{:#}\n", json!(values)))?;
+    } else if texts.is_empty() {
+        shared::cli::print("no WAL is stored\n")?;
+    } else {
+        shared::cli::print(texts.join("\n"))?;
+    }
+    let plural = |count| if count == 1 { "" } else { "s" };
+    let gaps = (gaps > 0)
+        .then(|| format!("{gaps} gap{} in the WAL: no recovery goes across one", plural(gaps)));
+    let strange = strange.first().map(|first| {
+        let count = strange.len();
+        format!("{count} object{} among the WAL that {NOT_WAL}: {first}", plural(count))
+    });
+    let problems: Vec<String> = gaps.into_iter().chain(strange).collect();
+    if !problems.is_empty() {
+        bail!(problems.join("; "));
     }
     Ok(())
+}
+
+/// The ranges of one database cluster, and below each what is after it.
+fn to_table(ranges: &[Range]) -> Table {
+    let header = ["TIMELINE", "FROM", "UNTIL", "SIZE", "STORED FROM", "STORED UNTIL"];
+    let mut table = Table::new(&header).numbers(&[0, 1, 2, 3]);
+    for range in ranges {
+        table.row([
+            range.timeline.to_string(),
+            range.from_lsn.to_string(),
+            range.until_lsn.to_string(),
+            bytes(range.object_bytes),
+            time(range.from),
+            time(range.until),
+        ]);
+        if range.next != Next::Newest {
+            table.note(then(&range.next));
+        }
+    }
+    table
 }
 
 fn then(next: &Next) -> String {
     match next {
         Next::Newest => "newest".to_owned(),
-        Next::Timeline { timeline, switch_lsn } => format!("timeline {timeline} from {switch_lsn}"),
+        Next::Timeline { timeline, switch_lsn } => {
+            format!("timeline {timeline} branched off at {switch_lsn}")
+        }
         Next::Gap { until_lsn, reason: Some(reason) } => format!("GAP until {until_lsn}: {reason}"),
         Next::Gap { until_lsn, reason: None } => format!("GAP until {until_lsn}"),
-        Next::Expired { until_lsn } => format!("expired until {until_lsn}"),
+        Next::Expired { until_lsn } => {
+            format!("nothing until {until_lsn}: removed by the retention, no backup needs it")
+        }
     }
 }
 
@@ -160,7 +178,7 @@ pub async fn verify(
     as_json: bool,
     progress: &Progress,
 ) -> anyhow::Result<()> {
-    let mut table = Table::new(&["GROUP", "OBJECT", "RESULT"]);
+    let mut table = Table::new(&["GROUP", "WHAT IS WRONG"]);
     let (mut values, mut read_back, mut bad) = (Vec::new(), 0, 0);
     for place in places {
         let (map, ranges) = read(place, retention).await?;
@@ -173,6 +191,10 @@ pub async fn verify(
         for range in ranges.iter().filter(|range| matches!(range.next, Next::Gap { .. })) {
             let after = format!("timeline {} after {}", range.timeline, range.until_lsn);
             complain(&mut table, &mut values, place, &after, &then(&range.next));
+            bad += 1;
+        }
+        for name in &map.strange {
+            complain(&mut table, &mut values, place, name, NOT_WAL);
             bad += 1;
         }
         for (file, conflict) in conflicts(place, &map).await {
@@ -209,7 +231,7 @@ pub async fn verify(
         print(as_json, &values, &table, &all_good)?;
     }
     if bad > 0 {
-        bail!("{bad} of {read_back} WAL objects are not as they should be");
+        bail!("{bad} problem{} in {read_back} WAL objects", if bad == 1 { "" } else { "s" });
     }
     if read_back == 0 {
         bail!("no WAL is stored there: nothing was verified");
@@ -233,7 +255,8 @@ async fn conflicts(place: &Place, map: &WalMap) -> Vec<(String, WalError)> {
 
 fn complain(table: &mut Table, values: &mut Vec<Value>, place: &Place, object: &str, what: &str) {
     values.push(json!({ "group": place.group, "object": object, "problem": what }));
-    table.row([place.group.to_string(), object.to_owned(), what.to_owned()]);
+    let named = if what.contains(object) { what.to_owned() } else { format!("{object}: {what}") };
+    table.row([place.group.to_string(), named]);
 }
 
 fn print(as_json: bool, values: &[Value], table: &Table, nothing: &str) -> anyhow::Result<()> {

@@ -1,14 +1,17 @@
 //! The command line.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use shared::cli::config_help;
 
 use crate::check::Level;
+use crate::commands::AGENT;
 use crate::component::Kind;
 use crate::notify::command::{SilenceArgs, SilencesArgs, UnsilenceArgs};
 
 /// Says whether the cluster is well, and why not.
 #[derive(Debug, Parser)]
 #[command(name = "health-monitor", version, max_term_width = 100)]
+#[command(mut_arg("config", |argument| config_help(argument, AGENT)))]
 pub struct Cli {
     /// What every agent has.
     #[command(flatten)]

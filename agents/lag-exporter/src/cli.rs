@@ -3,10 +3,14 @@
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use shared::cli::config_help;
+
+use crate::commands::AGENT;
 
 /// Says how far each standby is behind, and what hangs on it.
 #[derive(Debug, Parser)]
 #[command(name = "lag-exporter", version, max_term_width = 100)]
+#[command(mut_arg("config", |argument| config_help(argument, AGENT)))]
 pub struct Cli {
     /// What every agent has.
     #[command(flatten)]

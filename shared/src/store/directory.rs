@@ -6,7 +6,6 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,7 +14,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
 
-use super::{ObjectInfo, Put, StoreError, StoreErrorKind, Unfinished};
+use super::{ObjectInfo, Put, StoreError, StoreErrorKind, Unfinished, Wanted};
 
 const UPLOADS: &str = ".uploads";
 
@@ -53,20 +52,21 @@ impl Directory {
         stored
     }
 
-    pub(super) async fn get(
-        &self,
-        key: &str,
-        range: Option<Range<u64>>,
-    ) -> Result<Bytes, StoreError> {
+    pub(super) async fn get(&self, key: &str, wanted: Wanted) -> Result<Bytes, StoreError> {
         self.blocking("get", key, |store, key| {
             let mut file = File::open(store.path(key)?)?;
             let mut body = Vec::new();
-            match range {
-                None => {
-                    body.reserve(usize::try_from(file.metadata()?.len()).unwrap_or(0));
-                    file.read_to_end(&mut body)?;
+            match wanted {
+                Wanted::Whole { .. } => {
+                    let bytes = file.metadata()?.len();
+                    if let Some(reason) = wanted.refuse(bytes) {
+                        return Err(io::Error::new(io::ErrorKind::FileTooLarge, reason));
+                    }
+                    body.reserve(usize::try_from(bytes).unwrap_or(0));
+                    // An object never grows; what is there instead may.
+                    file.take(bytes).read_to_end(&mut body)?;
                 }
-                Some(range) => {
+                Wanted::Range(range) => {
                     let wanted = range.end.saturating_sub(range.start);
                     body.reserve(usize::try_from(wanted).unwrap_or(0));
                     file.seek(SeekFrom::Start(range.start))?;
@@ -76,6 +76,14 @@ impl Directory {
             Ok(Bytes::from(body))
         })
         .await
+    }
+
+    pub(super) async fn holds(&self, key: &str, expected: &[u8]) -> Result<bool, StoreError> {
+        let bytes_max = expected.len() as u64;
+        if self.head(key).await?.is_some_and(|info| info.bytes != bytes_max) {
+            return Ok(false);
+        }
+        Ok(self.get(key, Wanted::Whole { bytes_max }).await? == expected)
     }
 
     pub(super) async fn head(&self, key: &str) -> Result<Option<ObjectInfo>, StoreError> {
@@ -99,8 +107,8 @@ impl Directory {
             store.require_base()?;
             let folder = prefix.rsplit_once('/').map_or("", |(folder, _)| folder);
             let mut found = Vec::new();
-            let wanted = Wanted { prefix, after: after.as_deref().unwrap_or_default() };
-            walk(&store.root.join(folder), folder, &wanted, &mut found)?;
+            let selection = Selection { prefix, after: after.as_deref().unwrap_or_default() };
+            walk(&store.root.join(folder), folder, &selection, &mut found)?;
             found.sort_by(|a, b| a.key.cmp(&b.key));
             found.truncate(limit.unwrap_or(usize::MAX));
             Ok(found)
@@ -317,17 +325,21 @@ fn entries(folder: &Path) -> io::Result<Vec<fs::DirEntry>> {
     match fs::read_dir(folder) {
         Ok(entries) => entries.collect(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(error),
+        // The one of many that cannot be read has to be found.
+        Err(error) => {
+            let kind = error.kind();
+            Err(io::Error::new(kind, format!("read {}: {error}", folder.display())))
+        }
     }
 }
 
 /// Which keys a list is asked for.
-struct Wanted<'a> {
+struct Selection<'a> {
     prefix: &'a str,
     after: &'a str,
 }
 
-impl Wanted<'_> {
+impl Selection<'_> {
     fn has(&self, key: &str) -> bool {
         key.starts_with(self.prefix) && key > self.after
     }
@@ -343,7 +355,7 @@ impl Wanted<'_> {
 fn walk(
     folder: &Path,
     name: &str,
-    wanted: &Wanted<'_>,
+    selection: &Selection<'_>,
     found: &mut Vec<ObjectInfo>,
 ) -> io::Result<()> {
     for entry in entries(folder)? {
@@ -352,10 +364,10 @@ fn walk(
         let key =
             if name.is_empty() { file_name.into_owned() } else { format!("{name}/{file_name}") };
         if entry.file_type()?.is_dir() {
-            if key != UPLOADS && wanted.may_be_in(&format!("{key}/")) {
-                walk(&entry.path(), &key, wanted, found)?;
+            if key != UPLOADS && selection.may_be_in(&format!("{key}/")) {
+                walk(&entry.path(), &key, selection, found)?;
             }
-        } else if wanted.has(&key) {
+        } else if selection.has(&key) {
             match entry.metadata() {
                 Ok(metadata) => found.push(info(key, &metadata)?),
                 // Deleted between the two calls: as good as not listed.

@@ -107,6 +107,27 @@ pub enum StoreErrorKind {
     Refused,
 }
 
+/// What is to be read of an object.
+#[derive(Clone, Debug)]
+enum Wanted {
+    /// All of it, unless it is longer.
+    Whole { bytes_max: u64 },
+    /// These bytes.
+    Range(Range<u64>),
+}
+
+impl Wanted {
+    /// Why an object, or what the store sends of it, is not read.
+    fn refuse(&self, bytes: u64) -> Option<String> {
+        let bytes_max = match self {
+            Self::Whole { bytes_max } => *bytes_max,
+            Self::Range(range) => range.end.saturating_sub(range.start),
+        };
+        (bytes > bytes_max)
+            .then(|| format!("it has {bytes} bytes, expected {bytes_max} at most: it is not read"))
+    }
+}
+
 /// An operation on the store that failed.
 #[derive(Debug, Error)]
 #[error("{operation} {key}")]
@@ -199,7 +220,7 @@ impl ObjectStore {
         Ok(Self(variant))
     }
 
-    /// Says where this is, for people: `s3://bucket/prefix` or a path.
+    /// Says where this is, for people: `s3://bucket/prefix at server`, or a path.
     pub fn location(&self) -> String {
         match &self.0 {
             Variant::Directory(directory) => directory.location(),
@@ -231,16 +252,16 @@ impl ObjectStore {
         Ok(put)
     }
 
-    /// Returns a whole object.
+    /// Returns a whole object of at most `bytes_max`: all of it is in memory.
     ///
     /// # Errors
     ///
     /// [`StoreErrorKind::NotFound`], or the store could not be read, or fewer bytes arrived than
-    /// it announced.
-    pub async fn get(&self, key: &str) -> Result<Bytes, StoreError> {
+    /// it announced; [`StoreErrorKind::Refused`] for one that is longer, of which nothing is read.
+    pub async fn get(&self, key: &str, bytes_max: u64) -> Result<Bytes, StoreError> {
         match &self.0 {
-            Variant::Directory(directory) => directory.get(key, None).await,
-            Variant::S3(s3) => s3.get(key, None).await,
+            Variant::Directory(directory) => directory.get(key, Wanted::Whole { bytes_max }).await,
+            Variant::S3(s3) => s3.get(key, Wanted::Whole { bytes_max }).await,
         }
     }
 
@@ -251,7 +272,7 @@ impl ObjectStore {
     /// As [`ObjectStore::get`].
     pub async fn holds(&self, key: &str, body: &[u8]) -> Result<bool, StoreError> {
         match &self.0 {
-            Variant::Directory(directory) => Ok(directory.get(key, None).await? == body),
+            Variant::Directory(directory) => directory.holds(key, body).await,
             Variant::S3(s3) => s3.holds(key, body).await,
         }
     }
@@ -267,8 +288,8 @@ impl ObjectStore {
             return Ok(Bytes::new());
         }
         let body = match &self.0 {
-            Variant::Directory(directory) => directory.get(key, Some(range)).await?,
-            Variant::S3(s3) => s3.get(key, Some(range)).await?,
+            Variant::Directory(directory) => directory.get(key, Wanted::Range(range)).await?,
+            Variant::S3(s3) => s3.get(key, Wanted::Range(range)).await?,
         };
         if body.len() as u64 != wanted {
             let found = body.len();

@@ -5,7 +5,6 @@ mod failure;
 
 use std::error::Error;
 use std::fs;
-use std::ops::Range;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -29,12 +28,12 @@ use aws_smithy_runtime::client::retries::classifiers::HttpStatusCodeClassifier;
 use bytes::{Bytes, BytesMut};
 use chrono::{DateTime, Utc};
 
-use super::{ObjectInfo, Put, StoreError, StoreErrorKind, Unfinished, UploadedPart};
+use super::{ObjectInfo, Put, StoreError, StoreErrorKind, Unfinished, UploadedPart, Wanted};
 use crate::secret::Secret;
 use crate::tls;
 
 pub use config::S3Config;
-use failure::{HopelessHandshake, failure, status};
+use failure::{HopelessHandshake, InPlace, failure, status};
 
 /// Time for the TCP and TLS handshakes of one connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -58,6 +57,8 @@ const DELETE_PAGE: usize = 1000;
 pub(super) struct S3 {
     client: Client,
     bucket: String,
+    /// The endpoint, or the region where it is AWS's, for people.
+    server: String,
     /// Empty, or ends with a slash.
     prefix: String,
     encryption: Option<ServerSideEncryption>,
@@ -126,6 +127,7 @@ impl S3 {
         Ok(Self {
             client: Client::from_conf(builder.build()),
             bucket: config.bucket.clone(),
+            server: config.endpoint.clone().unwrap_or_else(|| format!("AWS {}", config.region)),
             prefix: if prefix.is_empty() { String::new() } else { format!("{prefix}/") },
             encryption: config.server_side_encryption.as_deref().map(ServerSideEncryption::from),
             kms_key_id: config.kms_key_id.clone(),
@@ -135,14 +137,30 @@ impl S3 {
     }
 
     pub(super) fn location(&self) -> String {
-        format!("s3://{}/{}", self.bucket, self.prefix.trim_end_matches('/'))
+        let prefix = self.prefix.trim_end_matches('/');
+        format!("s3://{}/{prefix} at {}", self.bucket, self.server)
+    }
+
+    /// What went wrong with an object, and in which bucket of which server.
+    fn error(
+        &self,
+        operation: &'static str,
+        key: &str,
+        kind: StoreErrorKind,
+        source: impl Into<Box<dyn Error + Send + Sync>>,
+    ) -> StoreError {
+        let (bucket, server) = (&self.bucket, &self.server);
+        let place = format!("bucket {bucket} at {server}");
+        let source = Box::new(InPlace { place, source: source.into() });
+        StoreError { operation, key: key.to_owned(), kind, source }
     }
 
     fn failed<E>(&self, operation: &'static str, key: &str, error: SdkError<E>) -> StoreError
     where
         E: Error + ProvideErrorMetadata + Send + Sync + 'static,
     {
-        failure(operation, key, error, self.credentials)
+        let (kind, source) = failure(error, self.credentials);
+        self.error(operation, key, kind, source)
     }
 
     fn full(&self, key: &str) -> String {
@@ -182,20 +200,15 @@ impl S3 {
         // A server that answers 200 and keeps something else is found out now and not at restore.
         match self.head(key).await?.map(|info| info.bytes) {
             Some(bytes) if bytes == expected => Ok(Put::Created),
-            found => Err(StoreError {
-                operation: "put",
-                key: key.to_owned(),
-                kind: StoreErrorKind::Corrupt,
-                source: format!("sent {expected} bytes, the store has {found:?}").into(),
-            }),
+            found => {
+                let found = found.map_or("no object".to_owned(), |bytes| format!("{bytes} bytes"));
+                let source = format!("sent {expected} bytes, the store has {found}");
+                Err(self.error("put", key, StoreErrorKind::Corrupt, source))
+            }
         }
     }
 
-    pub(super) async fn get(
-        &self,
-        key: &str,
-        range: Option<Range<u64>>,
-    ) -> Result<Bytes, StoreError> {
+    pub(super) async fn get(&self, key: &str, wanted: Wanted) -> Result<Bytes, StoreError> {
         let mut body = BytesMut::new();
         let take = |arrived: Arrived<'_>| match arrived {
             Arrived::Length(bytes) => {
@@ -203,7 +216,7 @@ impl S3 {
             }
             Arrived::Piece(piece) => body.extend_from_slice(piece),
         };
-        self.read(key, range, take).await?;
+        self.read(key, &wanted, take).await?;
         Ok(body.freeze())
     }
 
@@ -218,7 +231,7 @@ impl S3 {
                 None => is_same = false,
             },
         };
-        self.read(key, None, take).await?;
+        self.read(key, &Wanted::Whole { bytes_max: u64::MAX }, take).await?;
         Ok(is_same && rest.is_empty())
     }
 
@@ -227,10 +240,13 @@ impl S3 {
     async fn read(
         &self,
         key: &str,
-        range: Option<Range<u64>>,
+        wanted: &Wanted,
         mut take: impl FnMut(Arrived<'_>) + Send,
     ) -> Result<(), StoreError> {
-        let range = range.map(|range| format!("bytes={}-{}", range.start, range.end - 1));
+        let range = match wanted {
+            Wanted::Whole { .. } => None,
+            Wanted::Range(range) => Some(format!("bytes={}-{}", range.start, range.end - 1)),
+        };
         let mut attempt = 0;
         loop {
             attempt += 1;
@@ -242,21 +258,19 @@ impl S3 {
                 .set_range(range.clone())
                 .send()
                 .await;
-            let error = match got {
-                Ok(output) => match read_body(key, output, &mut take).await {
-                    Ok(()) => return Ok(()),
-                    Err(error) => error,
-                },
+            let output = match got {
+                Ok(output) => output,
                 Err(error) if status(&error) == Some(416) => {
-                    return Err(StoreError {
-                        operation: "get",
-                        key: key.to_owned(),
-                        kind: StoreErrorKind::Corrupt,
-                        source: "the object ends before the range asked for".into(),
-                    });
+                    let reason = "the object ends before the range asked for";
+                    return Err(self.error("get", key, StoreErrorKind::Corrupt, reason));
                 }
                 Err(error) => return Err(self.failed("get", key, error)),
             };
+            if let Some(reason) = wanted.refuse(bytes_of(output.content_length())) {
+                return Err(self.error("get", key, StoreErrorKind::Refused, reason));
+            }
+            let Err(source) = read_body(output, &mut take).await else { return Ok(()) };
+            let error = self.error("get", key, StoreErrorKind::Unavailable, source);
             // The SDK retries a request, but not a body that broke off on its way.
             if attempt == GET_BODY_ATTEMPTS {
                 return Err(error);
@@ -388,11 +402,9 @@ impl S3 {
             .send()
             .await
             .map_err(|error| self.failed("begin upload of", key, error))?;
-        output.upload_id().map(str::to_owned).ok_or_else(|| StoreError {
-            operation: "begin upload of",
-            key: key.to_owned(),
-            kind: StoreErrorKind::Refused,
-            source: "the store named no upload id".into(),
+        output.upload_id().map(str::to_owned).ok_or_else(|| {
+            let source = "the store named no upload id";
+            self.error("begin upload of", key, StoreErrorKind::Refused, source)
         })
     }
 
@@ -511,38 +523,34 @@ enum Arrived<'a> {
     Piece(&'a [u8]),
 }
 
-/// Reads a body to its announced end.
+/// Reads a body to its announced end, and no further.
 async fn read_body(
-    key: &str,
     output: GetObjectOutput,
     take: &mut impl FnMut(Arrived<'_>),
-) -> Result<(), StoreError> {
+) -> Result<(), Box<dyn Error + Send + Sync>> {
     let expected = bytes_of(output.content_length());
     let mut body = output.body;
     let mut found = 0;
-    let broken = |source: Box<dyn Error + Send + Sync>| StoreError {
-        operation: "get",
-        key: key.to_owned(),
-        kind: StoreErrorKind::Unavailable,
-        source,
-    };
     take(Arrived::Length(expected));
     loop {
         // The SDK's own protection counts throughput; this one bounds a body that goes silent.
         match tokio::time::timeout(STALL_GRACE * 2, body.next()).await {
             Ok(Some(Ok(piece))) => {
                 found += piece.len() as u64;
+                if found > expected {
+                    break;
+                }
                 take(Arrived::Piece(&piece));
             }
-            Ok(Some(Err(error))) => return Err(broken(error.into())),
+            Ok(Some(Err(error))) => return Err(error.into()),
             Ok(None) => break,
-            Err(_) => return Err(broken("the body stalled".into())),
+            Err(_) => return Err("the body stalled".into()),
         }
     }
-    if found != expected {
-        return Err(broken(format!("expected {expected} bytes, {found} arrived").into()));
+    if found == expected {
+        return Ok(());
     }
-    Ok(())
+    Err(format!("expected {expected} bytes, {found} arrived").into())
 }
 
 fn bytes_of(length: Option<i64>) -> u64 {

@@ -10,6 +10,8 @@ use chrono::{DateTime, Utc};
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use shared::pg::wal::{Segment, WalFile, WalHeader};
 use shared::store::{ObjectInfo, StoreError, StoreErrorKind};
+use shared::telemetry::chain;
+use tracing::warn;
 
 use super::{CHUNK_BYTES, ContentHash, LISTS_MAX, WalError, find};
 use crate::container::{Compressed, ContainerError, Kind, open_each};
@@ -21,6 +23,9 @@ const SMALL_MAX: usize = 64;
 const WIDE_DIVISOR: u64 = 64;
 /// The same for small segments: 256 KiB would be stored hardly larger than its pieces.
 const WIDE_BYTES_MIN: u64 = 1 << 20;
+
+/// So many pieces are more than segments under way have: one request lists them.
+const MANY: usize = 1000;
 
 /// Pieces that are read at once.
 const AT_ONCE: usize = 8;
@@ -40,7 +45,8 @@ pub struct Piece {
     pub name: String,
     /// Bytes in the store.
     pub object_bytes: u64,
-    /// When it was stored, by the store's clock: nothing in it is younger.
+    /// When it was stored, by the store's clock or its own word (see `times.rs`): nothing in it is
+    /// younger.
     pub stored_at: DateTime<Utc>,
 }
 
@@ -157,7 +163,7 @@ async fn delete(place: &Place, piece: &Piece) -> Result<(), RepositoryError> {
 }
 
 /// Reads an object's name; `None` if it is no piece.
-fn parse(info: ObjectInfo, segment_bytes: u64) -> Option<Piece> {
+pub(super) fn parse(info: ObjectInfo, segment_bytes: u64) -> Option<Piece> {
     let rest = info.key.strip_prefix("partial/")?;
     let (segment, rest) = rest.split_once('.')?;
     let WalFile::Segment(segment) = WalFile::parse(segment, segment_bytes).ok()? else {
@@ -184,13 +190,42 @@ fn parse(info: ObjectInfo, segment_bytes: u64) -> Option<Piece> {
 ///
 /// The store could not be asked.
 pub async fn list(place: &Place, segment_bytes: u64) -> Result<Pieces, RepositoryError> {
-    let mut pieces = Pieces::new();
-    for piece in settled(place, "partial/").await? {
-        if let Some(piece) = parse(piece, segment_bytes) {
-            pieces.entry(piece.segment).or_default().push(piece);
-        }
+    Ok(by_segment(settled(place, "partial/", None).await?, segment_bytes))
+}
+
+/// Lists the pieces that are there for a reason; and of a store that keeps what was replaced, where
+/// that comes to more than anybody can list, only those of each timeline from `first` on: a name's
+/// first 16 digits.
+///
+/// # Errors
+///
+/// The store could not be asked.
+pub async fn list_since(
+    place: &Place,
+    segment_bytes: u64,
+    first: &BTreeMap<u32, String>,
+) -> Result<Pieces, RepositoryError> {
+    if place.list("partial/", None, Some(MANY)).await?.len() < MANY {
+        return list(place, segment_bytes).await;
     }
-    Ok(pieces)
+    let mut found = Vec::new();
+    let newest = first.keys().last().copied().unwrap_or(0);
+    for timeline in 1..=newest {
+        let prefix = format!("partial/{timeline:08X}");
+        let after = first.get(&timeline).map(|first| format!("partial/{first}"));
+        found.extend(settled(place, &prefix, after.as_deref()).await?);
+    }
+    let newer = format!("partial/{newest:08X}G");
+    found.extend(settled(place, "partial/", Some(&newer)).await?);
+    Ok(by_segment(found, segment_bytes))
+}
+
+fn by_segment(listed: Vec<ObjectInfo>, segment_bytes: u64) -> Pieces {
+    let mut pieces = Pieces::new();
+    for piece in listed.into_iter().filter_map(|info| parse(info, segment_bytes)) {
+        pieces.entry(piece.segment).or_default().push(piece);
+    }
+    pieces
 }
 
 /// Lists the pieces of one segment.
@@ -203,16 +238,20 @@ pub async fn list_of(
     segment: Segment,
     segment_bytes: u64,
 ) -> Result<Vec<Piece>, RepositoryError> {
-    let listed = settled(place, &stem(segment, segment_bytes)).await?;
+    let listed = settled(place, &stem(segment, segment_bytes), None).await?;
     Ok(listed.into_iter().filter_map(|info| parse(info, segment_bytes)).collect())
 }
 
 /// Lists until nothing vanishes between two lists. A piece is stored before those that it replaces
 /// go; but a list that is past its place by then, and not yet at theirs, has neither.
-async fn settled(place: &Place, prefix: &str) -> Result<Vec<ObjectInfo>, RepositoryError> {
-    let mut before = place.list(prefix, None, None).await?;
+async fn settled(
+    place: &Place,
+    prefix: &str,
+    after: Option<&str>,
+) -> Result<Vec<ObjectInfo>, RepositoryError> {
+    let mut before = place.list(prefix, after, None).await?;
     for _ in 1..LISTS_MAX {
-        let now = place.list(prefix, None, None).await?;
+        let now = place.list(prefix, after, None).await?;
         if !has_vanished(&before, &now) {
             return Ok(now);
         }
@@ -277,11 +316,51 @@ pub async fn stitch(
     segment_bytes: u64,
     cover: &Cover<'_>,
 ) -> Result<Vec<u8>, WalError> {
+    stitch_named(place, segment, segment_bytes, cover, &mut String::new()).await
+}
+
+/// As [`stitch`], of pieces that are not damaged: the smaller ones of a larger piece may be there still.
+/// Goes as far as if none was.
+///
+/// # Errors
+///
+/// As [`stitch`]: nothing else has what is in a damaged piece.
+pub async fn stitch_whole(
+    place: &Place,
+    segment: Segment,
+    segment_bytes: u64,
+    pieces: &[Piece],
+) -> Result<Vec<u8>, WalError> {
+    let (mut whole, mut last) = (pieces.to_vec(), String::new());
+    loop {
+        // The names of those that are damaged tell as well what must be there.
+        let without = Cover { pieces, ..cover(&whole) };
+        let stitched = stitch_named(place, segment, segment_bytes, &without, &mut last).await;
+        let Err(error) = stitched else { return stitched };
+        let before = whole.len();
+        whole.retain(|piece| piece.name != last);
+        let is_replaced = whole.len() < before && cover(&whole).to == cover(pieces).to;
+        if !error.is_damage() || !is_replaced {
+            return Err(error);
+        }
+        warn!(piece = last, error = %chain(&error), "damaged piece of WAL left out: others have it");
+    }
+}
+
+/// As [`stitch`]; `last` is the name of the piece that was read last.
+async fn stitch_named(
+    place: &Place,
+    segment: Segment,
+    segment_bytes: u64,
+    cover: &Cover<'_>,
+    last: &mut String,
+) -> Result<Vec<u8>, WalError> {
     let mut content = vec![0; index(segment_bytes)];
     let mut written = 0;
     let reads: Vec<_> = cover.chain.iter().map(|piece| read(place, piece)).collect();
     let mut reads = stream::iter(reads).buffered(AT_ONCE);
     for piece in &cover.chain {
+        last.clone_from(&piece.name);
         let Some(bytes) = reads.try_next().await? else { break };
         let overlap = index(written - piece.from).min(bytes.len());
         if content.get(index(piece.from)..index(piece.from) + overlap) != bytes.get(..overlap) {
@@ -313,7 +392,7 @@ pub async fn stitch(
 ///
 /// As [`stitch`].
 pub async fn read(place: &Place, piece: &Piece) -> Result<Vec<u8>, WalError> {
-    let object = place.store().get(&place.key(&piece.name)).await.map_err(RepositoryError::from)?;
+    let object = super::get(place, &piece.name).await?;
     let mut content = Vec::new();
     open_each(place.keys(), &place.identity(Kind::Wal, &piece.name), &object, |chunk| {
         content.extend_from_slice(chunk);

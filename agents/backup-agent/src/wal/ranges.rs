@@ -126,8 +126,8 @@ fn stretch(map: &WalMap, segment: Segment) -> Range {
         until_lsn: (start + map.covered(segment)).into(),
         segments: u64::from(!complete.is_empty()),
         object_bytes: bytes,
-        from: times.clone().min().unwrap_or_default(),
-        until: times.max().unwrap_or_default(),
+        from: times.clone().next().unwrap_or_default(),
+        until: times.last().unwrap_or_default(),
         next: Next::Newest,
     }
 }
@@ -137,8 +137,7 @@ impl Range {
         self.until_lsn = more.until_lsn;
         self.segments += more.segments;
         self.object_bytes += more.object_bytes;
-        self.from = self.from.min(more.from);
-        self.until = self.until.max(more.until);
+        self.until = more.until;
     }
 }
 

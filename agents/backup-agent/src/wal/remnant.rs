@@ -6,8 +6,11 @@ use shared::pg::wal::{Segment, WalFile, segment_number};
 use shared::store::ObjectInfo;
 use tokio_postgres::types::PgLsn;
 
-use super::object;
+use super::{object, piece};
 use crate::repository::{Place, RepositoryError};
+
+/// Where they lie.
+const PREFIXES: [&str; 3] = ["partial/", "history/", "gap/"];
 
 /// What it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -42,11 +45,34 @@ pub struct Remnant {
 /// The store could not be asked.
 pub async fn list(place: &Place, segment_bytes: u64) -> Result<Vec<Remnant>, RepositoryError> {
     let mut found = Vec::new();
-    for prefix in ["partial/", "history/", "gap/"] {
+    for prefix in PREFIXES {
         let listed = place.list(prefix, None, None).await?;
         found.extend(listed.into_iter().filter_map(|info| parse(info, segment_bytes)));
     }
     Ok(found)
+}
+
+/// The names of objects beside the complete segments that are nothing we know.
+///
+/// # Errors
+///
+/// The store could not be asked.
+pub async fn strange(place: &Place, segment_bytes: u64) -> Result<Vec<String>, RepositoryError> {
+    let mut found = Vec::new();
+    for prefix in PREFIXES {
+        let listed = place.list(prefix, None, None).await?;
+        let strange = listed.into_iter().filter(|info| is_strange(info, segment_bytes));
+        found.extend(strange.map(|info| info.key));
+    }
+    Ok(found)
+}
+
+fn is_strange(info: &ObjectInfo, segment_bytes: u64) -> bool {
+    let file = info.key.strip_prefix("history/").and_then(|name| name.rsplit_once('-'));
+    let history = file.and_then(|(file, _)| WalFile::parse(file, segment_bytes).ok());
+    !matches!(history, Some(WalFile::History { .. }))
+        && piece::parse(info.clone(), segment_bytes).is_none()
+        && parse(info.clone(), segment_bytes).is_none()
 }
 
 /// Reads an object's name; `None` if it is something else, such as a piece or a timeline's history.
@@ -79,6 +105,7 @@ mod tests {
     fn a_name_says_what_it_is_and_which_segment_it_goes_with() {
         let segment = |timeline, number| Segment { timeline, number };
         let hash = "0123456789abcdef";
+        let known = ["00000000-00040000", "00000002.history-"];
         for (name, expected) in [
             (
                 format!("partial/000000010000000000000002.partial-{hash}"),
@@ -94,12 +121,15 @@ mod tests {
             ),
             (format!("partial/000000010000000000000002.00000000-00040000-{hash}"), None),
             (format!("history/00000002.history-{hash}"), None),
+            ("history/00000002.history".to_owned(), None),
             ("gap/0000000A-0000000004000000".to_owned(), None),
             ("gap/0000000A-0000000004000000-0000000007000010-x".to_owned(), None),
             ("partial/anything".to_owned(), None),
         ] {
             let info =
                 ObjectInfo { key: name.clone(), bytes: 1, modified_at: DateTime::UNIX_EPOCH };
+            let is_strange = expected.is_none() && !known.iter().any(|it| name.contains(it));
+            assert_eq!(super::is_strange(&info, 16 << 20), is_strange, "{name}");
             let found = parse(info, 16 << 20).map(|it| (it.what, it.segment));
             assert_eq!(found, expected, "{name}");
         }

@@ -6,8 +6,9 @@ use aws_credential_types::provider::error::CredentialsError;
 use aws_sdk_s3::config::interceptors::InterceptorContext;
 use aws_sdk_s3::config::retry::{ClassifyRetry, RetryAction};
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
+use thiserror::Error;
 
-use super::super::{StoreError, StoreErrorKind};
+use super::super::StoreErrorKind;
 use crate::telemetry::chain;
 use crate::tls;
 
@@ -31,6 +32,14 @@ impl ClassifyRetry for HopelessHandshake {
     }
 }
 
+/// Says where it was that something went wrong.
+#[derive(Debug, Error)]
+#[error("{place}")]
+pub(super) struct InPlace {
+    pub(super) place: String,
+    pub(super) source: Box<dyn Error + Send + Sync>,
+}
+
 /// The status of the answer, if there is one.
 pub(super) fn status<E>(error: &SdkError<E>) -> Option<u16> {
     error.raw_response().map(|response| response.status().as_u16())
@@ -38,11 +47,9 @@ pub(super) fn status<E>(error: &SdkError<E>) -> Option<u16> {
 
 /// Sorts an SDK error into the kinds a caller decides by. `credentials` says where they are from.
 pub(super) fn failure<E>(
-    operation: &'static str,
-    key: &str,
     error: SdkError<E>,
     credentials: &str,
-) -> StoreError
+) -> (StoreErrorKind, Box<dyn Error + Send + Sync>)
 where
     E: Error + ProvideErrorMetadata + Send + Sync + 'static,
 {
@@ -67,7 +74,7 @@ where
             (None, None) => Box::new(error),
         },
     };
-    StoreError { operation, key: key.to_owned(), kind, source }
+    (kind, source)
 }
 
 fn kind<E: ProvideErrorMetadata>(error: &SdkError<E>) -> StoreErrorKind {

@@ -1,0 +1,137 @@
+//! Another key under the same id: nothing that it would seal is acknowledged, because nobody who has
+//! the right one could read it.
+
+use std::fs;
+
+use harness::Operation;
+use harness::PgServer;
+use harness::postgres::postgres_is_missing;
+use harness::program::give_to_server_user;
+
+use crate::receive::{LIMIT, RECEIVER, Receiving, WAL, commits, stored_up_to};
+use crate::scene::{Kind, Scene, files, write};
+use crate::wal_files::{data_directory, run_in};
+
+const SAID: &str = "was written with another key under the id k1";
+
+/// Puts another key into the file; returns the right one.
+fn change_key(scene: &Scene) -> String {
+    let right = fs::read_to_string(scene.key()).unwrap();
+    write(&scene.key(), &format!("{}\n", "ab".repeat(32)));
+    right
+}
+
+async fn slot_lsn(primary: &PgServer) -> String {
+    let ask = "SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = ";
+    primary.psql(&format!("{ask}'{RECEIVER}'")).await
+}
+
+/// There are pieces alone, or complete segments, or a backup too.
+async fn nothing_is_received(kind: Kind, has_segments: bool, has_backup: bool) {
+    let scene = Scene::streaming(kind, WAL).await;
+    let agent = scene.agent().spawn(&["run"]);
+    scene.primary.psql("CREATE TABLE marks (i int); INSERT INTO marks VALUES (1)").await;
+    if has_segments {
+        scene.primary.psql("SELECT pg_switch_wal(); INSERT INTO marks VALUES (2)").await;
+    }
+    stored_up_to(&scene.primary, scene.primary.current_lsn().await).await;
+    if has_backup {
+        scene.backup().await;
+    }
+    agent.terminate().await.assert_success();
+    let right = change_key(&scene);
+    let (slot, before) = (slot_lsn(&scene.primary).await, files(&scene.repository()));
+    let mut agent = scene.agent().spawn(&["run"]);
+    scene.primary.psql("INSERT INTO marks VALUES (3); SELECT pg_switch_wal()").await;
+    agent.logged(SAID, LIMIT).await;
+    let backup = scene.run(&["backup"]).await;
+    backup.assert_code(1);
+    assert!(
+        backup.stderr.contains("another key under the") && backup.stderr.contains("id of its own"),
+        "{backup}"
+    );
+    scene.primary.psql("INSERT INTO marks VALUES (4); SELECT pg_switch_wal()").await;
+    agent.terminate().await.assert_success();
+    assert_eq!(slot_lsn(&scene.primary).await, slot);
+    assert_eq!(files(&scene.repository()), before);
+
+    write(&scene.key(), &right);
+    let receiving = Receiving { agent: scene.agent().spawn(&["run"]), scene };
+    receiving.stored_all().await;
+    if !has_backup {
+        return;
+    }
+    receiving.scene.run(&["verify", "--wal"]).await.assert_success();
+    let expected = if has_segments { "1,2,3,4" } else { "1,3,4" };
+    assert_eq!(commits(&receiving.recover("restored").await).await, expected);
+}
+
+#[tokio::test]
+async fn nothing_is_received_beside_a_backup_of_another_key() {
+    if !postgres_is_missing() {
+        nothing_is_received(Kind::Directory, true, true).await;
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_received_beside_segments_of_another_key() {
+    if !postgres_is_missing() {
+        nothing_is_received(Kind::S3, true, false).await;
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_received_beside_pieces_of_another_key() {
+    if !postgres_is_missing() {
+        nothing_is_received(Kind::Directory, false, false).await;
+    }
+}
+
+/// The segment before tells, for one small read; and what is far from any other is refused too.
+#[tokio::test]
+async fn nothing_is_pushed_with_another_key() {
+    if postgres_is_missing() {
+        return;
+    }
+    let scene = Scene::with(Kind::S3, "").await;
+    scene.archive_wal().await;
+    scene.primary.psql("ALTER SYSTEM SET archive_command = 'false'; SELECT pg_reload_conf()").await;
+    let name = scene.switch_wal().await;
+    let data = data_directory(&scene, "copy");
+    let content = fs::read(scene.primary.data_directory().join("pg_wal").join(&name)).unwrap();
+    let mut far = content.clone();
+    far[8..16].copy_from_slice(&(0x50_u64 << 24).to_le_bytes());
+    for (name, content) in [(name.as_str(), &content), ("000000010000000000000050", &far)] {
+        let path = data.join("pg_wal").join(name);
+        fs::write(&path, content).unwrap();
+        give_to_server_user(&path);
+    }
+    write(&data.join("pg_wal/00000002.history"), "1\t0/3000000\tno recovery target specified\n");
+
+    let right = change_key(&scene);
+    let before = files(&scene.repository());
+    for file in [name.as_str(), "000000010000000000000050", "00000002.history"] {
+        let refused = run_in(&scene, &data, &["wal-push", &format!("pg_wal/{file}")]).await;
+        refused.assert_code(1);
+        assert!(refused.stderr.contains(SAID), "{file}: {refused}");
+        assert_eq!(files(&scene.repository()), before, "{file}");
+    }
+    write(&scene.key(), &right);
+    let faults = scene.s3.as_ref().unwrap().faults();
+    faults.forget_requests();
+    run_in(&scene, &data, &["wal-push", &format!("pg_wal/{name}")]).await.assert_success();
+    let asked: Vec<_> = faults.record().into_iter().map(|request| request.operation).collect();
+    let (list, get) = (Operation::ListObjects, Operation::GetObject);
+    assert_eq!(asked, [list, get, Operation::PutObject, Operation::HeadObject, list]);
+
+    // A new key with an id of its own is no wrong one, from its first segment on.
+    let config = fs::read_to_string(scene.config()).unwrap();
+    let second = scene.path("key2");
+    write(&second, &format!("{}\n", "cd".repeat(32)));
+    let keys = format!("[[encryption.keys]]\nid = \"k2\"\nfile = \"{}\"\n", second.display());
+    let config = config.replace("write_key = \"k1\"", "write_key = \"k2\"");
+    write(&scene.config(), &format!("{config}{keys}"));
+    for file in ["000000010000000000000050", "00000002.history"] {
+        run_in(&scene, &data, &["wal-push", &format!("pg_wal/{file}")]).await.assert_success();
+    }
+}
