@@ -22,6 +22,7 @@ mod health_services;
 mod lag_accuracy;
 mod lag_changes;
 mod lag_connections;
+mod lag_leaders;
 mod lag_metrics;
 mod lease;
 mod many_objects;

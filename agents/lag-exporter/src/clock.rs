@@ -8,13 +8,11 @@
 
 use std::time::Duration;
 
-use rustix::time::{ClockId, clock_gettime};
+use shared::lease::BootInstant;
 
 /// Time since this host was started, by `CLOCK_BOOTTIME`: nobody sets it, and unlike the monotonic
 /// clock it goes on while the host is suspended. It is the same for all processes until the next
 /// boot.
 pub fn now() -> Duration {
-    let now = clock_gettime(ClockId::Boottime);
-    // Since the boot: neither part is negative, and the second is below one second.
-    Duration::new(now.tv_sec.try_into().unwrap_or(0), now.tv_nsec.try_into().unwrap_or(0))
+    BootInstant::now().since_boot()
 }

@@ -126,14 +126,13 @@ impl Context<'_> {
             sample,
             position,
             received_before: node.received_before,
-            timeline: node.timeline,
-            replayed_on_it: node.replayed_surely.map(|it| it.lsn),
+            timeline: position.timeline.and(node.timeline),
             ahead_on: node.ahead_on,
             bytes_per_second: node.replay_pace.bytes_per_second(),
         })
     }
 
-    /// Which standby has most of the primary's WAL on its disk, and what it lacks.
+    /// Which standby that answers has most of the primary's WAL on its disk, and what it lacks.
     fn rpo(self, group: &Group) -> Rpo {
         let Some(line) = self.line else { return Rpo::Unknown };
         let mut best: Option<(u64, &String, LagView)> = None;
@@ -147,8 +146,9 @@ impl Context<'_> {
                         best = Some((received, name, lag));
                     }
                 }
-                Ok(None) | Err(LagState::Diverged | LagState::OtherCluster) => {}
-                // It may have more than all that are known.
+                Ok(None)
+                | Err(LagState::Diverged | LagState::OtherCluster | LagState::Unreachable) => {}
+                // It answers, and may have more than those that are known.
                 Err(state) => {
                     lower = None;
                     is_undecided |= state == LagState::Unknown;
@@ -191,8 +191,11 @@ impl Context<'_> {
         state: Option<&NodeState>,
     ) -> DetailsView {
         let end_lsn = state.and_then(|state| state.wal_lsn).map(u64::from);
+        // Whoever confirms whole segments holds back up to two of them.
+        let confirmed_by = node.sample.map_or(0, |it| it.identity.wal_segment_bytes);
         let slots = details.slots.as_ref().map(|slots| {
-            let view = |slot| slot_view(slot, end_lsn, node.slot_paces.growth(slot));
+            let growth = |slot| node.held_back.growth(slot, 2 * confirmed_by);
+            let view = |slot| slot_view(slot, end_lsn, growth(slot));
             slots.iter().map(view).collect()
         });
         let standby = details.standby.as_ref();
@@ -205,6 +208,7 @@ impl Context<'_> {
             apply_delay: standby.and_then(|it| it.apply_delay),
             upstream: standby.and_then(|it| it.upstream.clone()),
             upstream_slot: standby.and_then(|it| it.slot.clone()),
+            application_name: standby.and_then(|it| it.application_name.clone()),
         }
     }
 }

@@ -95,6 +95,7 @@ pub(crate) fn example() -> Snapshot {
         apply_delay: Some(Duration::ZERO),
         upstream: Some("10.0.0.1:5432".to_owned()),
         upstream_slot: Some("postgres_2".to_owned()),
+        application_name: Some("postgres-2".to_owned()),
     };
     let standby = NodeState {
         receive_lsn: "0/3000100".parse().ok(),

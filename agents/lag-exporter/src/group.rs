@@ -12,7 +12,7 @@ use crate::line::{Change, Line, Offer, Replayed, Source};
 use crate::observation::{Details, Position, Report, Sample, Stage, StandbyPosition};
 use crate::pace::Pace;
 use crate::ring::{Ring, micros};
-use crate::senders::SlotPaces;
+use crate::senders::HeldBack;
 use crate::split::{Reign, Rivals};
 use crate::view::GroupView;
 
@@ -55,15 +55,12 @@ pub(crate) struct NodeMemory {
     pub(crate) timeline: Option<u32>,
     /// The timeline on which it had replayed more than the primary had written later on.
     pub(crate) ahead_on: Option<u32>,
-    /// What it was when it was last seen in recovery.
+    /// What it was when it last told, in recovery, both its timeline and how far it had replayed.
     replayed: Option<Replayed>,
-    /// The same at the last moment after which its timeline was learnt: it may have moved on to a
-    /// newer one since.
-    pub(crate) replayed_surely: Option<Replayed>,
     pub(crate) replay_pace: Pace,
     pub(crate) reign: Option<Reign>,
     pub(crate) details: Option<Box<Details>>,
-    pub(crate) slot_paces: SlotPaces,
+    pub(crate) held_back: HeldBack,
     /// Whether the last question was refused.
     is_refused: bool,
     /// When it left the topology.
@@ -80,11 +77,10 @@ impl NodeMemory {
             timeline: None,
             ahead_on: None,
             replayed: None,
-            replayed_surely: None,
             replay_pace: Pace::over(REPLAY_WINDOW),
             reign: None,
             details: None,
-            slot_paces: SlotPaces::default(),
+            held_back: HeldBack::default(),
             is_refused: false,
             left_at: None,
         }
@@ -116,41 +112,21 @@ impl NodeMemory {
             }
             _ => None,
         };
-        let received = position.receiver.and_then(|receiver| receiver.received_timeline);
-        self.timeline = self.timeline.max(received);
+        self.timeline = self.timeline.max(position.timeline);
         if let Some(lsn) = position.replay_lsn.map(u64::from) {
             self.replay_pace.push(sample.answered_at, lsn);
-            let Sample { asked_at, answered_at, .. } = *sample;
-            let replayed = |timeline| Replayed { asked_at, answered_at, timeline, lsn };
-            self.replayed = self.timeline.map(replayed);
-            // A receiver is asked after the position, and replay is not beyond its timeline.
-            if received.is_some() {
-                self.replayed_surely = self.replayed;
+            if let Some(timeline) = position.timeline.and(self.timeline) {
+                let Sample { asked_at, answered_at, .. } = *sample;
+                self.replayed = Some(Replayed { asked_at, answered_at, timeline, lsn });
             }
         }
     }
 
     /// Takes in what a standby said between two samples.
     fn learn(&mut self, details: Box<Details>) {
-        let timeline = details.standby.as_ref().and_then(|standby| standby.timeline);
-        // Details of a standby say nothing about the primary that it has become since.
-        if self.reign.is_none() && timeline.is_some() {
-            self.timeline = self.timeline.max(timeline);
-            if let (
-                Some(Sample {
-                    asked_at, answered_at, position: Position::Standby(position), ..
-                }),
-                Some(timeline),
-            ) = (self.sample, self.timeline)
-                && let Some(lsn) = position.replay_lsn.map(u64::from)
-                && answered_at <= details.asked_at
-            {
-                self.replayed_surely = Some(Replayed { asked_at, answered_at, timeline, lsn });
-            }
-        }
         // They were asked for right after the positions.
         let end_lsn = self.sample.and_then(|sample| sample.position.lsn());
-        self.slot_paces.push(details.answered_at, end_lsn, details.slots.as_deref());
+        self.held_back.push(details.answered_at, end_lsn, details.slots.as_deref());
         self.details = Some(details);
     }
 
@@ -166,7 +142,7 @@ impl NodeMemory {
 
     /// Compares what it had replayed with what the primary said later.
     fn compare(&mut self, timeline: u32, source: &Source) {
-        let is_ahead = self.replayed_surely.is_some_and(|it| {
+        let is_ahead = self.replayed.is_some_and(|it| {
             it.timeline == timeline
                 && it.answered_at <= source.asked_at
                 && source.flush_lsn < it.lsn

@@ -22,10 +22,8 @@ pub struct Standby<'a> {
     pub position: &'a StandbyPosition,
     /// How far it had received when it was asked before that.
     pub received_before: Option<u64>,
-    /// The newest timeline of which it surely has WAL.
+    /// The newest timeline of which it surely has WAL; `None` unless that was told with the positions.
     pub timeline: Option<u32>,
-    /// How far it had replayed when that was learnt.
-    pub replayed_on_it: Option<u64>,
     /// The timeline on which it had replayed more than the primary had written later on.
     pub ahead_on: Option<u32>,
     /// Bytes that it replays per second.
@@ -88,14 +86,14 @@ pub struct Positions {
 ///
 /// The state of a standby whose lag has no number.
 pub fn positions(standby: Standby<'_>, line: &Line) -> Result<Positions, LagState> {
-    let Standby { sample, position, timeline, replayed_on_it, ahead_on, .. } = standby;
+    let Standby { sample, position, timeline, ahead_on, .. } = standby;
     if sample.identity.system_identifier != line.system_identifier {
         return Err(LagState::OtherCluster);
     }
     let (Some(replayed), Some(timeline)) = (position.replay_lsn.map(u64::from), timeline) else {
         return Err(LagState::Unknown);
     };
-    match kinship(&line.forks, line.timeline, timeline, replayed, replayed_on_it) {
+    match kinship(&line.forks, line.timeline, timeline, replayed) {
         Kinship::Diverged => return Err(LagState::Diverged),
         Kinship::Newer => return Err(LagState::PrimaryUnknown),
         Kinship::Unclear => return Err(LagState::Unknown),

@@ -60,9 +60,15 @@ fn is_next(group: &Group, name: &str, sample: &Sample, other_may_lead: bool) -> 
     (is_silent && !other_may_lead) || was_ahead || follows_another(group, &source.name)
 }
 
-/// Whether a member sends WAL to a standby of that name: Patroni calls each by the member's.
+/// Whether a member sends WAL to that standby, by the name that its receiver goes by. Unless it
+/// is not the only one with that: then by the member's, as Patroni calls each.
 fn follows_another(group: &Group, name: &str) -> bool {
-    let others = group.nodes.iter().filter(|(other, _)| *other != name);
-    let details = others.filter_map(|(_, node)| node.details.as_ref());
-    details.flat_map(|it| it.senders.iter().flatten()).any(|it| it.application_name == name)
+    let others = || group.nodes.iter().filter(|(other, _)| *other != name);
+    let called =
+        |node: &NodeMemory| node.details.as_ref()?.standby.as_ref()?.application_name.clone();
+    let own = group.nodes.get(name).and_then(called);
+    let own = own.filter(|own| others().all(|(_, node)| called(node).as_ref() != Some(own)));
+    let known_as = own.as_deref().unwrap_or(name);
+    let details = others().filter_map(|(_, node)| node.details.as_ref());
+    details.flat_map(|it| it.senders.iter().flatten()).any(|it| it.application_name == known_as)
 }

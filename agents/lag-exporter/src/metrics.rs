@@ -178,18 +178,22 @@ impl Rows<'_> {
             .map(|(node, state)| {
                 let role = if node.is_primary() { "primary" } else { "standby" };
                 let (major, minor) = (state.server_version / 10_000, state.server_version % 10_000);
-                (node, role, format!("{major}.{minor}"), state.system_identifier.to_string())
+                let name = node.view.details.as_ref().and_then(|it| it.application_name.as_deref());
+                let version = format!("{major}.{minor}");
+                (node, role, version, state.system_identifier.to_string(), name.unwrap_or(""))
             })
             .collect();
-        let samples = infos.iter().map(|(node, role, version, system_identifier)| {
+        let samples = infos.iter().map(|(node, role, version, system_identifier, name)| {
             let labels = node.with([
                 ("role", *role),
                 ("version", version.as_str()),
                 ("system_identifier", system_identifier.as_str()),
+                ("application_name", *name),
             ]);
             (labels, 1.0)
         });
-        let help = "What a node says it is, always 1.";
+        let help = "What a node says it is, always 1. application_name is what a standby's upstream \
+                    calls it: the label standby of pgmesh_lag_sender_*.";
         gauges(encoder, ("pgmesh_lag_node_info", help, None), samples)
     }
 

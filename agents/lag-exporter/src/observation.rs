@@ -149,6 +149,11 @@ pub struct StandbyPosition {
     /// `RecoveryWalStream`. Asked only where it matters, which is where `receive_lsn` is at the
     /// start of a page ([`PAGE_BYTES`]) and beyond `replay_lsn`; else `None`.
     pub startup_waits: Option<bool>,
+    /// The newest timeline of which it surely has WAL, asked after the positions: that of the
+    /// receiver if one streams, or else the greatest of
+    /// `pg_control_recovery().min_recovery_end_timeline`, `pg_control_checkpoint().timeline_id` and
+    /// the segments in `pg_ls_waldir()`. `None` if the server does not tell.
+    pub timeline: Option<u32>,
     /// `pg_stat_wal_receiver`; `None` if no receiver runs.
     pub receiver: Option<Receiver>,
 }
@@ -259,17 +264,14 @@ pub struct Details {
 /// What only a standby has.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StandbyDetails {
-    /// The newest timeline of which the server surely has WAL: the greatest of `received_tli`,
-    /// `pg_control_recovery().min_recovery_end_timeline`, `pg_control_checkpoint().timeline_id`
-    /// and, where no receiver is streaming, of the segments (not the histories) in
-    /// `pg_ls_waldir()`. The control file alone may name an old one long after the switch.
-    pub timeline: Option<u32>,
     /// `recovery_min_apply_delay`: lag that is wanted.
     pub apply_delay: Option<Duration>,
     /// `sender_host:sender_port` of the receiver; `None` if none runs.
     pub upstream: Option<String>,
     /// The slot that the receiver uses.
     pub slot: Option<String>,
+    /// What its upstream calls it in `pg_stat_replication`: the `application_name` of the receiver.
+    pub application_name: Option<String>,
 }
 
 /// A row of `pg_stat_replication`.

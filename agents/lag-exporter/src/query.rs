@@ -1,8 +1,9 @@
 //! The questions to a server, and its answers as [`crate::observation`] has them.
 //!
 //! A role with `pg_monitor` may ask all of them. Without it there are no rows in, or `NULL` instead
-//! of, `pg_stat_wal_receiver`, `pg_stat_replication`, the startup process' `wait_event` and
-//! `pg_ls_waldir()`; everything else is answered to any role.
+//! of, `pg_stat_wal_receiver`, `pg_stat_replication` and the startup process' `wait_event`, and
+//! `pg_ls_waldir()` is refused, so no timeline of a standby is known; everything else is answered to
+//! any role.
 
 use std::time::Duration;
 
@@ -56,7 +57,20 @@ pub(crate) const POSITION: &str = "
             OFFSET 0) AS now
       LEFT JOIN pg_stat_wal_receiver AS receiver ON now.in_recovery";
 
+/// The newest timeline of which a standby surely has WAL, where no receiver that streams tells it:
+/// the control file alone may name an old one long after the switch, so the segments count too (not
+/// the histories). Asked after [`POSITION`], so replay was not beyond it then.
+pub(crate) const TIMELINE: &str = "
+    SELECT greatest(
+               (SELECT min_recovery_end_timeline FROM pg_control_recovery()),
+               (SELECT timeline_id FROM pg_control_checkpoint()),
+               (SELECT max(('x' || left(name, 8))::bit(32)::int)
+                  FROM pg_ls_waldir() WHERE name ~ '^[0-9A-F]{24}$'))";
+
 /// What there is one of, with the question that a version understands.
+///
+/// The connection string of a receiver, as the server shows it, has its keywords in libpq's order
+/// and quotes nothing; a receiver always sets the fallback.
 pub(crate) fn general(server_version: u32) -> String {
     let logical_slot =
         if server_version < 160_000 { "NULL::bigint" } else { "sum(confl_active_logicalslot)" };
@@ -68,16 +82,13 @@ pub(crate) fn general(server_version: u32) -> String {
                 conflicts.*,
                 archiver.archived_count, archiver.failed_count,
                 archiver.last_archived_time, archiver.last_failed_time,
-                greatest(
-                    receiver.received_tli,
-                    (SELECT min_recovery_end_timeline FROM pg_control_recovery()),
-                    (SELECT timeline_id FROM pg_control_checkpoint()),
-                    CASE WHEN pg_is_in_recovery() AND receiver.status IS DISTINCT FROM 'streaming'
-                        THEN (SELECT max(('x' || left(name, 8))::bit(32)::int)
-                                FROM pg_ls_waldir() WHERE name ~ '^[0-9A-F]{{24}}$')
-                    END),
                 extract(epoch FROM current_setting('recovery_min_apply_delay')::interval)::float8,
-                receiver.sender_host, receiver.sender_port, receiver.slot_name
+                receiver.sender_host, receiver.sender_port, receiver.slot_name,
+                coalesce(
+                    substring(receiver.conninfo FROM
+                        '(?:^| )application_name=(.*?) fallback_application_name='),
+                    substring(receiver.conninfo FROM
+                        '(?:^| )fallback_application_name=(.*?)(?: [a-z_]+=|$)'))
            FROM pg_stat_archiver AS archiver
           CROSS JOIN (
                 SELECT sum(confl_tablespace)::bigint, sum(confl_lock)::bigint,
@@ -250,6 +261,7 @@ impl<'a> PositionRow<'a> {
                 _ => ReplayPause::NotPaused,
             },
             startup_waits: self.startup_waits,
+            timeline: receiver.and_then(|it| it.received_timeline),
             receiver,
         }))
     }
@@ -294,19 +306,24 @@ impl General {
             last_archived_age: age_of()?,
             last_failed_age: age_of()?,
         };
-        let timeline: Option<i32> = columns.take()?;
         let apply_delay: Option<f64> = columns.take()?;
         let host: Option<String> = columns.take()?;
         let port: Option<i32> = columns.take()?;
         let standby = StandbyDetails {
-            timeline: timeline.map(|it| unsigned(it, "timeline")).transpose()?,
             apply_delay: apply_delay.and_then(seconds),
             upstream: host.zip(port).map(|(host, port)| address(&host, port)),
             slot: columns.take()?,
+            application_name: columns.take()?,
         };
         let standby = in_recovery.then_some(standby);
         Ok(Self { synchronous_standby_names, synchronous_commit, conflicts, archiver, standby })
     }
+}
+
+/// Reads the answer to [`TIMELINE`].
+pub(crate) fn timeline(row: &Row) -> Result<u32, AnswerError> {
+    let timeline: i32 = Columns::of(row).take()?;
+    unsigned(timeline, "timeline")
 }
 
 /// Reads a row of [`SENDERS`].
@@ -492,6 +509,7 @@ mod tests {
             replay_lsn: lsn("1/90"),
             replay_pause: ReplayPause::NotPaused,
             startup_waits: None,
+            timeline: Some(3),
             receiver: Some(Receiver {
                 status: ReceiverStatus::Streaming,
                 received_timeline: Some(3),
@@ -508,7 +526,7 @@ mod tests {
         let waits = PositionRow { startup_waits: Some(true), pause: Some("paused"), ..standby() };
         for (case, row, expected) in [
             ("streaming", standby(), streaming),
-            ("no receiver", alone, StandbyPosition { receiver: None, ..streaming }),
+            ("no receiver", alone, StandbyPosition { receiver: None, timeline: None, ..streaming }),
             (
                 "a receiver that has not heard anything",
                 starting,
@@ -518,6 +536,7 @@ mod tests {
                         received_timeline: None,
                         message_age: None,
                     }),
+                    timeline: None,
                     ..streaming
                 },
             ),

@@ -13,7 +13,7 @@ use crate::group::{Group, Limits};
 use crate::line::Change;
 use crate::observation::{
     Details, Identity, PAGE_BYTES, Position, Receiver, ReceiverStatus, ReplayPause, Report, Sample,
-    Seed, Sender, Slot, Stage, StandbyDetails, StandbyPosition, WalFileAge, WalStatus,
+    Seed, Sender, Slot, Stage, StandbyPosition, WalFileAge, WalStatus,
 };
 use crate::view::{
     CatchUp, GroupView, Lag, LagState, LagView, NodeView, Quorum, Role, Rpo, Runway, SplitBrain,
@@ -63,6 +63,8 @@ struct Server {
     history: Vec<(u32, u64)>,
     /// Whether it tells the last of that.
     tells_fork: bool,
+    /// Whether it tells the timeline of what it has replayed.
+    tells_timeline: bool,
     mode: Mode,
     flush: u64,
     replay: u64,
@@ -98,6 +100,7 @@ impl Server {
                 _ => ReplayPause::NotPaused,
             },
             startup_waits: asks.then_some(self.startup_waits),
+            timeline: self.tells_timeline.then_some(self.timeline),
             receiver: (!matches!(self.mode, Mode::NoReceiver | Mode::Stuck)).then_some(receiver),
         })
     }
@@ -174,6 +177,7 @@ impl World {
             timeline: 1,
             history: Vec::new(),
             tells_fork: false,
+            tells_timeline: true,
             mode: Mode::Follows,
             flush: 1 << 24,
             replay: 1 << 24,
@@ -795,11 +799,7 @@ fn a_failover_keeps_the_ages_of_what_both_primaries_have() {
         a.started += 100;
         a.replay = a.flush;
         assert!(a.flush > fork + 10_000);
-        let details = StandbyDetails { timeline: Some(1), ..StandbyDetails::default() };
-        world.details("a", Details { standby: Some(details), ..Details::default() });
         world.run(seconds(1));
-        let details = StandbyDetails { timeline: Some(1), ..StandbyDetails::default() };
-        world.details("a", Details { standby: Some(details), ..Details::default() });
         let LagView { state, replay, replay_bytes, .. } = world.lag("a");
         let none = (LagState::Diverged, Lag::default(), None);
         assert_eq!((state, replay, replay_bytes), none, "{case}");
@@ -823,8 +823,6 @@ fn a_standby_that_waits_before_the_fork_is_behind_by_the_new_timeline() {
     world.run(seconds(20));
     world.server("a").answers = false;
     world.server("c").mode = Mode::NoReceiver;
-    let details = StandbyDetails { timeline: Some(1), ..StandbyDetails::default() };
-    world.details("c", Details { standby: Some(details), ..Details::default() });
     world.run(seconds(4));
     world.promote("b", true);
     world.run(seconds(10));
@@ -1064,7 +1062,7 @@ fn a_group_shows_its_nodes_with_what_they_said() {
     let slot = Slot {
         name: "b".to_owned(),
         logical: false,
-        active: true,
+        active: false,
         restart_lsn: Some(PgLsn::from(1 << 24)),
         wal_status: Some(WalStatus::Reserved),
         safe_wal_bytes: Some(20_000_000),
@@ -1203,30 +1201,35 @@ fn what_would_be_lost_is_not_known_before_each_was_asked_nor_for_sure_without_al
     world.server("c").answers = false;
     world.run(seconds(20));
     let Lag { lower, estimate, upper } = lost(&world);
-    assert_eq!((lower, about(lost(&world))), (None, Some(20)));
-    assert!(estimate <= upper, "{estimate:?} {upper:?}");
+    assert_eq!(about(lost(&world)), Some(20));
+    assert!(Some(Duration::from_secs(18)) < lower, "those that answer have no more: {lower:?}");
+    assert!(lower <= estimate && estimate <= upper, "{lower:?} {estimate:?} {upper:?}");
+    // One that answers, of which it cannot be told what it has, may have more.
+    world.server("c").answers = true;
+    world.server("c").started += 1;
+    world.server("c").mode = Mode::NoReceiver;
+    world.server("c").tells_timeline = false;
+    world.run(seconds(2));
+    assert_eq!(lost(&world).lower, None);
+    world.server("c").tells_timeline = true;
+    world.server("c").mode = Mode::Follows;
     world.server("c").answers = true;
     world.run(seconds(2));
     assert_eq!(lost(&world).lower, Some(Duration::ZERO));
     // A standby without a receiver, whose timeline is not known yet, is no proof of a loss.
     let mut world = World::of(&["a", "b"]);
     world.server("b").mode = Mode::NoReceiver;
+    world.server("b").tells_timeline = false;
     world.run(seconds(3));
     assert_eq!(world.view().rpo, Rpo::Unknown);
 }
 
-/// It has moved on to the new timeline by the archive, and nobody has said so yet.
+/// It has moved on to the new timeline by the archive: no receiver says so.
 #[test]
-fn a_timeline_of_a_while_ago_makes_nobody_diverged() {
+fn a_standby_that_follows_the_archive_is_on_its_new_timeline_at_once() {
     let mut world = World::running();
-    let on = |timeline| {
-        let timeline = Some(timeline);
-        let standby = Some(StandbyDetails { timeline, ..StandbyDetails::default() });
-        Details { standby, ..Details::default() }
-    };
     world.server("c").mode = Mode::NoReceiver;
     world.run(seconds(2));
-    world.details("c", on(1));
     world.server("a").answers = false;
     world.promote("b", true);
     world.run(seconds(5));
@@ -1234,26 +1237,32 @@ fn a_timeline_of_a_while_ago_makes_nobody_diverged() {
     let c = world.server("c");
     (c.timeline, c.flush, c.replay) = (2, primary.flush, primary.flush);
     world.run(seconds(1));
-    assert_eq!(world.lag("c").state, LagState::Unknown);
-    world.details("c", on(2));
     assert!(matches!(world.lag("c").state, LagState::Ok | LagState::CaughtUp));
 
-    // Nor if the old primary is the one that counts.
-    let mut world = World::running();
-    world.writes = false;
-    world.server("c").mode = Mode::NoReceiver;
-    world.run(seconds(2));
-    world.details("c", on(1));
-    let c = world.server("c");
-    (c.timeline, c.flush, c.replay) = (2, c.flush + 5000, c.replay + 5000);
-    for name in ["c", "a", "c"] {
-        world.now += 400;
-        let sample = world.server(name).clone().sample(world.now);
-        world.group.record(name, Report::Sample(sample));
+    // If it does not say so, it has not diverged; and if the old primary is the one that counts, it
+    // has not caught up.
+    for (tells, timeline, expected) in [
+        (false, 2, LagState::Unknown),
+        (true, 2, LagState::PrimaryUnknown),
+        (true, 1, LagState::CaughtUp),
+    ] {
+        let mut world = World::running();
+        world.writes = false;
+        world.server("c").mode = Mode::NoReceiver;
+        world.run(seconds(2));
+        let c = world.server("c");
+        (c.timeline, c.tells_timeline) = (timeline, tells);
+        if timeline == 2 {
+            (c.flush, c.replay) = (c.flush + 5000, c.replay + 5000);
+        }
+        for name in ["c", "a", "c"] {
+            world.now += 400;
+            let sample = world.server(name).clone().sample(world.now);
+            world.group.record(name, Report::Sample(sample));
+            assert_ne!(world.lag("c").state, LagState::Diverged);
+        }
+        assert_eq!(world.lag("c").state, expected, "it tells: {tells}, timeline {timeline}");
     }
-    assert_ne!(world.lag("c").state, LagState::Diverged);
-    world.details("c", on(2));
-    assert_eq!(world.lag("c").state, LagState::PrimaryUnknown);
 }
 
 /// Its replay is paused or its link is cut within a record that is not whole.

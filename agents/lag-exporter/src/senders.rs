@@ -1,18 +1,20 @@
 //! Who receives WAL from a server, and what it holds back for them.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use chrono::TimeDelta;
 use tokio_postgres::types::PgLsn;
 
 use crate::observation::{Sender, Slot, WalStatus};
-use crate::pace::{Pace, float};
+use crate::pace::float;
 use crate::view::{Runway, SenderKind, SenderView, SlotView};
 
 /// How long is looked back at what a slot holds back: a burst of a minute is not the end of it.
 const RUNWAY_WINDOW: Duration = Duration::from_mins(5);
+/// Between two looks, at least: so that there are not too many.
+const POINTS_APART: Duration = Duration::from_secs(5);
 
 /// Tells what is at the other end of a walsender.
 ///
@@ -71,38 +73,47 @@ pub fn sender_views(senders: &[Sender]) -> Vec<SenderView> {
     freshest.iter().map(view).collect()
 }
 
-/// How fast what the slots of a server hold back grows, over the last minutes.
+/// What the slots of a server held back, in bytes, over the last minutes.
 #[derive(Debug, Default)]
-pub struct SlotPaces(BTreeMap<String, SlotPace>);
+pub struct HeldBack(BTreeMap<String, VecDeque<(Duration, u64)>>);
 
-#[derive(Debug)]
-struct SlotPace {
-    end: Pace,
-    restart: Pace,
-}
-
-impl SlotPaces {
+impl HeldBack {
     /// Takes in where WAL ended at a moment, and where the slots stood.
     pub fn push(&mut self, at: Duration, end_lsn: Option<PgLsn>, slots: Option<&[Slot]>) {
-        let (Some(end_lsn), Some(slots)) = (end_lsn, slots) else { return };
+        let (Some(end_lsn), Some(slots)) = (end_lsn.map(u64::from), slots) else { return };
         let mut before = std::mem::take(&mut self.0);
         for slot in slots {
             let Some(restart_lsn) = slot.restart_lsn else { continue };
-            let mut pace = before.remove(&slot.name).unwrap_or_else(|| SlotPace {
-                end: Pace::over(RUNWAY_WINDOW),
-                restart: Pace::over(RUNWAY_WINDOW),
-            });
-            pace.end.push(at, end_lsn.into());
-            pace.restart.push(at, restart_lsn.into());
-            self.0.insert(slot.name.clone(), pace);
+            let mut points = before.remove(&slot.name).unwrap_or_default();
+            if points.back().is_none_or(|(last, _)| *last + POINTS_APART <= at) {
+                points.push_back((at, end_lsn.saturating_sub(restart_lsn.into())));
+            }
+            while points.front().is_some_and(|(first, _)| *first + RUNWAY_WINDOW < at) {
+                points.pop_front();
+            }
+            self.0.insert(slot.name.clone(), points);
         }
     }
 
-    /// By how many bytes a second what `slot` holds back has grown; below 0 if it became less.
-    /// `None` until it was watched for a while.
-    pub fn growth(&self, slot: &Slot) -> Option<f64> {
-        let pace = self.0.get(&slot.name)?;
-        Some(pace.end.bytes_per_second()? - pace.restart.bytes_per_second()?)
+    /// By how many bytes a second what `slot` holds back grows; below 0 if it becomes less. `None`
+    /// until it was watched for a while.
+    ///
+    /// Whoever uses a slot may confirm in large steps, between which all slots look alike: so the
+    /// least of the first half of the time is compared with the least of the second. While it is
+    /// used, less than `confirmed_by` bytes is such a step, however long it takes.
+    pub fn growth(&self, slot: &Slot, confirmed_by: u64) -> Option<f64> {
+        let points = self.0.get(&slot.name)?;
+        let (from, to) = (points.front()?.0, points.back()?.0);
+        let watched = to.saturating_sub(from);
+        if watched < RUNWAY_WINDOW / 6 {
+            return None;
+        }
+        let step = if slot.active { confirmed_by } else { 0 };
+        let points = || points.iter().map(|(at, bytes)| (*at, (*bytes).max(step)));
+        let (first, second): (Vec<_>, Vec<_>) = points().partition(|it| it.0 < from + watched / 2);
+        let least = |half: Vec<(Duration, u64)>| half.into_iter().min_by_key(|(_, bytes)| *bytes);
+        let ((since, before), (until, after)) = (least(first)?, least(second)?);
+        Some((float(after) - float(before)) / until.saturating_sub(since).as_secs_f64())
     }
 }
 
@@ -223,6 +234,7 @@ mod tests {
     #[test]
     fn only_what_a_slot_holds_back_longer_and_longer_ends_it() {
         const MIB: u64 = 1 << 20;
+        const SEGMENT: u64 = 16 * MIB;
         let slot = |name: &str, active, restart_lsn: u64| Slot {
             name: name.to_owned(),
             logical: false,
@@ -233,9 +245,9 @@ mod tests {
             inactive_for: None,
             xmin_age: None,
         };
-        let mut paces = SlotPaces::default();
+        let mut held_back = HeldBack::default();
         let mut slots = Vec::new();
-        // 10 MiB a second are written; somebody replies each second or two.
+        // 10 MiB a second are written; somebody replies each second or two, or each 2 min.
         for second in (0..=600_u64).step_by(12) {
             let end = 1000 * MIB + second * 10 * MIB;
             slots = vec![
@@ -244,19 +256,24 @@ mod tests {
                 slot("slow", true, 950 * MIB + second * 8 * MIB),
                 slot("follows", true, end - (second % 5) * MIB),
                 slot("catches up", true, 400 * MIB + second * 11 * MIB),
+                slot("in steps", true, 900 * MIB + second / 120 * 1200 * MIB),
+                slot("by segments", true, end.next_multiple_of(SEGMENT) - 2 * SEGMENT),
             ];
             if second > 580 {
                 slots.push(slot("new", false, end));
             }
-            paces.push(Duration::from_secs(second), Some(end.into()), Some(&slots));
+            held_back.push(Duration::from_secs(second), Some(end.into()), Some(&slots));
         }
-        paces.push(Duration::from_secs(601), None, Some(&slots));
-        paces.push(Duration::from_secs(601), Some(1.into()), None);
-        let runways = slots.iter().map(|it| slot_view(it, None, paces.growth(it)).runway);
+        held_back.push(Duration::from_secs(601), None, Some(&slots));
+        held_back.push(Duration::from_secs(601), Some(1.into()), None);
+        let growth = |slot| held_back.growth(slot, 2 * SEGMENT);
+        let runways = slots.iter().map(|it| slot_view(it, None, growth(it)).runway);
         for (slot, (runway, expected)) in slots.iter().zip(runways.zip([
             Some(590..610),
             Some(590..610),
             Some(2900..3100),
+            None,
+            None,
             None,
             None,
             None,

@@ -1,8 +1,6 @@
 //! The service: watches every node of the topology, and publishes what is known.
 
 use std::collections::BTreeMap;
-use std::collections::hash_map::RandomState;
-use std::hash::BuildHasher;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,10 +10,9 @@ use shared::admin::Admin;
 use shared::etcd::Etcd;
 use shared::pg::{Node, Settings};
 use shared::tasks::Tasks;
-use shared::topology::{Members, Topology};
+use shared::topology::{Members, Spread, Topology, members_changed};
 use shared::{metrics, shutdown};
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -29,14 +26,9 @@ use crate::metrics::FleetCollector;
 use crate::session::{ANSWER_TIMEOUT, limited};
 use crate::target::Watch;
 
-/// Between two looks at the members, if none of them changes.
-const MEMBERS_EVERY: Duration = Duration::from_secs(10);
 /// What a first connection may take of this thread: a TLS handshake and the thousands of hashes of
 /// SCRAM. If all were made at once, the last would be too late.
 const CONNECT_COST: Duration = Duration::from_millis(10);
-/// The fractional part of the golden ratio: its multiples are spread evenly over 0 to 1, however
-/// many there are.
-const GOLDEN: f64 = 0.618_033_988_749_894_9;
 
 /// Runs until a signal, or until a part of the agent fails.
 ///
@@ -134,9 +126,7 @@ impl Watcher {
         let mut members = self.topology.subscribe();
         let mut tasks = JoinSet::new();
         let mut running: BTreeMap<(u32, String), (Node, AbortHandle)> = BTreeMap::new();
-        // So that replicas of this agent do not ask at the same moments.
-        let random = RandomState::new().hash_one(0) & u64::from(u16::MAX);
-        let mut phase = u16::try_from(random).map_or(0.0, f64::from) / f64::from(u16::MAX);
+        let mut spread = Spread::random();
         loop {
             let nodes = members.borrow_and_update().as_ref().map(Members::nodes);
             if let Some(nodes) = nodes {
@@ -151,24 +141,14 @@ impl Watcher {
                 let count = u32::try_from(nodes.len()).unwrap_or(u32::MAX);
                 let start = self.interval.max(CONNECT_COST.saturating_mul(count));
                 for node in nodes {
-                    phase = (phase + GOLDEN).fract();
+                    let phase = spread.take();
                     running.entry((node.group, node.name.clone())).or_insert_with(|| {
                         let watch = self.watch_one(node.clone(), start, phase);
                         (node, tasks.spawn(watch.run()))
                     });
                 }
             }
-            tokio::select! {
-                // Also to forget those that left long ago.
-                () = sleep(MEMBERS_EVERY) => {}
-                changed = members.changed() => changed.context("follow the topology")?,
-                Some(Err(error)) = tasks.join_next(), if !tasks.is_empty() => {
-                    // One that was aborted above has nothing to say.
-                    if error.is_panic() {
-                        return Err(error).context("watch a node");
-                    }
-                }
-            }
+            members_changed(&mut members, &mut tasks).await?;
         }
     }
 

@@ -7,11 +7,14 @@ use shared::pg::{ConnectError, Connection, Node, QueryError, Settings, connect};
 use shared::telemetry::chain;
 use tokio::time::timeout;
 use tokio_postgres::error::{DbError, Severity, SqlState};
+use tokio_postgres::types::PgLsn;
 use tokio_postgres::{Row, Statement, ToStatement};
 use tracing::{info, warn};
 
 use crate::clock;
-use crate::observation::{Details, Identity, Sample, Seed, Stage};
+use crate::observation::{
+    Details, Identity, Position, ReceiverStatus, Sample, Seed, Stage, StandbyPosition,
+};
 use crate::query::{self, AnswerError, General, PositionRow};
 
 /// The server's limit on a statement. The longest one takes some milliseconds.
@@ -113,7 +116,7 @@ pub async fn new_connection(settings: &Settings, node: &Node) -> Result<Connecti
 pub struct Told {
     lacks_monitor: bool,
     /// The questions that failed the last time.
-    refused: [bool; 4],
+    refused: [bool; 5],
 }
 
 /// A kept connection, with all questions prepared. Dropping it closes it.
@@ -122,9 +125,12 @@ pub struct Session<'a> {
     connection: Connection,
     identity: Identity,
     position: Statement,
+    timeline: Statement,
     general: Statement,
     senders: Statement,
     slots: Statement,
+    /// The last answer about the timeline, and how far was replayed then.
+    replayed_on: Option<(PgLsn, u32)>,
     told: &'a mut Told,
 }
 
@@ -155,9 +161,11 @@ impl<'a> Session<'a> {
             [query::general, query::slots].map(|question| question(identity.server_version));
         Ok(Self {
             position: connection.prepare(query::POSITION).await?,
+            timeline: connection.prepare(query::TIMELINE).await?,
             general: connection.prepare(&general).await?,
             senders: connection.prepare(query::SENDERS).await?,
             slots: connection.prepare(&slots).await?,
+            replayed_on: None,
             told,
             identity,
             connection,
@@ -169,7 +177,7 @@ impl<'a> Session<'a> {
     /// # Errors
     ///
     /// There is no answer in time.
-    pub async fn sample(&self) -> Result<Sample, Failure> {
+    pub async fn sample(&mut self) -> Result<Sample, Failure> {
         let wall = Utc::now();
         let asked_at = clock::now();
         let row = self.one(&self.position).await?;
@@ -177,13 +185,40 @@ impl<'a> Session<'a> {
         let answer = PositionRow::read(&row)?;
         // The wall clock is read once only, so that setting it in between does no harm.
         let midway = wall + answered_at.saturating_sub(asked_at) / 2;
+        let mut position = answer.position()?;
+        if let Position::Standby(standby) = &mut position {
+            standby.timeline = self.timeline(standby).await?;
+        }
         Ok(Sample {
             asked_at,
             answered_at,
             identity: self.identity,
             clock_ahead: answer.clock - midway,
-            position: answer.position()?,
+            position,
         })
+    }
+
+    /// The newest timeline of which a standby has WAL, if no receiver tells. Replay comes to
+    /// another one only by going on, so a standby that stands still is not asked again.
+    async fn timeline(&mut self, position: &StandbyPosition) -> Result<Option<u32>, Failure> {
+        let receiver = position.receiver;
+        if receiver.is_some_and(|it| it.status == ReceiverStatus::Streaming) {
+            return Ok(position.timeline);
+        }
+        // Without the right to ask there would be an error in the server's log each second.
+        let Some(replayed) = position.replay_lsn.filter(|_| !self.told.lacks_monitor) else {
+            return Ok(position.timeline);
+        };
+        let known = self.replayed_on.filter(|(lsn, _)| *lsn == replayed);
+        let found = if let Some((_, timeline)) = known {
+            Some(timeline)
+        } else {
+            let row = self.one(&self.timeline).await;
+            let answer = row.and_then(|row| Ok(query::timeline(&row)?));
+            self.part(4, "the timeline of WAL", answer)?
+        };
+        self.replayed_on = found.map(|timeline| (replayed, timeline));
+        Ok(position.timeline.max(found))
     }
 
     /// Asks for what changes slowly; the questions go out together. One that the server refuses

@@ -238,7 +238,9 @@ fn row(group: &GroupView, node: &NodeView) -> [String; HEADER.len()] {
 fn sync_state<'a>(group: &'a GroupView, node: &NodeView) -> Option<&'a str> {
     let primary = group.nodes.iter().find(|it| Some(&it.name) == group.primary.as_ref())?;
     let senders = primary.details.as_ref()?.senders.as_ref()?;
-    senders.iter().find(|it| it.name == node.name).map(|it| it.sync_state.as_str())
+    let name = node.details.as_ref().and_then(|it| it.application_name.as_ref());
+    let name = name.unwrap_or(&node.name);
+    senders.iter().find(|it| it.name == *name).map(|it| it.sync_state.as_str())
 }
 
 fn group_notes(group: &GroupView, notes: &mut Vec<String>) {
@@ -277,8 +279,11 @@ fn group_notes(group: &GroupView, notes: &mut Vec<String>) {
             let parts = [lag_text(lag), bytes.map(bytes_text).unwrap_or_default()];
             let parts: Vec<_> = parts.into_iter().filter(|part| !part.is_empty()).collect();
             let lost = if parts.is_empty() { "unknown".to_owned() } else { parts.join(", ") };
-            let or_less =
-                if lag.lower.is_none() { "; a node that is silent may have more" } else { "" };
+            let is_silent = |it: &NodeView| {
+                it.lag.as_ref().is_some_and(|lag| lag.state == LagState::Unreachable)
+            };
+            let is_silent = group.nodes.iter().any(is_silent);
+            let or_less = if is_silent { "; a node that is silent may have more" } else { "" };
             add(format!(
                 "lost if the primary is lost now: {lost}; {standby} has most of it{or_less}"
             ));
@@ -340,11 +345,8 @@ fn slot_trouble(slot: &SlotView) -> Option<String> {
         Some(WalStatus::Reserved | WalStatus::Extended) | None => {}
     }
     let retained = slot.retained_bytes.map_or("WAL".to_owned(), bytes_text);
-    // One that is used and holds back less than it may still moves on before that.
-    let moves_on = slot.active && slot.retained_bytes < slot.safe_wal_bytes;
     if let Runway::Lasts(span) = slot.runway
         && span < RUNWAY_LOW
-        && !moves_on
     {
         let span = span_text(span);
         return Some(format!("slot {name} holds back {retained} and is lost in {span}"));
@@ -418,7 +420,7 @@ GROUP  NODE        ROLE     TL  STATE      LAG (FROM-TO)  BYTES  RECEIVER   SYNC
     0  postgres-2  standby   3  behind     12 s (12-13)   256 B  streaming  sync
     0  postgres-3  ?         ?  NO ANSWER
 
-group 0: lost if the primary is lost now: 0.0 s (0.0-0.9), 0 B; postgres-2 has most of it
+group 0: lost if the primary is lost now: 0.0 s (0.0-0.9), 0 B; postgres-2 has most of it; a node that is silent may have more
 postgres-1: slot old \"slot\" is LOST
 postgres-2: replay is paused: pg_wal_replay_resume()
 postgres-3: connect to postgres-3 (10.0.0.3:5432): Connection refused (os error 111), last answer 90 s ago
@@ -517,13 +519,13 @@ postgres-3: connect to postgres-3 (10.0.0.3:5432): Connection refused (os error 
             xmin_age: None,
         };
         let soon = "slot s holds back 1.0 MiB and is lost in 11 min";
-        let few = SlotView { safe_wal_bytes: Some(1 << 10), ..slot.clone() };
         let stopped = SlotView { active: false, ..slot.clone() };
         let late = SlotView { runway: Runway::Endless, ..stopped.clone() };
+        let moves_on = SlotView { runway: Runway::Endless, ..slot.clone() };
         let idle = SlotView { inactive_for: Some(Duration::from_hours(1)), ..late.clone() };
         for (name, slot, expected) in [
-            ("it moves on", slot, None),
-            ("it is used, but slow", few, Some(soon)),
+            ("it moves on", moves_on, None),
+            ("it is used, but slow", slot, Some(soon)),
             ("nobody moves it", stopped, Some(soon)),
             ("nothing is written", late, None),
             ("unused for long", idle, Some("slot s is unused for 60 min, holds back 1.0 MiB")),

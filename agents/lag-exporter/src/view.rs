@@ -240,6 +240,8 @@ pub struct DetailsView {
     pub upstream: Option<String>,
     /// The slot that it receives by.
     pub upstream_slot: Option<String>,
+    /// The name by which its upstream knows it.
+    pub application_name: Option<String>,
 }
 
 /// Somebody who is connected to receive WAL.
@@ -378,12 +380,12 @@ pub enum Rpo {
     Unknown,
     /// Everything: no standby answers that has this history.
     NoStandby,
-    /// What this standby has not received.
+    /// What this standby has not received: the best of those that answer.
     Loss {
         /// Its name.
         standby: String,
-        /// The age of the oldest lost WAL. Without `lower` if a node does not answer, which may have
-        /// more.
+        /// The age of the oldest lost WAL. Without `lower` while it cannot be told of a standby that
+        /// answers whether it has more.
         lag: Lag,
         /// How much WAL; `None` if the primary's position is too old.
         bytes: Option<u64>,

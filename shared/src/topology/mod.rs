@@ -6,11 +6,13 @@
 
 mod config;
 mod dcs;
+mod follow;
 mod members;
 mod observe;
 mod rest;
 
 pub use config::{PatroniConfig, RestConfig, TopologyConfig, check_nodes, groups};
+pub use follow::{Spread, members_changed};
 pub use members::{Member, Members, Opinion, PatroniRole, Source, Topology, TopologyError};
 pub use observe::{
     Group, GroupError, NodeState, Observation, ObserveError, Role, ask, observe, observe_group,

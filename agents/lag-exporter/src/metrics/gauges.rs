@@ -84,7 +84,7 @@ pub(super) const GROUP_GAUGES: &[Gauge<OfGroup>] = &[
     ),
     (
         "pgmesh_lag_group_rpo_lower",
-        "It is not less than this; none if a node does not answer, which may have more.",
+        "It is not less than this, unless a standby that is silent has more and comes back.",
         Some(Unit::Seconds),
         rpo_lower,
     ),
