@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::fs;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -19,7 +20,7 @@ const START_LIMIT: Duration = Duration::from_secs(20);
 pub struct HaProxy {
     stats_port: u16,
     daemon: Daemon,
-    _directory: TempDir,
+    directory: TempDir,
 }
 
 /// A backend of it.
@@ -47,16 +48,26 @@ impl HaProxy {
     pub async fn start(backends: &[Backend]) -> Self {
         let directory = program::directory();
         let stats_port = server_port();
-        let config = directory.path().join("haproxy.cfg");
+        let daemon = Daemon::new(&directory.path().join("haproxy.log"));
+        let mut haproxy = Self { stats_port, daemon, directory };
+        let config = haproxy.config();
         fs::write(&config, config_text(stats_port, backends)).unwrap();
         give_to_server_user(&config);
-        let mut daemon = Daemon::new(&directory.path().join("haproxy.log"));
+        haproxy.start_again().await;
+        haproxy
+    }
+
+    /// Starts it after it was killed.
+    pub async fn start_again(&mut self) {
         let mut command = as_server_user("haproxy");
         // In the foreground, without workers: one process to freeze and kill.
-        command.arg("-db").arg("-f").arg(&config);
-        daemon.start(command);
-        listens("HAProxy", stats_port, START_LIMIT).await;
-        Self { stats_port, daemon, _directory: directory }
+        command.arg("-db").arg("-f").arg(self.config());
+        self.daemon.start(command);
+        listens("HAProxy", self.stats_port, START_LIMIT).await;
+    }
+
+    fn config(&self) -> PathBuf {
+        self.directory.path().join("haproxy.cfg")
     }
 
     /// The statistics page.
@@ -83,7 +94,7 @@ impl HaProxy {
 fn config_text(stats_port: u16, backends: &[Backend]) -> String {
     let (user, password) = HaProxy::LOGIN;
     let mut text = format!(
-        "defaults\n  mode tcp\n  timeout connect 2s\n  timeout client 30s\n  timeout server 30s\n\
+        "defaults\n  mode tcp\n  timeout connect 2s\n  timeout check 2s\n  timeout client 30s\n  timeout server 30s\n\
          listen stats\n  mode http\n  bind 127.0.0.1:{stats_port}\n  stats enable\n  \
          stats uri /stats\n  stats auth {user}:{password}\n"
     );

@@ -1,6 +1,7 @@
 //! A real Patroni cluster on loopback: PostgreSQL servers whose leader Patroni chooses, and the
 //! etcd it keeps that in.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command as StdCommand;
@@ -34,6 +35,8 @@ pub struct PatroniCluster {
 #[derive(Debug)]
 struct Member {
     name: String,
+    /// In a cluster of groups.
+    group: Option<u32>,
     postgres_port: u16,
     rest_port: u16,
     daemon: Daemon,
@@ -51,6 +54,8 @@ pub struct PatroniBuilder {
     slots: Vec<String>,
     parameters: Vec<(String, String)>,
     synchronous_mode: bool,
+    failsafe_mode: bool,
+    etcd_members: usize,
 }
 
 impl PatroniBuilder {
@@ -72,23 +77,53 @@ impl PatroniBuilder {
         self
     }
 
+    /// Lets the leader go on without etcd as long as it reaches all members.
+    pub fn failsafe(mut self) -> Self {
+        self.failsafe_mode = true;
+        self
+    }
+
+    /// So many members of etcd in place of one.
+    pub fn etcd(mut self, members: usize) -> Self {
+        self.etcd_members = members;
+        self
+    }
+
     /// Starts that many members, and waits until one leads and the others stream from it.
     pub async fn start(self, count: usize) -> PatroniCluster {
-        let etcd = EtcdCluster::start(1).await;
+        self.start_members(vec![None; count]).await
+    }
+
+    /// Starts groups of so many members each, whose keys lie as those of Citus' groups do, and waits
+    /// until each has a leader that the others stream from.
+    pub async fn start_groups(self, sizes: &[usize]) -> PatroniCluster {
+        let groups = (0..).zip(sizes).flat_map(|(group, size)| vec![Some(group); *size]);
+        self.start_members(groups.collect()).await
+    }
+
+    async fn start_members(self, groups: Vec<Option<u32>>) -> PatroniCluster {
+        let etcd = EtcdCluster::start(self.etcd_members).await;
         let directory = program::directory();
-        let member = |number: usize| {
-            let name = format!("patroni-{}", number + 1);
+        let member = |(number, group)| {
+            let name = format!("patroni-{number}");
             let daemon = Daemon::new(&directory.path().join(format!("{name}.log")));
-            Member { name, postgres_port: server_port(), rest_port: server_port(), daemon }
+            Member { name, group, postgres_port: server_port(), rest_port: server_port(), daemon }
         };
-        let members = (0..count).map(member).collect();
+        let members = (1..).zip(groups).map(member).collect();
         let mut cluster = PatroniCluster { etcd, members, directory };
-        for index in 0..count {
+        let firsts: Vec<_> =
+            cluster.groups().into_iter().map(|it| cluster.of_group(it)[0]).collect();
+        for index in 0..cluster.members.len() {
             cluster.write_config(index, &self);
+        }
+        for &index in &firsts {
             cluster.start_member(index);
-            if index == 0 {
-                cluster.leader().await;
-            }
+        }
+        for group in cluster.groups() {
+            cluster.leader_of(group).await;
+        }
+        for index in (0..cluster.members.len()).filter(|it| !firsts.contains(it)) {
+            cluster.start_member(index);
         }
         cluster.settled().await;
         cluster
@@ -106,7 +141,13 @@ impl PatroniCluster {
 
     /// A cluster with slots or settings.
     pub fn builder() -> PatroniBuilder {
-        PatroniBuilder { slots: Vec::new(), parameters: Vec::new(), synchronous_mode: false }
+        PatroniBuilder {
+            slots: Vec::new(),
+            parameters: Vec::new(),
+            synchronous_mode: false,
+            failsafe_mode: false,
+            etcd_members: 1,
+        }
     }
 
     /// A member's name.
@@ -132,9 +173,24 @@ impl PatroniCluster {
 
     /// The number of the leader; waits until there is one that takes writes.
     pub async fn leader(&self) -> usize {
+        self.leader_of(0).await
+    }
+
+    fn groups(&self) -> BTreeSet<u32> {
+        self.members.iter().map(|it| it.group.unwrap_or_default()).collect()
+    }
+
+    /// The members of a group; without groups all are in group 0.
+    fn of_group(&self, group: u32) -> Vec<usize> {
+        let all = 0..self.members.len();
+        all.filter(|it| self.members[*it].group.unwrap_or_default() == group).collect()
+    }
+
+    /// Like [`leader`](Self::leader), of one group.
+    pub async fn leader_of(&self, group: u32) -> usize {
         let mut leader = None;
         eventually("a member leads", LIMIT, async || {
-            for index in 0..self.members.len() {
+            for index in self.of_group(group) {
                 if self.answers(index, "/primary").await {
                     leader = Some(index);
                 }
@@ -182,14 +238,39 @@ impl PatroniCluster {
     /// Kills a member with SIGKILL: its Patroni and all processes of its server.
     pub async fn kill9(&mut self, index: usize) {
         self.members[index].daemon.kill9().await;
-        self.kill_postgres(index);
+        self.signal_postgres(index, Signal::KILL);
+    }
+
+    /// Kills a member's Patroni alone: its server goes on.
+    pub async fn kill9_patroni(&mut self, index: usize) {
+        self.members[index].daemon.kill9().await;
+    }
+
+    /// Freezes a member's Patroni alone.
+    pub fn sigstop_patroni(&self, index: usize) {
+        self.members[index].daemon.signal(Signal::STOP);
+    }
+
+    /// Lets a frozen Patroni go on.
+    pub fn sigcont_patroni(&self, index: usize) {
+        self.members[index].daemon.signal(Signal::CONT);
+    }
+
+    /// Freezes a member's server, and not its Patroni.
+    pub fn sigstop_postgres(&self, index: usize) {
+        self.signal_postgres(index, Signal::STOP);
+    }
+
+    /// Lets a frozen server go on.
+    pub fn sigcont_postgres(&self, index: usize) {
+        self.signal_postgres(index, Signal::CONT);
     }
 
     /// Kills a member as [`kill9`](Self::kill9), while others use the cluster, and does not wait; call
     /// that before the member is started again.
     pub fn kill9_at_once(&self, index: usize) {
         self.members[index].daemon.signal(Signal::KILL);
-        self.kill_postgres(index);
+        self.signal_postgres(index, Signal::KILL);
     }
 
     /// Starts a member's Patroni, which starts the server. Does not wait.
@@ -201,16 +282,19 @@ impl PatroniCluster {
 
     /// Waits until there is a leader and all members that run stream from it.
     pub async fn settled(&mut self) {
-        let running = self.members.iter_mut().map(|it| it.daemon.is_running());
-        let count = running.filter(|it| *it).count();
-        eventually("all members stream", LIMIT, async || {
-            let leader = self.leader().await;
-            let cluster = self.get(leader, "/cluster").await.unwrap_or_default();
-            let Some(members) = cluster["members"].as_array() else { return false };
-            let streaming = members.iter().filter(|it| it["state"] == "streaming").count();
-            streaming + 1 == count
-        })
-        .await;
+        for group in self.groups() {
+            let members = self.of_group(group).into_iter();
+            let running = members.filter(|it| self.members[*it].daemon.is_running());
+            let count = running.count();
+            eventually("all members stream", LIMIT, async || {
+                let leader = self.leader_of(group).await;
+                let cluster = self.get(leader, "/cluster").await.unwrap_or_default();
+                let Some(members) = cluster["members"].as_array() else { return false };
+                let streaming = members.iter().filter(|it| it["state"] == "streaming").count();
+                streaming + 1 == count
+            })
+            .await;
+        }
     }
 
     /// Reads the answer of a member's REST API.
@@ -234,13 +318,20 @@ impl PatroniCluster {
 
     /// JSON is YAML too.
     fn write_config(&self, index: usize, builder: &PatroniBuilder) {
-        let Member { name, postgres_port, rest_port, .. } = &self.members[index];
+        let Member { name, group, postgres_port, rest_port, .. } = &self.members[index];
+        // So Patroni places the keys of a Citus group, which it refuses to do without Citus.
+        let (namespace, scope) = match group {
+            Some(group) => (format!("/service/{}/", Self::SCOPE), group.to_string()),
+            None => ("/service/".to_owned(), Self::SCOPE.to_owned()),
+        };
         let slots: Value =
             builder.slots.iter().map(|slot| (slot.clone(), json!({"type": "physical"}))).collect();
         let mut parameters: Value =
             builder.parameters.iter().map(|(name, value)| (name.clone(), json!(value))).collect();
         for (name, value) in [("fsync", "off"), ("shared_buffers", "32MB")] {
-            parameters[name] = json!(value);
+            if parameters[name].is_null() {
+                parameters[name] = json!(value);
+            }
         }
         let hba =
             ["local all all trust", "host all all all trust", "host replication all all trust"];
@@ -249,7 +340,8 @@ impl PatroniCluster {
         let rest = format!("127.0.0.1:{rest_port}");
         let postgres = format!("127.0.0.1:{postgres_port}");
         let config = json!({
-            "scope": Self::SCOPE,
+            "namespace": namespace,
+            "scope": scope,
             "name": name,
             "restapi": {"listen": rest, "connect_address": rest},
             "etcd3": {"hosts": etcd},
@@ -258,6 +350,7 @@ impl PatroniCluster {
                 "dcs": {
                     "ttl": 20, "loop_wait": 2, "retry_timeout": 3,
                     "synchronous_mode": builder.synchronous_mode,
+                    "failsafe_mode": builder.failsafe_mode,
                     "slots": slots,
                     "postgresql": {
                         "use_slots": true, "use_pg_rewind": true, "parameters": parameters,
@@ -285,9 +378,9 @@ impl PatroniCluster {
         give_to_server_user(&file);
     }
 
-    /// Kills the server's processes. Patroni does not keep the postmaster as its child, so its
+    /// Signals the server's processes. Patroni does not keep the postmaster as its child, so its
     /// number comes from its own file.
-    fn kill_postgres(&self, index: usize) {
+    fn signal_postgres(&self, index: usize, signal: Signal) {
         let pid_file = self.data_directory(index).join("postmaster.pid");
         let Ok(content) = fs::read_to_string(pid_file) else { return };
         let Some(postmaster) = content.lines().next().and_then(|it| it.trim().parse().ok()) else {
@@ -298,7 +391,7 @@ impl PatroniCluster {
         let children = children.unwrap_or_default();
         let children = children.lines().filter_map(|it| it.trim().parse().ok());
         for pid in std::iter::once(postmaster).chain(children).filter_map(Pid::from_raw) {
-            kill_process(pid, Signal::KILL).ok();
+            kill_process(pid, signal).ok();
         }
     }
 }
@@ -312,7 +405,7 @@ impl Drop for PatroniCluster {
             }
             // Patroni first: it would start the server again.
             self.members[index].daemon = Daemon::new(&PathBuf::new());
-            self.kill_postgres(index);
+            self.signal_postgres(index, Signal::KILL);
         }
     }
 }

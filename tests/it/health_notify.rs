@@ -2,18 +2,20 @@
 //! killed, silences. What is sick and well again here is another agent, as its admin server says.
 
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::routing::{get, post};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use harness::postgres::postgres_is_missing;
 use harness::{
-    Agent, Alertmanager, EtcdCluster, Finished, PgServer, RunningAgent, alertmanager_is_missing,
-    directory, etcd_is_missing, eventually, server_port,
+    Agent, Alertmanager, Authority, EtcdCluster, Finished, PgServer, RunningAgent, TlsFront,
+    alertmanager_is_missing, directory, etcd_is_missing, eventually, server_port,
 };
 use serde_json::Value;
 use shared::lease::TTL;
@@ -28,6 +30,10 @@ use crate::scene::write;
 const LIMIT: Duration = Duration::from_secs(30);
 /// In this time a notice that must not be sent would have been.
 const QUIET: Duration = Duration::from_secs(4);
+
+/// Who may tell the receivers that want a login, and the header that a webhook needs.
+const LOGIN: (&str, &str) = ("ada", "lovelace");
+const TOKEN: (&str, &str) = ("x-token", "of the tests");
 
 /// How a receiver answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -382,6 +388,116 @@ async fn alertmanager_receives_groups_and_resolves() {
     ward.all_are_sick(false);
     eventually("all are resolved", LIMIT, async || sick().await.is_empty()).await;
     eventually("Alertmanager tells", LIMIT, async || told("resolved") == 1).await;
+}
+
+/// An Alertmanager and a webhook behind TLS, one with a login and one with a header of its own: both are
+/// told by who trusts them and knows that, and what is wrong otherwise is said.
+#[tokio::test]
+async fn those_who_want_tls_and_a_login_are_told() {
+    if postgres_is_missing() {
+        return;
+    }
+    let ward = Ward::new(1).await;
+    let authority = Authority::new();
+    let identity = authority.issue("receivers");
+    let mut tasks = JoinSet::new();
+    let mut serve = async |routes: Router| {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tasks.spawn(async move { axum::serve(listener, routes).await.unwrap() });
+        TlsFront::start(&identity, address).await
+    };
+    let told = Told::default();
+    let alerts = Router::new().route("/api/v2/alerts", post(with_login)).with_state(told.clone());
+    let (alertmanager, webhook) = (
+        serve(alerts).await,
+        serve(Router::new().route("/", post(with_token)).with_state(told.clone())).await,
+    );
+    let file = |name: &str, text: &str| {
+        let path = ward.directory.path().join(name);
+        write(&path, text);
+        path.display().to_string()
+    };
+    let headers = format!("{}: {}\n", TOKEN.0, TOKEN.1);
+    let tables = |password: &str, headers: &str, ca: &Path| {
+        format!(
+            "[[alertmanager]]\nurl = \"{}\"\nuser = \"{}\"\npassword_file = \"{}\"\nca_file = {ca:?}\n\
+             [[webhook]]\nname = \"chat\"\nurl_file = \"{}\"\nheaders_file = \"{}\"\nca_file = {ca:?}\n",
+            alertmanager.url(),
+            LOGIN.0,
+            file("password", password),
+            file("url", &webhook.url()),
+            file("headers", headers),
+        )
+    };
+    ward.patients[0].is_sick(true);
+    let deliveries = async |monitor: &Monitor| {
+        let mut said = ["", ""].map(str::to_owned);
+        eventually("both were tried", LIMIT, async || {
+            let status = monitor.status().await;
+            said = [0, 1].map(|it| status["deliveries"][it]["error"].to_string());
+            let sent = [0, 1].map(|it| status["deliveries"][it]["sent"].as_u64() > Some(0));
+            (0..2).all(|it| said[it] != "null" || sent[it])
+        })
+        .await;
+        said
+    };
+
+    // Who is not trusted is told nothing.
+    let stranger = Authority::new();
+    let text = tables(LOGIN.1, &headers, &stranger.ca_file());
+    let monitor = ward.monitor("stranger", "", &text);
+    let agent = monitor.run().await;
+    for said in deliveries(&monitor).await {
+        assert!(said.contains("no TLS: "), "{said}");
+    }
+    agent.kill9().await;
+    assert_eq!(told.count(), [0, 0]);
+
+    let text = tables("wrong", "x-token: wrong\n", &authority.ca_file());
+    let monitor = ward.monitor("unknown", "", &text);
+    let agent = monitor.run().await;
+    for said in deliveries(&monitor).await {
+        assert!(said.contains("the answer is 401 Unauthorized"), "{said}");
+    }
+    agent.kill9().await;
+    assert_eq!(told.count(), [0, 0]);
+
+    let monitor = ward.monitor("known", "", &tables(LOGIN.1, &headers, &authority.ca_file()));
+    let agent = monitor.run().await;
+    eventually("both are told", LIMIT, async || told.count().iter().all(|it| 0 < *it)).await;
+    assert_eq!(deliveries(&monitor).await, ["null", "null"]);
+    let log = agent.terminate().await;
+    for secret in [LOGIN.1, TOKEN.1, &webhook.url()] {
+        assert!(!log.stdout.contains(secret), "{secret} is in the log");
+    }
+}
+
+/// How often an Alertmanager and a webhook took something.
+#[derive(Clone, Debug, Default)]
+struct Told(Arc<Mutex<[usize; 2]>>);
+
+impl Told {
+    fn count(&self) -> [usize; 2] {
+        *self.0.lock().unwrap()
+    }
+
+    fn take(&self, which: usize, is_known: bool) -> StatusCode {
+        if !is_known {
+            return StatusCode::UNAUTHORIZED;
+        }
+        self.0.lock().unwrap()[which] += 1;
+        StatusCode::OK
+    }
+}
+
+async fn with_login(State(told): State<Told>, headers: HeaderMap) -> StatusCode {
+    let expected = format!("Basic {}", STANDARD.encode(format!("{}:{}", LOGIN.0, LOGIN.1)));
+    told.take(0, headers.get("authorization").is_some_and(|it| *it == *expected))
+}
+
+async fn with_token(State(told): State<Told>, headers: HeaderMap) -> StatusCode {
+    told.take(1, headers.get(TOKEN.0).is_some_and(|it| *it == *TOKEN.1))
 }
 
 /// The successor of a leader that was killed repeats nothing and loses nothing; and when etcd is away, the

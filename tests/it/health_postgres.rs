@@ -109,7 +109,12 @@ impl Watched {
     async fn ask_deep(&mut self) -> Vec<Reading> {
         let asked_at = clock::now();
         let outcome = timeout(postgres::LIMIT, Box::pin(self.deep.ask())).await.unwrap();
+        let has_failed = outcome.is_err();
         record(&mut self.deeps, &self.component, (asked_at, clock::now()), outcome);
+        if has_failed {
+            // Only with an answer on the kept connection after that it is known that the server is there.
+            self.ask(None).await;
+        }
         let scale = Scale { thresholds: &self.thresholds, before: &BTreeMap::new() };
         let basic = self.basics.get(&self.component).and_then(Seen::now);
         let readings = judge_deep(&self.component, &self.deeps[&self.component], basic, scale);
@@ -202,7 +207,7 @@ async fn a_primary_and_its_standby_are_well() {
     standby_server.promote().await;
     standby.assert_well(None).await;
     assert_eq!((standby.facts().in_recovery, standby.facts().timeline), (false, 2));
-    assert!(standby.facts().role_since > before.at);
+    assert!(standby.facts().role_since > Some(before.at));
     assert!(standby.facts().standard.is_some());
 }
 

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod exporter;
+mod monitor;
 mod scene;
 
 mod backup_restore;
@@ -14,6 +15,7 @@ mod etcd_access;
 mod failover;
 mod faults;
 mod harness;
+mod health_faults;
 mod health_monitor;
 mod health_notify;
 mod health_page;

@@ -1,6 +1,6 @@
 //! What the components said last. The judges read it; nothing here judges.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -34,6 +34,8 @@ pub enum Stage {
     Answer,
     /// There was no answer in time.
     Timeout,
+    /// Nobody asked: the fault is ours.
+    NotAsked,
 }
 
 /// Why there is no answer.
@@ -56,6 +58,8 @@ pub struct Seen<T> {
     pub failing_since: Option<Duration>,
     /// The newest answer, and when the question was sent and answered. It outlives failures.
     pub answer: Option<Answer<T>>,
+    /// When the connection ended that this answer came on, if that was seen: nothing else ends a primary.
+    pub lost_at: Option<Duration>,
 }
 
 /// An answer.
@@ -76,6 +80,11 @@ impl<T> Seen<T> {
             (None, Some(answer)) => Some(&answer.facts),
             _ => None,
         }
+    }
+
+    /// Whether nobody asks any more, so that this is not known.
+    pub fn is_not_asked(&self) -> bool {
+        self.failure.as_ref().is_some_and(|it| it.stage == Stage::NotAsked)
     }
 }
 
@@ -105,6 +114,8 @@ pub struct Facts {
     pub swarm: Of<SwarmFacts>,
     /// File systems.
     pub disks: Of<DiskFacts>,
+    /// What is watched and was not asked yet: what it would say is missing among the others.
+    pub unasked: BTreeSet<Component>,
 }
 
 /// Takes an outcome into what is known.
@@ -119,16 +130,61 @@ pub fn record<T>(
         failure: None,
         failing_since: None,
         answer: None,
+        lost_at: None,
     });
     seen.at = at;
     match outcome {
         Ok(facts) => {
             seen.answer = Some(Answer { asked_at, answered_at: at, facts });
-            (seen.failure, seen.failing_since) = (None, None);
+            (seen.failure, seen.failing_since, seen.lost_at) = (None, None, None);
         }
         Err(failure) => {
             seen.failure = Some(failure);
             seen.failing_since.get_or_insert(at);
+        }
+    }
+}
+
+/// How old an outcome may be, before it is not known any more what a component would say.
+#[derive(Clone, Copy, Debug)]
+pub struct Ages {
+    /// Of what is asked each interval.
+    pub each: Duration,
+    /// Of what is asked for seldom.
+    pub deep: Duration,
+}
+
+impl Ages {
+    /// Nothing is ever too old.
+    pub const NONE: Self = Self { each: Duration::MAX, deep: Duration::MAX };
+}
+
+impl Facts {
+    /// What is too old is not known any more: nobody asks, for whatever reason.
+    pub fn age(&mut self, ages: Ages, now: Duration) {
+        let Self { postgres, patroni, etcd, pgbouncer, haproxy, .. } = self;
+        age(postgres, ages.each, now);
+        age(patroni, ages.each, now);
+        age(etcd, ages.each, now);
+        age(pgbouncer, ages.each, now);
+        age(haproxy, ages.each, now);
+        let Self { redis, agents, swarm, disks, deep, .. } = self;
+        age(redis, ages.each, now);
+        age(agents, ages.each, now);
+        age(swarm, ages.each, now);
+        age(disks, ages.each, now);
+        age(deep, ages.deep, now);
+    }
+}
+
+fn age<T>(known: &mut Of<T>, most: Duration, now: Duration) {
+    for seen in known.values_mut() {
+        if seen.is_not_asked() || most < now.saturating_sub(seen.at) {
+            // As often as it is looked at: so it counts as soon as a failure does.
+            seen.at = now;
+            let error =
+                format!("it was not asked for {} or more", humantime::format_duration(most));
+            seen.failure = Some(Failure { stage: Stage::NotAsked, error });
         }
     }
 }
@@ -154,5 +210,28 @@ mod tests {
         assert_eq!(seen.answer, Some(answer));
         record(&mut known, &component, (second(7), second(8)), Ok(8));
         assert_eq!((known[&component].now(), known[&component].failing_since), (Some(&8), None));
+    }
+
+    #[test]
+    fn what_is_too_old_is_not_known_until_there_is_an_outcome() {
+        let component = Component::new(Kind::Disk, "a");
+        let second = Duration::from_secs;
+        let mut facts = Facts::default();
+        let ages = Ages { each: second(9), deep: second(90) };
+        let answer = || Ok(DiskFacts { free_bytes: 1, bytes: 2, free_inodes: 1, inodes: 2 });
+        record(&mut facts.disks, &component, (second(1), second(2)), answer());
+        facts.age(ages, second(11));
+        assert!(facts.disks[&component].now().is_some());
+        for now in [12, 13] {
+            facts.age(ages, second(now));
+            let seen = &facts.disks[&component];
+            assert_eq!((seen.at, seen.now(), seen.failing_since), (second(now), None, None));
+            let failure = seen.failure.as_ref().unwrap();
+            assert_eq!(failure.stage, Stage::NotAsked);
+            assert_eq!(failure.error, "it was not asked for 9s or more");
+        }
+        record(&mut facts.disks, &component, (second(14), second(15)), answer());
+        facts.age(ages, second(16));
+        assert!(facts.disks[&component].now().is_some());
     }
 }

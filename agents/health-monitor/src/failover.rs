@@ -1,6 +1,6 @@
 //! Which server is the primary of each group, and what it cost when that changed; pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
@@ -12,6 +12,9 @@ use crate::facts::{Answer, Facts};
 use crate::judge::group;
 use crate::probe::postgres::PostgresFacts;
 use crate::settle::Now;
+
+/// So long another primary is searched for.
+const SEARCHED_FOR: Duration = Duration::from_mins(2);
 
 /// A primary, as it was last seen to take writes.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -41,7 +44,8 @@ pub struct Failover {
     pub old: Primary,
     /// The new one, when it was first seen to.
     pub new: Primary,
-    /// How long nobody took writes at most: from the last answer of the old to the first of the new.
+    /// How long nobody took writes at most: from the last answer of the old, or the end of the connection
+    /// that was kept to it, to the first answer of the new.
     pub unavailable_at_most_seconds: f64,
     /// And at least: from the first answer that the old one owed to the last of the new one as a standby.
     pub unavailable_at_least_seconds: f64,
@@ -54,8 +58,9 @@ pub struct Failover {
 #[derive(Clone, Debug)]
 struct Seen {
     primary: Primary,
-    /// When the question was sent that it last answered as a primary: it took writes after that.
-    asked_at: Duration,
+    /// When the question was sent that it last answered as a primary, or a connection to it ended that
+    /// was kept: it took writes until then.
+    wrote_at: Duration,
     /// When it was first seen not to take writes: it had ended by then.
     ended_by: Option<Duration>,
 }
@@ -92,9 +97,18 @@ impl Primaries {
         let Some(known) = self.seen.get_mut(&group) else { return };
         let component = Component::of_group(Kind::Postgres, group, &known.primary.name);
         let Some(seen) = facts.postgres.get(&component) else { return };
-        let demoted = seen.answer.as_ref().filter(|it| it.facts.in_recovery);
-        let ended_by = seen.failing_since.or(demoted.map(|it| it.answered_at));
-        known.ended_by = ended_by.map(|it| known.ended_by.unwrap_or(it));
+        let answer = seen.answer.as_ref();
+        let demoted = answer.filter(|it| it.facts.in_recovery).map(|it| it.answered_at);
+        let ended_by = seen.failing_since.or(demoted);
+        known.ended_by = ended_by.map(|it| known.ended_by.unwrap_or(seen.lost_at.unwrap_or(it)));
+        known.wrote_at = known.wrote_at.max(seen.lost_at.unwrap_or_default());
+    }
+
+    /// The groups that lost their primary not long ago, and have no other.
+    pub fn leaderless(&self, now: Now) -> BTreeSet<u32> {
+        let is_searched = |it: &Duration| now.boot.saturating_sub(*it) < SEARCHED_FOR;
+        let lost = self.seen.iter().filter(|(_, it)| it.ended_by.as_ref().is_some_and(is_searched));
+        lost.map(|(group, _)| *group).collect()
     }
 
     fn note_primary(
@@ -134,7 +148,7 @@ fn found(component: &Component, answer: &Answer<PostgresFacts>, now: Now) -> See
     let PostgresFacts { timeline, lsn, .. } = answer.facts;
     let ago = TimeDelta::from_std(now.boot.saturating_sub(answer.answered_at)).unwrap_or_default();
     let primary = Primary { name: component.name.clone(), timeline, lsn, at: now.wall - ago };
-    Seen { primary, asked_at: answer.asked_at, ended_by: None }
+    Seen { primary, wrote_at: answer.asked_at, ended_by: None }
 }
 
 /// `times`: when the new one was last asked and answered as a standby, and when it first answered as a
@@ -145,7 +159,7 @@ fn failover(
     new: &Seen,
     (standby_at, primary_at): (Option<Duration>, Duration),
 ) -> Failover {
-    let at_most = primary_at.saturating_sub(old.asked_at);
+    let at_most = primary_at.saturating_sub(old.wrote_at);
     let at_least = old.ended_by.zip(standby_at).map(|(ended, began)| began.saturating_sub(ended));
     let lsns = old.primary.lsn.map(u64::from).zip(new.primary.lsn.map(u64::from));
     Failover {

@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
+use tokio::sync::{Notify, watch};
 
 use crate::advice::{Advisor, NOT_MEASURED, Scaling};
 use crate::catalogue::REACHABLE;
 use crate::check::{Level, Status};
 use crate::component::{Component, Kind};
-use crate::facts::{Facts, Failure, Of, record};
+use crate::facts::{Ages, Facts, Failure, Of, record};
 use crate::failover::Primaries;
 use crate::journal::{Event, Journal, What};
 use crate::judge::group::Writes;
@@ -28,7 +29,16 @@ const PAST_STEP: Duration = Duration::from_secs(30);
 
 /// Everything the monitor knows. Clones share it.
 #[derive(Clone, Debug)]
-pub struct Monitor(Arc<Mutex<State>>);
+pub struct Monitor(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    /// The groups that lost their primary and have no other yet.
+    leaderless: watch::Sender<BTreeSet<u32>>,
+    /// There is something to judge at once.
+    stirred: Notify,
+}
 
 /// What is behind the lock.
 #[derive(Debug)]
@@ -53,6 +63,8 @@ pub struct State {
     pub advisor: Advisor,
     /// What their size should be made for.
     pub plan: Plan,
+    /// How old what is known may be.
+    pub ages: Ages,
     thresholds: Thresholds,
     writes: Writes,
     /// What is watched: a component that was never answered for is not known to be well.
@@ -77,7 +89,7 @@ impl Monitor {
         let checks = Checks::new();
         let mut verdicts = roll_up(&checks, &BTreeMap::new());
         verdicts.cluster.hold("nobody was asked yet".to_owned());
-        Self(Arc::new(Mutex::new(State {
+        let state = Mutex::new(State {
             cluster: cluster.to_owned(),
             facts: Facts::default(),
             checks,
@@ -88,16 +100,19 @@ impl Monitor {
             primaries: Primaries::default(),
             advisor: Advisor::default(),
             plan: Plan::default(),
+            ages: Ages::NONE,
             thresholds,
             writes: Writes::default(),
             expected: BTreeSet::new(),
             started_at: now,
-        })))
+        });
+        let (leaderless, _) = watch::channel(BTreeSet::new());
+        Self(Arc::new(Shared { state, leaderless, stirred: Notify::new() }))
     }
 
     /// What is known, for as long as it takes to read it.
     pub fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes the outcome of a question.
@@ -108,12 +123,56 @@ impl Monitor {
         times: (Duration, Duration),
         outcome: Result<T, Failure>,
     ) {
-        record(of(&mut self.state().facts), component, times, outcome);
+        let mut state = self.state();
+        let known = of(&mut state.facts);
+        let was_well = known.get(component).is_some_and(|it| it.failing_since.is_none());
+        let is_well = outcome.is_ok();
+        record(known, component, times, outcome);
+        drop(state);
+        let is_searched =
+            component.group.is_some_and(|it| self.0.leaderless.borrow().contains(&it));
+        if is_searched || !(was_well && is_well) {
+            self.0.stirred.notify_one();
+        }
+    }
+
+    /// Notes that a kept connection ended just now.
+    pub fn lost<T>(
+        &self,
+        of: impl FnOnce(&mut Facts) -> &mut Of<T>,
+        component: &Component,
+        now: Duration,
+    ) {
+        if let Some(seen) = of(&mut self.state().facts).get_mut(component) {
+            seen.lost_at = Some(now);
+        }
+    }
+
+    /// Resolves when there is something to judge at once: a component does not answer, or does again, or
+    /// a primary is searched for.
+    pub async fn stirred(&self) {
+        self.0.stirred.notified().await;
+    }
+
+    /// Resolves while a group has lost its primary, and has no other yet.
+    pub async fn leaderless(&self, group: u32) {
+        let mut groups = self.0.leaderless.subscribe();
+        if groups.wait_for(|it| it.contains(&group)).await.is_err() {
+            std::future::pending::<()>().await;
+        }
     }
 
     /// Judges what is known; returns the events.
     pub fn decide(&self, now: Now) -> Vec<Event> {
-        self.state().decide(now)
+        let mut state = self.state();
+        let events = state.decide(now);
+        let leaderless = state.primaries.leaderless(now);
+        self.0.leaderless.send_if_modified(|known| {
+            let is_new = *known != leaderless;
+            *known = leaderless;
+            is_new
+        });
+        events
     }
 
     /// Why nothing can be said yet.
@@ -202,14 +261,9 @@ impl State {
     }
 
     fn decide(&mut self, now: Now) -> Vec<Event> {
-        let statuses: BTreeMap<_, _> = self
-            .checks
-            .iter()
-            .flat_map(|(component, checks)| {
-                checks.iter().map(|(name, it)| ((component.clone(), *name), it.status))
-            })
-            .collect();
-        let scale = Scale { thresholds: &self.thresholds, before: &statuses };
+        self.facts.unasked = self.not_asked().cloned().collect();
+        self.facts.age(self.ages, now.boot);
+        let scale = Scale { thresholds: &self.thresholds, before: &self.checks };
         self.writes.take(&self.facts);
         self.advisor.take(&self.facts, now);
         let taken = judge::judge(&self.facts, &self.writes, scale, now.boot);
@@ -235,12 +289,15 @@ impl State {
     fn settle(&mut self, taken: Vec<Taken>, now: Now) -> Vec<Event> {
         let mut events = Vec::new();
         let mut read = BTreeMap::<Component, BTreeSet<&'static str>>::new();
-        let mut silent = BTreeSet::new();
+        // Without a new connection nothing is known that comes on one.
+        let without = self.facts.deep.iter().filter(|(_, seen)| seen.failure.is_some());
+        let mut silent: BTreeMap<Component, Level> =
+            without.map(|(it, _)| (it.clone(), Level::Comprehensive)).collect();
         for Taken { component, reading, at } in taken {
             let check = reading.check.name;
             read.entry(component.clone()).or_default().insert(check);
             if check == REACHABLE.name && reading.status != Status::Ok {
-                silent.insert(component.clone());
+                silent.insert(component.clone(), Level::Basic);
             }
             let of_component = self.checks.entry(component.clone()).or_default();
             let Some(settled) = of_component.get_mut(check) else {
@@ -266,8 +323,9 @@ impl State {
         }
         self.checks.retain(|component, checks| {
             let read = read.get(component);
-            let is_silent = silent.contains(component);
+            let silent_from = silent.get(component);
             checks.retain(|name, it| {
+                let is_silent = silent_from.is_some_and(|from| *from <= it.reading.check.level);
                 let holds_on = is_silent && it.status != Status::Ok;
                 holds_on || read.is_some_and(|it| it.contains(name))
             });

@@ -12,6 +12,7 @@ use crate::facts::{Failure, Stage};
 use crate::failover::Failover;
 use crate::journal::{Event, What};
 use crate::monitor::Monitor;
+use crate::probe::haproxy::{HaproxyFacts, Server};
 use crate::probe::postgres::{PostgresFacts, Receiver, Sender, Slot, StandardFacts};
 use crate::settle::Now;
 use crate::thresholds::Thresholds;
@@ -159,6 +160,11 @@ fn what_was_not_asked_yet_is_not_well() {
     assert_eq!(scene.cluster(), Status::Unknown);
     let reason = scene.monitor.state().verdicts.cluster.reason.clone();
     assert_eq!(reason, "1 of 3 components were not asked yet, such as postgres c of group 0");
+    scene.says.remove("a");
+    scene.monitor.state().expect(&[Kind::Postgres], ["b", "c"].map(server));
+    scene.pass(5);
+    let primary = scene.status(&Component::group(0), "primary");
+    assert_eq!(primary, None, "c may be it");
     let fresh = Monitor::new("demo", Thresholds::default(), Duration::ZERO);
     assert_eq!(fresh.state().verdicts.cluster.status, Status::Unknown);
 }
@@ -189,6 +195,77 @@ fn a_lost_primary_is_critical_until_another_takes_over() {
     assert_eq!((failover.old.name.as_str(), failover.new.name.as_str()), ("a", "b"));
     assert!((failover.unavailable_at_most_seconds - 11.0).abs() < 0.01, "{failover:?}");
     assert!((failover.unavailable_at_least_seconds - 9.0).abs() < 0.01, "{failover:?}");
+}
+
+#[test]
+fn a_connection_that_ends_says_to_the_moment_when_it_was_over() {
+    let mut scene = Scene::pair();
+    let searched = |scene: &Scene| scene.monitor.state().primaries.leaderless(scene.now());
+    let end = Duration::from_millis(105_400);
+    scene.monitor.lost(|it| &mut it.postgres, &server("a"), end);
+    assert!(searched(&scene).is_empty());
+    scene.says("a", Refused).pass(1);
+    assert_eq!(searched(&scene), [0].into());
+    scene.pass(9).says("b", Primary { timeline: 2, lsn: 1000 }).pass(10);
+    assert!(searched(&scene).is_empty());
+    let failovers = scene.failovers();
+    let [failover] = &failovers[..] else { panic!("{failovers:?}") };
+    assert!((failover.unavailable_at_most_seconds - 10.6).abs() < 0.01, "{failover:?}");
+    assert!((failover.unavailable_at_least_seconds - 9.6).abs() < 0.01, "{failover:?}");
+
+    // Nobody is searched for for ever.
+    scene.says("b", Refused).pass(1);
+    assert_eq!(searched(&scene), [0].into());
+    scene.pass(120);
+    assert!(searched(&scene).is_empty());
+}
+
+#[test]
+fn what_nobody_asks_any_more_is_not_known() {
+    let mut scene = Scene::pair();
+    scene.monitor.state().ages.each = Duration::from_secs(5);
+    let wait = |scene: &mut Scene, seconds| {
+        for _ in 0..seconds {
+            scene.second += 1;
+            scene.monitor.decide(scene.now());
+        }
+    };
+    wait(&mut scene, 5);
+    assert_eq!(scene.cluster(), Status::Ok);
+    wait(&mut scene, 2);
+    for (component, check) in [(server("a"), "reachable"), (Component::group(0), "primary")] {
+        assert_eq!(scene.status(&component, check), Some(Status::Unknown), "{component} {check}");
+    }
+    assert_eq!(scene.status(&Component::cluster(), "isolation"), Some(Status::Ok));
+    assert_eq!(scene.cluster(), Status::Unknown);
+    assert!(scene.failovers().is_empty());
+    scene.pass(3);
+    assert_eq!(scene.cluster(), Status::Ok, "{:?}", scene.monitor.state().verdicts.cluster);
+}
+
+#[test]
+fn a_port_for_reads_without_a_server_follows_from_the_standby_that_is_lost() {
+    let mut scene = Scene::pair();
+    let proxy = Component::of_group(Kind::Haproxy, 0, "proxy");
+    let down = || {
+        let (name, state) = ("b".to_owned(), "DOWN".to_owned());
+        let read = Some(vec![Server { name, is_up: false, state }]);
+        Ok(HaproxyFacts { write: None, read })
+    };
+    let times = (Duration::from_secs(100), Duration::from_secs(100));
+    scene.monitor.record(|it| &mut it.haproxy, &proxy, times, down());
+    scene.pass(1);
+    assert_eq!(scene.status(&proxy, "read"), Some(Status::Critical), "its standby is well");
+    scene.says("b", Refused);
+    for _ in 0..5 {
+        scene.pass(1);
+        let now = scene.now().boot;
+        scene.monitor.record(|it| &mut it.haproxy, &proxy, (now, now), down());
+    }
+    assert_eq!(scene.status(&proxy, "read"), Some(Status::Warning));
+    let state = scene.monitor.state();
+    let reading = &state.checks[&proxy]["read"].reading;
+    assert!(reading.follows && reading.reason.starts_with("group 0 lacks a standby: "));
 }
 
 #[test]

@@ -44,9 +44,10 @@ pub struct Settled {
     /// When the newest reading was taken.
     #[serde(skip)]
     read_at: Duration,
-    /// How often in a row what was read differed for the worse or for the better, and the mildest of it.
+    /// How often in a row what was read differed for the worse or for the better, and the reading that
+    /// differed least.
     #[serde(skip)]
-    streak: Option<(bool, u32, Status)>,
+    streak: Option<(bool, u32, Reading)>,
     /// When what would count without flapping changed, the newest last.
     #[serde(skip)]
     changes: VecDeque<Duration>,
@@ -89,40 +90,49 @@ impl Settled {
     /// Takes a reading; `read_at` says when it was taken, so that one that is shown again does not count
     /// twice. Returns what changed, if anything did.
     pub fn take(&mut self, reading: Reading, read_at: Duration, now: Now) -> Option<Change> {
-        let is_new = self.read_at < read_at;
-        if is_new {
+        let mut counts = None;
+        if self.read_at < read_at {
             self.read_at = read_at;
-            self.damp(reading.status, now);
+            counts = self.damp(&reading, now);
         }
         let change = self.settle(now);
         // A reading that does not count yet must not lend its words to the status that does.
-        if change.is_some() || reading.status == self.status {
+        if reading.status == self.status {
             self.reading = reading;
+        } else if let Some(counts) = counts.filter(|it| it.status == self.status) {
+            self.reading = counts;
         }
         change
     }
 
-    fn damp(&mut self, read: Status, now: Now) {
-        if read == self.damped {
-            self.streak = None;
-            return;
+    /// Returns the reading that counts from now on, if another does.
+    fn damp(&mut self, reading: &Reading, now: Now) -> Option<Reading> {
+        let streak = self.streak.take();
+        if reading.status == self.damped {
+            return None;
         }
-        let is_worse = self.damped < read;
-        let (count, mildest) = match self.streak {
-            Some((direction, count, mildest)) if direction == is_worse => {
-                (count + 1, if is_worse { mildest.min(read) } else { mildest.max(read) })
+        let is_worse = self.damped < reading.status;
+        let (count, counts) = match streak {
+            Some((direction, count, least)) if direction == is_worse => {
+                let is_further = if is_worse {
+                    least.status < reading.status
+                } else {
+                    reading.status < least.status
+                };
+                (count + 1, if is_further { least } else { reading.clone() })
             }
-            _ => (1, read),
+            _ => (1, reading.clone()),
         };
         if count < if is_worse { FALL } else { RISE } {
-            self.streak = Some((is_worse, count, mildest));
-            return;
+            self.streak = Some((is_worse, count, counts));
+            return None;
         }
-        (self.damped, self.streak) = (mildest, None);
+        self.damped = counts.status;
         self.changes.push_back(now.boot);
         if self.changes.len() > FLAPPING_CHANGES {
             self.changes.pop_front();
         }
+        Some(counts)
     }
 
     fn settle(&mut self, now: Now) -> Option<Change> {
@@ -206,6 +216,15 @@ mod tests {
         assert!((600..620).contains(&calm_from), "{calm_from}");
         assert!(counted[flapping_from..calm_from].chars().all(|it| it == 'C'));
         assert!(counted[calm_from..].chars().all(|it| it == 'o'));
+    }
+
+    #[test]
+    fn what_counts_has_words_of_its_own() {
+        let mut settled = Settled::new(reading('c'), at(0).boot, at(0));
+        for (second, letter) in (1..).zip("woo".chars()) {
+            settled.take(reading(letter), at(second).boot, at(second));
+        }
+        assert_eq!((settled.status, settled.reading.reason.as_str()), (Status::Warning, "w"));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use shared::config::Problems;
 use crate::catalogue::CHECKS;
 use crate::check::{Check, Limits, Measure, Reading, Status};
 use crate::component::{Component, Kind};
+use crate::verdict::Checks;
 
 /// The tables `[limits.<kind>]`: `connections = { warning = 70, critical = 85 }`.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -54,7 +55,7 @@ pub struct Scale<'a> {
     /// The limits.
     pub thresholds: &'a Thresholds,
     /// What each check came to before.
-    pub before: &'a BTreeMap<(Component, &'static str), Status>,
+    pub before: &'a Checks,
 }
 
 impl Scale<'_> {
@@ -69,8 +70,8 @@ impl Scale<'_> {
         let Some((limits, default)) = self.thresholds.of(check).zip(check.limits.as_ref()) else {
             return Reading::new(check, Status::Unknown, reason);
         };
-        let key = (component.clone(), check.name);
-        let before = self.before.get(&key).copied().unwrap_or_default();
+        let before = self.before.get(component).and_then(|it| it.get(check.name));
+        let before = before.map_or(Status::default(), |it| it.status);
         let unit = default.unit;
         Reading::new(check, limits.judge(value, before), reason).with_measure(Measure {
             name,

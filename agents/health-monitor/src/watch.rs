@@ -3,13 +3,12 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use anyhow::Context as _;
 use chrono::Utc;
 use shared::etcd::Etcd;
 use shared::pg::{Node, Settings};
-use shared::topology::{Member, Topology};
+use shared::topology::{Member, Spread, Topology, members_changed};
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -17,7 +16,7 @@ use crate::check::Status;
 use crate::clock;
 use crate::component::{Component, Kind};
 use crate::config::Config;
-use crate::facts::{Facts, Failure, Of, Stage};
+use crate::facts::{Ages, Facts, Failure, Of, Stage};
 use crate::journal::{Event, What};
 use crate::monitor::Monitor;
 use crate::probe::Probe;
@@ -37,14 +36,17 @@ use crate::settle::Now;
 pub const DEEP_LIMIT: Duration = Duration::from_secs(20);
 /// Over what time the first questions of the service are spread.
 pub const START_SPREAD: Duration = Duration::from_secs(10);
+/// The least between two judgements.
+const CALM: Duration = Duration::from_millis(50);
+/// An outcome is too old after so many times that there should have been another.
+const AGES: u32 = 3;
 /// After the first failure a component is asked again so soon: one lost answer is no outage.
 const SECOND_LOOK: Duration = Duration::from_millis(250);
-/// Between two looks at the members, if none of them changes.
-const MEMBERS_EVERY: Duration = Duration::from_secs(10);
+/// The servers of a group that lost its primary are asked so often: so exactly it is known for how long
+/// nobody took writes.
+const SEARCH_EVERY: Duration = Duration::from_millis(100);
 /// How long a member that has left is watched: its server may still run, and write.
 const DEPARTED_FOR: Duration = Duration::from_mins(5);
-/// The fractional part of the golden ratio: its multiples are spread evenly over 0 to 1.
-const GOLDEN: f64 = 0.618_033_988_749_894_9;
 
 /// How often a component is asked, and how long it may take to answer.
 #[derive(Clone, Copy, Debug)]
@@ -55,6 +57,8 @@ pub struct Pace {
     pub limit: Duration,
     /// Before the first: not all at once.
     pub wait: Duration,
+    /// It is asked more often while this group has lost its primary and has no other.
+    pub searches: Option<u32>,
 }
 
 /// Asks a component for ever.
@@ -66,20 +70,35 @@ pub async fn watch<P: Probe>(
     pace: Pace,
 ) {
     sleep(pace.wait).await;
-    let mut tick = interval(pace.every);
-    tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
-    let mut failed_before = false;
+    let mut fails = false;
     loop {
-        tick.tick().await;
-        loop {
-            let fails = ask(&mut probe, &monitor, of, &component, pace.limit).await;
-            let is_first = fails && !failed_before;
-            failed_before = fails;
-            if !is_first {
-                break;
+        let asked_at = Instant::now();
+        let soon = asked_at + SECOND_LOOK.min(pace.every);
+        let failed_before = fails;
+        fails = ask(&mut probe, &monitor, of, &component, pace.limit).await;
+        let due = if fails && !failed_before { soon } else { asked_at + pace.every };
+        let sooner = async {
+            tokio::select! {
+                () = probe.lost() => {
+                    monitor.lost(of, &component, clock::now());
+                    sleep_until(soon).await;
+                }
+                () = searched(&monitor, pace.searches) => {
+                    sleep_until(asked_at + SEARCH_EVERY.min(pace.every)).await;
+                }
             }
-            sleep(SECOND_LOOK.min(pace.every)).await;
+        };
+        tokio::select! {
+            () = sleep_until(due) => {}
+            () = sooner => {}
         }
+    }
+}
+
+async fn searched(monitor: &Monitor, group: Option<u32>) {
+    match group {
+        Some(group) => monitor.leaderless(group).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -117,10 +136,13 @@ pub async fn decide(
         tokio::select! {
             () = shutdown.cancelled() => return Ok(()),
             _ = tick.tick() => {}
+            () = monitor.stirred() => {}
         }
         for event in monitor.decide(now()) {
             log(&event);
         }
+        // Where many things happen at a time, they are judged together.
+        sleep(CALM).await;
     }
 }
 
@@ -170,7 +192,7 @@ pub struct Watcher {
     patroni: Option<Http>,
     tasks: JoinSet<()>,
     spread: Duration,
-    phase: f64,
+    phases: Spread,
 }
 
 /// The tasks that watch a member.
@@ -195,9 +217,13 @@ impl Watcher {
         let patroni = config.patroni.as_ref().map(PatroniProbe::client).transpose()?;
         let monitor = Monitor::new(&config.cluster, config.limits.clone(), clock::now());
         monitor.state().plan = config.sizing;
-        let (tasks, phase) = (JoinSet::new(), 0.0);
+        monitor.state().ages = Ages {
+            each: (config.interval + config.timeout) * AGES,
+            deep: (config.comprehensive_interval + DEEP_LIMIT) * AGES,
+        };
+        let (tasks, phases) = (JoinSet::new(), Spread::default());
         let mut watcher =
-            Self { monitor, topology, config, settings, patroni, tasks, spread, phase };
+            Self { monitor, topology, config, settings, patroni, tasks, spread, phases };
         watcher.watch_listed()?;
         Ok(watcher)
     }
@@ -224,7 +250,9 @@ impl Watcher {
         P::Facts: 'static,
     {
         let Config { interval: every, timeout: limit, .. } = self.config;
-        self.spawn_at(of, component, probe, every, limit)
+        // Of the servers of a group one may become its primary at any moment.
+        let searches = component.group.filter(|_| component.kind == Kind::Postgres);
+        self.spawn_at(of, component, probe, Pace { every, limit, wait: every, searches })
     }
 
     fn spawn_at<P: Probe + 'static>(
@@ -232,15 +260,13 @@ impl Watcher {
         of: fn(&mut Facts) -> &mut Of<P::Facts>,
         component: Component,
         probe: P,
-        every: Duration,
-        limit: Duration,
+        pace: Pace,
     ) -> AbortHandle
     where
         P::Facts: 'static,
     {
-        self.phase = (self.phase + GOLDEN).fract();
-        let wait = every.min(self.spread).mul_f64(self.phase);
-        let pace = Pace { every, limit, wait };
+        let wait = pace.wait.min(self.spread).mul_f64(self.phases.take());
+        let pace = Pace { wait, ..pace };
         self.tasks.spawn(watch(self.monitor.clone(), of, component, probe, pace))
     }
 
@@ -300,17 +326,7 @@ impl Watcher {
             if let Some(list) = known {
                 self.adjust(&mut watched, list);
             }
-            tokio::select! {
-                // Also to give up those that left long ago.
-                () = sleep(MEMBERS_EVERY) => {}
-                changed = members.changed() => changed.context("follow the topology")?,
-                Some(Err(error)) = self.tasks.join_next(), if !self.tasks.is_empty() => {
-                    // One that was aborted has nothing to say.
-                    if error.is_panic() {
-                        return Err(error).context("watch a component");
-                    }
-                }
-            }
+            members_changed(&mut members, &mut self.tasks).await?;
         }
     }
 
@@ -357,7 +373,8 @@ impl Watcher {
         let mut tasks = vec![self.spawn(|it| &mut it.postgres, server.clone(), probe)];
         let probe = DeepProbe::new(node.clone(), &settings);
         let every = comprehensive_interval;
-        tasks.push(self.spawn_at(|it| &mut it.deep, server, probe, every, DEEP_LIMIT));
+        let pace = Pace { every, limit: DEEP_LIMIT, wait: every, searches: None };
+        tasks.push(self.spawn_at(|it| &mut it.deep, server, probe, pace));
         if let Some((url, http)) = api_url.zip(self.patroni.clone()) {
             let probe = PatroniProbe::new(http, url);
             let patroni = component(Kind::Patroni, node);

@@ -24,6 +24,7 @@ use tokio_postgres::{
     Client, NoTls, Row, SimpleQueryMessage, SimpleQueryRow, Statement, ToStatement,
 };
 use tokio_postgres_rustls::MakeRustlsConnect;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::debug;
 
 use super::error::{ConnectError, QueryError, why};
@@ -59,6 +60,8 @@ pub struct Connection {
     limit: Duration,
     /// Ends the driver without exclusive access.
     driver_abort: AbortHandle,
+    /// Cancelled when the driver has ended.
+    ended: CancellationToken,
     /// Owns the driver, the task that moves the bytes: it ends with this connection.
     _driver: JoinSet<()>,
 }
@@ -131,29 +134,35 @@ async fn dial(
     }
 
     let mut driver = JoinSet::new();
+    let ended = CancellationToken::new();
+    let ends = ended.clone().drop_guard();
     let tls = if node.is_local() { Tls::Disable } else { settings.tls.clone() };
     let (client, version, driver_abort) = match &tls {
         Tls::Disable => {
             let (client, connection) = config.ssl_mode(SslMode::Disable).connect(NoTls).await?;
             let version = connection.parameter(VERSION).map(str::to_owned);
-            (client, version, driver.spawn(drive(connection, node.name.clone())))
+            (client, version, driver.spawn(drive(connection, node.name.clone(), ends)))
         }
         Tls::VerifyFull(client_config) => {
             // The rustls configuration always verifies, so `require` is verify-full here.
             let connector = MakeRustlsConnect::new(ClientConfig::clone(client_config));
             let (client, connection) = config.ssl_mode(SslMode::Require).connect(connector).await?;
             let version = connection.parameter(VERSION).map(str::to_owned);
-            (client, version, driver.spawn(drive(connection, node.name.clone())))
+            (client, version, driver.spawn(drive(connection, node.name.clone(), ends)))
         }
     };
     let limit = settings.statement_timeout + STATEMENT_GRACE;
     let node = node.clone();
-    Ok(Connection { client, node, version, tls, limit, driver_abort, _driver: driver })
+    Ok(Connection { client, node, version, tls, limit, driver_abort, ended, _driver: driver })
 }
 
 /// Moves bytes until the connection ends. The query under way gets the error as well, so it is
 /// told here for the curious only.
-async fn drive(connection: impl Future<Output = Result<(), tokio_postgres::Error>>, node: String) {
+async fn drive(
+    connection: impl Future<Output = Result<(), tokio_postgres::Error>>,
+    node: String,
+    _ends: DropGuard,
+) {
     if let Err(error) = connection.await {
         debug!(node, error = %crate::telemetry::chain(&error), "connection ended");
     }
@@ -190,6 +199,11 @@ impl Connection {
     /// Tells whether the connection has ended.
     pub fn is_closed(&self) -> bool {
         self.client.is_closed()
+    }
+
+    /// Resolves when the connection has ended, whoever ended it.
+    pub async fn closed(&self) {
+        self.ended.cancelled().await;
     }
 
     /// Prepares what is asked again and again: its text is then sent and planned once only.

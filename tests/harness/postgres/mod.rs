@@ -309,6 +309,23 @@ impl PgServer {
         self.set("primary_conninfo", &primary.conninfo(&self.name)).await;
     }
 
+    /// Makes this server, which is down, a standby of `primary` by `pg_rewind`, and starts it.
+    pub async fn rejoin(&mut self, primary: &Self) {
+        let source = primary.conninfo("pg_rewind");
+        let mut rewind = primary.program("pg_rewind");
+        rewind.arg("--target-pgdata").arg(&self.data_directory).args(["--source-server", &source]);
+        run(&mut rewind).await;
+        let write = |name: &str, text: &str| {
+            let path = self.data_directory.join(name);
+            fs::write(&path, text).unwrap();
+            program::give_to_server_user(&path);
+        };
+        write("standby.signal", "");
+        let conninfo = primary.conninfo(&self.name).replace('\'', "''");
+        write("postgresql.auto.conf", &format!("primary_conninfo = '{conninfo}'\n"));
+        self.start().await;
+    }
+
     /// Changes a setting with `ALTER SYSTEM` and reloads. For a setting that needs it, restart
     /// afterwards.
     pub async fn set(&self, setting: &str, value: &str) {

@@ -77,6 +77,9 @@ pub fn judge_quorum(known: &Of<EtcdFacts>) -> Option<Reading> {
     let reading = |status, reason| Some(Reading::new(&ETCD_QUORUM, status, reason));
     if answers.is_empty() {
         let missing = missing(known, members, &answers);
+        if known.values().any(Seen::is_not_asked) {
+            return reading(Status::Unknown, "not all members were asked".to_owned());
+        }
         let reason = format!("none of {count} members answers: {missing}");
         return reading(Status::Critical, reason);
     }

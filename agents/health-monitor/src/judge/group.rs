@@ -85,6 +85,12 @@ pub fn judge(facts: &Facts, writes: &Writes, group: u32) -> Vec<Reading> {
         return Vec::new();
     }
     let writable = writable(&servers);
+    let is_waiting =
+        facts.unasked.iter().any(|it| it.kind == Kind::Postgres && it.group == Some(group));
+    if writable.is_empty() && is_waiting {
+        // One that was not asked yet may be the primary.
+        return Vec::new();
+    }
     let mut readings = vec![judge_primary(&servers, &writable)];
     readings.push(judge_split_brain(&writable, writes));
     readings.extend(match writable[..] {
@@ -124,6 +130,10 @@ fn judge_primary(
             let writable: Vec<_> = writable.iter().map(|(it, _)| *it).collect();
             let reason = format!("{} servers take writes: {}", writable.len(), names(&writable));
             Reading::new(&PRIMARY, Status::Critical, reason)
+        }
+        [] if servers.iter().any(|(_, seen)| seen.is_not_asked()) => {
+            let reason = "not all were asked, and none of the others takes writes";
+            Reading::new(&PRIMARY, Status::Unknown, reason)
         }
         [] if silent.is_empty() => {
             Reading::new(&PRIMARY, Status::Critical, "all servers are standbys: none takes writes")

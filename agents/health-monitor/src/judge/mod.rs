@@ -22,11 +22,13 @@ pub mod words;
 mod examples;
 mod silent;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use group::Writes;
 
-use crate::check::{Reading, Status};
+use crate::catalogue::{PATRONI, PRIMARY, REACHABLE, REDUNDANCY, STREAMING};
+use crate::check::{Check, Reading, Status};
 use crate::component::{Component, Kind};
 use crate::facts::{Facts, Of, Seen};
 use crate::thresholds::Scale;
@@ -64,7 +66,7 @@ pub fn judge(facts: &Facts, writes: &Writes, scale: Scale<'_>, now: Duration) ->
         let readings = swarm::judge(stack, seen).into_iter();
         all.extend(readings.map(|(component, reading)| Taken { component, reading, at: seen.at }));
     }
-    all.extend(repository::judge(&facts.agents, scale, now));
+    all.extend(repository::judge(facts, scale, now));
     all.extend(each(&facts.disks, |it, seen| disk::judge(it, seen, scale)));
     for number in group::groups(facts) {
         let of_group = facts.postgres.iter().filter(|(it, _)| it.group == Some(number));
@@ -74,7 +76,8 @@ pub fn judge(facts: &Facts, writes: &Writes, scale: Scale<'_>, now: Duration) ->
             group::judge(facts, writes, number).into_iter().chain(drift::judge(facts, number));
         all.extend(readings.map(|reading| Taken { component: component.clone(), reading, at }));
     }
-    if let Some(reading) = etcd::judge_quorum(&facts.etcd) {
+    let is_waiting = facts.unasked.iter().any(|it| it.kind == Kind::Etcd);
+    if let Some(reading) = etcd::judge_quorum(&facts.etcd).filter(|_| !is_waiting) {
         let at = facts.etcd.values().map(|seen| seen.at).max().unwrap_or(now);
         all.push(Taken { component: Component::cluster(), reading, at });
     }
@@ -97,15 +100,16 @@ fn each<T>(
     taken
 }
 
-/// What follows from something else must not look like a fault of its own: a proxy without a primary
-/// behind it is well, and of components beyond a cut network nothing is known.
+/// What follows from something else must not look like a fault of its own: a proxy without a primary or
+/// a standby behind it is well, and of components beyond a cut network nothing is known.
 fn explain(all: &mut [Taken], isolation: Status) {
-    let bad_groups: Vec<Option<u32>> = all
-        .iter()
-        .filter(|it| it.component.kind == Kind::Group && it.reading.check.name == "primary")
-        .filter(|it| it.reading.status != Status::Ok)
-        .map(|it| it.component.group)
-        .collect();
+    let bad = |checks: &[&Check]| -> BTreeSet<Option<u32>> {
+        let bad = all.iter().filter(|it| it.reading.status != Status::Ok);
+        let bad = bad.filter(|it| checks.contains(&it.reading.check));
+        bad.map(|it| it.component.group).collect()
+    };
+    let no_primary = bad(&[&PRIMARY]);
+    let ailing = bad(&[&REDUNDANCY, &REACHABLE, &STREAMING, &PATRONI]);
     for Taken { component, reading, .. } in all.iter_mut() {
         if reading.status == Status::Ok {
             continue;
@@ -116,14 +120,17 @@ fn explain(all: &mut [Taken], isolation: Status) {
             reading.follows = true;
             continue;
         }
-        let follows = matches!(
-            (component.kind, reading.check.name),
-            (Kind::Pgbouncer, "query") | (Kind::Haproxy, "write")
-        );
-        if follows && bad_groups.contains(&component.group) {
+        let (groups, lacks) = match (component.kind, reading.check.name) {
+            (Kind::Pgbouncer, "query") | (Kind::Haproxy, "write") => {
+                (&no_primary, "has no primary")
+            }
+            (Kind::Haproxy, "read") => (&ailing, "lacks a standby"),
+            _ => continue,
+        };
+        if groups.contains(&component.group) {
             let group = component.group.unwrap_or_default();
             reading.status = reading.status.min(Status::Warning);
-            reading.reason = format!("group {group} has no primary: {}", reading.reason);
+            reading.reason = format!("group {group} {lacks}: {}", reading.reason);
             reading.follows = true;
         }
     }

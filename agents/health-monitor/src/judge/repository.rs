@@ -1,7 +1,8 @@
 //! What the backup agents say of the repository, group by group, and what it comes to.
 //!
-//! The repository outlives the agents: of one that is silent, its last answer with the time since then
-//! is still a bound. Nothing is older than that, and it is judged by it.
+//! The repository outlives the agents. While one is silent, or tells of a group no more, nothing is known
+//! of what it told; but by its last answer nothing can be older than that with the time since then, and
+//! what is critical by that bound is so.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -9,12 +10,12 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use serde::Deserialize;
 
-use super::Taken;
 use super::words::{bytes, duration};
+use super::{Taken, group};
 use crate::catalogue::{BACKUP_AGE, WAL_AGE};
 use crate::check::{Reading, Status};
 use crate::component::{Component, Kind};
-use crate::facts::{Answer, Of};
+use crate::facts::{Answer, Facts};
 use crate::probe::agent::AgentFacts;
 use crate::thresholds::Scale;
 
@@ -34,12 +35,19 @@ struct GroupStatus {
 
 #[derive(Deserialize)]
 struct State {
+    last_run: Option<LastRun>,
     last_error: Option<String>,
     repository: Option<Repository>,
 }
 
 #[derive(Deserialize)]
+struct LastRun {
+    finished_at: DateTime<Utc>,
+}
+
+#[derive(Deserialize)]
 struct Repository {
+    observed_at: DateTime<Utc>,
     newest_at: Option<DateTime<Utc>>,
     unreadable: u64,
     broken_at: Option<String>,
@@ -71,31 +79,58 @@ struct Known {
     wal_failure: Option<String>,
     /// Bytes of WAL that the primary has and the repository has not.
     wal_lag_bytes: Option<u64>,
+    /// When the repository was read, ago.
+    read_ago: Duration,
+    /// The agent that told this answers no more.
+    is_silent: bool,
 }
 
 /// The readings of each group that a backup agent told of; `now` is by
 /// [`clock::now`](crate::clock::now).
-pub fn judge(agents: &Of<AgentFacts>, scale: Scale<'_>, now: Duration) -> Vec<Taken> {
+pub fn judge(facts: &Facts, scale: Scale<'_>, now: Duration) -> Vec<Taken> {
+    let agents = &facts.agents;
     let mut groups: BTreeMap<u32, Known> = BTreeMap::new();
     // The newest answer counts: where agents share the groups, one has taken it from another.
-    let mut answers: Vec<_> = agents.values().filter_map(|seen| seen.answer.as_ref()).collect();
-    answers.sort_by_key(|answer| answer.answered_at);
-    for answer in answers {
+    let answers = agents.values().filter_map(|seen| Some((seen, seen.answer.as_ref()?)));
+    let mut answers: Vec<_> = answers.collect();
+    answers.sort_by_key(|(_, answer)| answer.answered_at);
+    for (seen, answer) in answers {
         for (group, known) in read(answer, now) {
-            groups.insert(group, known);
+            groups.insert(group, Known { is_silent: seen.failure.is_some(), ..known });
         }
     }
     // What is known ages by itself, so it is judged anew whenever an agent was asked.
     let at = agents.values().map(|seen| seen.at).max().unwrap_or(now);
-    let taken = groups.into_iter().flat_map(|(group, known)| {
-        let component = Component::of_group(Kind::Repository, group, "");
-        let readings = [Some(backup(&component, &known, scale)), wal(&component, &known, scale)];
-        let readings = readings.into_iter().flatten();
-        readings
-            .map(|reading| Taken { component: component.clone(), reading, at })
-            .collect::<Vec<_>>()
-    });
-    taken.collect()
+    let mut taken = Vec::new();
+    for (group, known) in &groups {
+        let component = Component::of_group(Kind::Repository, *group, "");
+        let readings = [Some(backup(&component, known, scale)), wal(&component, known, scale)];
+        let readings = readings.into_iter().flatten().map(|it| doubt(it, known.is_silent));
+        taken.extend(readings.map(|reading| (component.clone(), reading)));
+    }
+    // A group that still has servers, and had a repository.
+    let watched = group::groups(facts);
+    for (component, checks) in scale.before {
+        let group = component.group.filter(|_| component.kind == Kind::Repository);
+        if group.is_some_and(|it| watched.contains(&it) && !groups.contains_key(&it)) {
+            let reason = "no backup agent tells of it any more";
+            let reading = |check| Reading::new(check, Status::Unknown, reason);
+            let gone = checks.values().map(|it| (component.clone(), reading(it.reading.check)));
+            taken.extend(gone);
+        }
+    }
+    taken.into_iter().map(|(component, reading)| Taken { component, reading, at }).collect()
+}
+
+/// What was said by an agent that is silent now is not known to be so still.
+fn doubt(reading: Reading, is_silent: bool) -> Reading {
+    if !is_silent || reading.status == Status::Critical {
+        return reading;
+    }
+    let reason = format!("its agent is silent; by its last answer {}", reading.reason);
+    let next = "see the check of the agent";
+    // Who was told that something is wrong stays told; that the agent is silent is told of the agent.
+    Reading { status: Status::Unknown, reason, follows: true, ..reading }.with_next(next)
 }
 
 /// What an agent says, if it is a backup agent.
@@ -106,10 +141,13 @@ fn read(answer: &Answer<AgentFacts>, now: Duration) -> BTreeMap<u32, Known> {
     let since = now.saturating_sub(answer.answered_at);
     let age = |at: DateTime<Utc>| (status.now - at).to_std().unwrap_or_default() + since;
     let known = |GroupStatus { state, wal }: GroupStatus| {
-        let State { last_error, repository } = state;
+        let State { last_run, last_error, repository } = state;
         let mut known = Known { last_error, was_read: repository.is_some(), ..Known::default() };
         if let Some(repository) = repository {
-            known.backup_age = repository.newest_at.map(age);
+            known.read_ago = age(repository.observed_at);
+            // The repository is read once a minute; the agent's own run may be newer.
+            let newer = last_run.map(|it| it.finished_at).filter(|it| repository.observed_at < *it);
+            known.backup_age = newer.or(repository.newest_at).map(age);
             known.unreadable = repository.unreadable;
             known.broken_at = repository.broken_at;
         }
@@ -126,15 +164,16 @@ fn read(answer: &Answer<AgentFacts>, now: Duration) -> BTreeMap<u32, Known> {
 fn backup(component: &Component, known: &Known, scale: Scale<'_>) -> Reading {
     let Some(age) = known.backup_age else {
         // Once the repository was read, what is not there is missing.
-        let (status, reason) = match (known.was_read, &known.last_error) {
-            (false, _) => (Status::Unknown, "the repository was not read yet".to_owned()),
-            (true, None) => (Status::Critical, "there is no complete backup".to_owned()),
-            (true, Some(error)) => (
-                Status::Critical,
-                format!("there is no complete backup; the last run failed: {error}"),
-            ),
-        };
-        return Reading::new(&BACKUP_AGE, status, reason);
+        if !known.was_read {
+            let reason = "the repository was not read yet";
+            return Reading::new(&BACKUP_AGE, Status::Unknown, reason);
+        }
+        let ago = duration(known.read_ago);
+        let mut reason = format!("there was no complete backup {ago} ago");
+        if let Some(error) = &known.last_error {
+            reason = format!("{reason}; the last run failed: {error}");
+        }
+        return Reading::new(&BACKUP_AGE, Status::Critical, reason);
     };
     let mut reason = format!("the newest is {} old", duration(age));
     let measure = ("age", age.as_secs_f64(), None);
@@ -182,7 +221,10 @@ mod tests {
 
     use super::super::examples::{answered_at, scale};
     use super::*;
-    use crate::facts::{Failure, Stage, record};
+    use crate::facts::{Failure, Of, Stage, record};
+    use crate::probe::postgres::PostgresFacts;
+    use crate::settle::{Now, Settled};
+    use crate::verdict::Checks;
 
     fn facts(status: Value) -> AgentFacts {
         AgentFacts { not_ready: Vec::new(), status }
@@ -196,14 +238,15 @@ mod tests {
         });
         json!({"cluster": "demo", "now": "2026-11-21T14:00:00Z", "groups": {"0": {
             "running": null,
-            "state": {"last_run": null, "last_error": more["last_error"], "repository": repository},
+            "state": {"last_run": more["last_run"], "last_error": more["last_error"], "repository": repository},
             "wal": {"caught_up_at": caught_up_at, "failure": more["failure"], "no_primary": null,
                 "received": more["received"]},
         }}})
     }
 
     fn judged(agents: &Of<AgentFacts>, now: u64) -> Vec<(Status, String)> {
-        let found = judge(agents, scale(), Duration::from_secs(now)).into_iter();
+        let facts = Facts { agents: agents.clone(), ..Facts::default() };
+        let found = judge(&facts, scale(), Duration::from_secs(now)).into_iter();
         let readings = found.map(|it| {
             assert_eq!(it.component, Component::of_group(Kind::Repository, 0, ""));
             (it.reading.status, it.reading.reason)
@@ -253,8 +296,16 @@ mod tests {
                 ],
             ),
             (
+                status(
+                    &Value::Null,
+                    &Value::Null,
+                    &json!({"last_run": {"finished_at": "2026-11-21T13:59:30Z"}}),
+                ),
+                vec![(ok, "the newest is 30 s old")],
+            ),
+            (
                 status(&Value::Null, &Value::Null, &json!({})),
-                vec![(critical, "there is no complete backup")],
+                vec![(critical, "there was no complete backup 1 min ago")],
             ),
             (
                 status(
@@ -263,7 +314,10 @@ mod tests {
                     &json!({"last_error": "no space", "received": {"lag_bytes": 16 << 20}}),
                 ),
                 vec![
-                    (critical, "there is no complete backup; the last run failed: no space"),
+                    (
+                        critical,
+                        "there was no complete backup 1 min ago; the last run failed: no space",
+                    ),
                     (warning, "the agent began, and has 16.0 MiB to store until all is"),
                 ],
             ),
@@ -283,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn of_an_agent_that_is_silent_the_last_answer_ages() {
+    fn of_an_agent_that_is_silent_nothing_is_known_but_what_is_critical_by_its_last_answer() {
         let said =
             status(&json!("2026-11-21T02:00:00Z"), &json!("2026-11-21T13:59:59Z"), &json!({}));
         let mut agents = Of::from([(agent("backup-agent"), answered_at(facts(said), 100))]);
@@ -291,7 +345,10 @@ mod tests {
         let later = Duration::from_secs(500);
         record(&mut agents, &agent("backup-agent"), (later, later), Err(failure));
         let expected = [
-            (Status::Ok, "the newest is 12 h 6 min old".to_owned()),
+            (
+                Status::Unknown,
+                "its agent is silent; by its last answer the newest is 12 h 6 min old".to_owned(),
+            ),
             (Status::Critical, "all WAL was stored 6 min 41 s ago".to_owned()),
         ];
         assert_eq!(judged(&agents, 500), expected);
@@ -313,5 +370,24 @@ mod tests {
         ];
         assert_eq!(judged(&agents, 100), expected);
         assert_eq!(judged(&Of::default(), 100), []);
+    }
+
+    #[test]
+    fn a_repository_that_nobody_tells_of_any_more_is_not_known() {
+        let component = Component::of_group(Kind::Repository, 0, "");
+        let (boot, wall) = (Duration::ZERO, DateTime::UNIX_EPOCH);
+        let reading = Reading::new(&BACKUP_AGE, Status::Critical, "there was none");
+        let settled = Settled::new(reading, boot, Now { boot, wall });
+        let before: Checks = [(component, [("backup_age", settled)].into())].into();
+        let scale = Scale { before: &before, ..scale() };
+        let mut facts = Facts::default();
+        facts.agents.insert(agent("a"), answered_at(self::facts(json!({"groups": {}})), 100));
+        assert_eq!(judge(&facts, scale, boot), [], "the group is gone too");
+        let server = Component::of_group(Kind::Postgres, 0, "p");
+        facts.postgres.insert(server, answered_at(PostgresFacts::default(), 100));
+        let found = judge(&facts, scale, boot);
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].reading.status, Status::Unknown);
+        assert_eq!(found[0].reading.reason, "no backup agent tells of it any more");
     }
 }

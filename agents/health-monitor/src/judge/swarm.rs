@@ -25,9 +25,13 @@ pub fn judge(stack: &Component, seen: &Seen<SwarmFacts>) -> Vec<(Component, Read
 }
 
 fn tasks(service: &Service) -> Reading {
-    let Service { running, desired, error, .. } = service;
-    if desired <= running {
-        return Reading::new(&SWARM, Status::Ok, format!("{running} of {desired} tasks run"));
+    let Service { running, desired, done, error, .. } = service;
+    if *desired <= running + done {
+        let reason = match done {
+            0 => format!("{running} of {desired} tasks run"),
+            _ => format!("{running} of {desired} tasks run, and {done} have ended well"),
+        };
+        return Reading::new(&SWARM, Status::Ok, reason);
     }
     let status = if *running == 0 { Status::Critical } else { Status::Warning };
     let why = error.as_ref().map(|it| format!(": {}", it.trim_end_matches('.')));
@@ -42,7 +46,8 @@ mod tests {
     use crate::facts::Stage;
 
     fn service(name: &str, running: u32, desired: u32, error: Option<&str>) -> Service {
-        Service { name: name.to_owned(), running, desired, error: error.map(str::to_owned) }
+        let error = error.map(str::to_owned);
+        Service { name: name.to_owned(), running, desired, done: 0, error }
     }
 
     #[test]
@@ -53,6 +58,7 @@ mod tests {
             service("haproxy", 0, 2, Some("No such image: haproxy:3.0.")),
             service("postgres", 2, 3, None),
             service("stopped", 0, 0, None),
+            Service { done: 1, ..service("unpack", 0, 1, None) },
         ];
         let found = judge(&stack, &answered(SwarmFacts { services }));
         let found: Vec<_> = found
@@ -66,6 +72,7 @@ mod tests {
                 ("haproxy", Status::Critical, "0 of 2 tasks run: No such image: haproxy:3.0"),
                 ("postgres", Status::Warning, "2 of 3 tasks run"),
                 ("stopped", Status::Ok, "0 of 0 tasks run"),
+                ("unpack", Status::Ok, "0 of 1 tasks run, and 1 have ended well"),
             ]
         );
         for (seen, status, reason) in [

@@ -11,7 +11,7 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
 use crate::check::Status;
-use crate::component::Component;
+use crate::component::{Component, Kind};
 use crate::settle::{Now, Settled};
 use crate::verdict::Checks;
 
@@ -108,12 +108,16 @@ pub struct Picture {
     pub is_complete: bool,
     /// Components that do not answer: what else is wrong with them is not known.
     pub silent: BTreeSet<Component>,
+    /// An agent does not answer: what it would tell of the repository is not known.
+    pub is_agent_silent: bool,
 }
 
 impl Picture {
     /// Whether a problem that somebody was told of is over.
     pub fn is_over(&self, subject: &Subject) -> bool {
+        let is_untold = self.is_agent_silent && subject.component.kind == Kind::Repository;
         self.is_complete
+            && !is_untold
             && !self.standings.contains_key(subject)
             && !self.silent.contains(&subject.component)
     }
@@ -182,6 +186,9 @@ impl Lookout {
                 if *check == "reachable" {
                     picture.silent.insert(component.clone());
                 }
+                // It cannot do its work, where it is there: that is a warning.
+                let is_silent = settled.status > Status::Warning;
+                picture.is_agent_silent |= component.kind == Kind::Agent && is_silent;
                 let (component, check) = (component.clone(), (*check).to_owned());
                 let subject = Subject { component, check };
                 let standing = if settled.reading.follows {
@@ -225,7 +232,6 @@ pub(super) mod tests {
     use super::*;
     use crate::catalogue::{CONNECTIONS, REACHABLE};
     use crate::check::{Check, Reading};
-    use crate::component::Kind;
 
     pub(in crate::notify) fn at(second: i64) -> Now {
         let wall = DateTime::from_timestamp(1_800_000_000 + second, 0).unwrap();
@@ -251,7 +257,7 @@ pub(super) mod tests {
             .iter()
             .map(|(subject, problem)| (subject.clone(), Standing::Firing(problem.clone())))
             .collect();
-        Picture { standings, is_complete: true, silent: BTreeSet::new() }
+        Picture { standings, is_complete: true, ..Picture::default() }
     }
 
     fn checks(all: &[(&str, &'static Check, Status, bool)]) -> Checks {
@@ -342,6 +348,13 @@ pub(super) mod tests {
         picture.silent.insert(server("b"));
         assert!(!picture.is_over(&subject("b", "connections")), "it does not answer");
         picture.silent.clear();
+        picture.is_agent_silent = true;
+        assert!(picture.is_over(&subject("b", "connections")));
+        let component = Component::of_group(Kind::Repository, 1, "");
+        let repository = Subject { component, check: "backup_age".to_owned() };
+        assert!(!picture.is_over(&repository), "nobody tells of it");
+        picture.is_agent_silent = false;
+        assert!(picture.is_over(&repository));
         picture.is_complete = false;
         assert!(!picture.is_over(&subject("b", "connections")), "not all were asked");
     }

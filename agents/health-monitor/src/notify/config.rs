@@ -18,7 +18,9 @@ const AFTER_MAX: Duration = Duration::from_hours(1);
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct NotifyConfig {
-    /// How long a problem lasts before anybody is told: longer than a switchover, or a restart, takes.
+    /// How long a problem lasts before anybody is told: longer than a switchover or the restart of a server
+    /// takes, which somebody asked for; shorter than any failover after a loss, for which Patroni waits until
+    /// its `ttl`, 30 s, is over.
     #[serde(with = "humantime_serde")]
     pub after: Duration,
     /// How often Alertmanager is sent the alerts that fire. One that it did not hear of for four times as

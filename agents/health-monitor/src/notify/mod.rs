@@ -1,8 +1,9 @@
 //! Who must know: Alertmanager and webhooks.
 //!
 //! [`alerts`] says what people are to be told of; [`ledger`], what they know already; the difference is
-//! sent. What was told is kept where the next leader finds it, in a [`store`]; so a takeover repeats
-//! nothing and loses nothing. Only who holds the lease sends. If etcd is away for everybody, nobody can
+//! sent. What was told is kept where the next leader finds it, in a [`store`]; so a takeover loses nothing,
+//! and repeats at most what was sent in the moment before and not noted yet: rather twice than never.
+//! Alertmanager takes that for the same alert; a webhook gets the same message again. Only who holds the lease sends. If etcd is away for everybody, nobody can
 //! hold it: then the replica that held it last goes on, because that etcd is away must be told as well.
 
 mod alertmanager;

@@ -73,7 +73,7 @@ fn agent(it: &AgentFacts) -> String {
 
 fn swarm(it: &SwarmFacts) -> String {
     let running: u32 = it.services.iter().map(|it| it.running).sum();
-    let desired: u32 = it.services.iter().map(|it| it.desired).sum();
+    let desired: u32 = it.services.iter().map(|it| it.desired.saturating_sub(it.done)).sum();
     let services = counted(it.services.len() as u64, "service", "services");
     format!("{services}, {running} of {desired} tasks run")
 }

@@ -71,4 +71,9 @@ pub trait Probe: Send {
     /// Asks once. The caller limits how long it takes; after a question that was given up, the
     /// next one must begin with a new connection.
     fn ask(&mut self) -> impl Future<Output = Result<Self::Facts, Failure>> + Send;
+
+    /// Resolves when a connection that is kept ends: then there is something to ask at once.
+    fn lost(&mut self) -> impl Future<Output = ()> + Send {
+        std::future::pending()
+    }
 }

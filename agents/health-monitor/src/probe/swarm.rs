@@ -22,8 +22,10 @@ pub struct Service {
     pub name: String,
     /// Tasks that run.
     pub running: u32,
-    /// Tasks that should.
+    /// Tasks that should, or have done so and ended well where they are not started again.
     pub desired: u32,
+    /// Tasks that have done what they should, and are not started again.
+    pub done: u32,
     /// What the newest task that failed said; asked only where tasks are missing.
     pub error: Option<String>,
 }
@@ -106,6 +108,23 @@ struct ApiSpec {
     name: String,
     #[serde(default)]
     mode: BTreeMap<String, serde_json::Value>,
+    #[serde(default)]
+    task_template: ApiTemplate,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct ApiTemplate {
+    #[serde(default)]
+    restart_policy: ApiRestart,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct ApiRestart {
+    /// `any` if it is not there.
+    #[serde(default)]
+    condition: String,
 }
 
 #[derive(Deserialize)]
@@ -133,6 +152,8 @@ struct ApiTask {
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct ApiTaskStatus {
+    #[serde(default)]
+    state: String,
     /// RFC 3339 in UTC, with nine digits at most: sorts as text but for the digits left out.
     #[serde(default)]
     timestamp: String,
@@ -152,16 +173,24 @@ fn read(stack: &str, services: Vec<ApiService>, tasks: &[ApiTask]) -> Vec<Servic
         .filter(|it| !is_job(it))
         .filter_map(|service| {
             let status = service.status?;
-            let failed =
-                tasks.iter().filter(|it| it.service == service.id && !it.status.err.is_empty());
-            let newest = failed.max_by(|a, b| a.status.timestamp.cmp(&b.status.timestamp));
+            let ours = tasks.iter().filter(|it| it.service == service.id).map(|it| &it.status);
+            let mut ours: Vec<&ApiTaskStatus> = ours.collect();
+            ours.sort_by(|a, b| b.timestamp.cmp(&a.timestamp));
+            let newest = ours.iter().find(|it| !it.err.is_empty());
+            let once = ["none", "on-failure"];
+            let done = ours.iter().take(status.desired_tasks as usize);
+            let done = match service.spec.task_template.restart_policy.condition.as_str() {
+                it if once.contains(&it) => done.filter(|it| it.state == "complete").count(),
+                _ => 0,
+            };
             let name = service.spec.name;
             let short = name.strip_prefix(stack).and_then(|it| it.strip_prefix('_'));
             Some(Service {
                 name: short.unwrap_or(&name).to_owned(),
                 running: status.running_tasks,
                 desired: status.desired_tasks,
-                error: newest.filter(|_| status.is_short()).map(|it| it.status.err.clone()),
+                done: u32::try_from(done).unwrap_or(u32::MAX),
+                error: newest.filter(|_| status.is_short()).map(|it| it.err.clone()),
             })
         })
         .collect();
@@ -181,23 +210,35 @@ mod tests {
             {"ID": "s1", "Spec": {"Name": "mesh_etcd", "Mode": {"Global": {}}},
              "ServiceStatus": {"RunningTasks": 3, "DesiredTasks": 3}},
             {"ID": "s3", "Spec": {"Name": "mesh_setup", "Mode": {"ReplicatedJob": {}}},
-             "ServiceStatus": {"RunningTasks": 0, "DesiredTasks": 1}}]"#;
+             "ServiceStatus": {"RunningTasks": 0, "DesiredTasks": 1}},
+            {"ID": "s4", "Spec": {"Name": "mesh_init", "Mode": {"Replicated": {"Replicas": 3}},
+                                  "TaskTemplate": {"RestartPolicy": {"Condition": "none"}}},
+             "ServiceStatus": {"RunningTasks": 0, "DesiredTasks": 3}}]"#;
         let tasks = r#"[
             {"ServiceID": "s2", "Status": {"Timestamp": "2026-11-21T14:00:00.5Z", "State": "failed", "Err": "task: non-zero exit (1)"}},
             {"ServiceID": "s2", "Status": {"Timestamp": "2026-11-21T14:00:01Z", "State": "rejected", "Err": "No such image"}},
             {"ServiceID": "s2", "Status": {"Timestamp": "2026-11-21T14:00:02Z", "State": "running"}},
+            {"ServiceID": "s4", "Status": {"Timestamp": "2026-11-21T13:00:00Z", "State": "complete"}},
+            {"ServiceID": "s4", "Status": {"Timestamp": "2026-11-21T14:00:00Z", "State": "complete"}},
+            {"ServiceID": "s4", "Status": {"Timestamp": "2026-11-21T14:00:00Z", "State": "complete"}},
+            {"ServiceID": "s4", "Status": {"Timestamp": "2026-11-21T14:00:00Z", "State": "failed", "Err": "exit (1)"}},
             {"ServiceID": "s1", "Status": {"Timestamp": "2026-11-21T14:00:02Z", "Err": "long ago"}}]"#;
         let services = serde_json::from_str(services).unwrap();
         let tasks: Vec<ApiTask> = serde_json::from_str(tasks).unwrap();
-        let service = |name: &str, running, error: Option<&str>| Service {
+        let service = |name: &str, running, done, error: Option<&str>| Service {
             name: name.to_owned(),
             running,
             desired: 3,
+            done,
             error: error.map(str::to_owned),
         };
         assert_eq!(
             read("mesh", services, &tasks),
-            [service("etcd", 3, None), service("postgres", 2, Some("No such image"))]
+            [
+                service("etcd", 3, 0, None),
+                service("init", 0, 2, Some("exit (1)")),
+                service("postgres", 2, 0, Some("No such image")),
+            ]
         );
     }
 }

@@ -1,5 +1,6 @@
 //! What changes slowly, and what it comes to.
 
+use super::super::silent::not_asked;
 use super::super::words::{bytes, counted, duration, number, percent};
 use super::{Server, a_few};
 use crate::catalogue::{
@@ -36,8 +37,11 @@ pub fn judge_deep(
     let certificate = certificate.map(|it| self::certificate(server, it));
     let (Some(basic), Some(facts)) = (basic, seen.now()) else {
         return match (basic, &seen.failure) {
-            // A connection that was made since is a newer answer to the same question.
-            (Some(basic), Some(failure)) if basic.connected_at < seen.at => {
+            // A connection that was made since is a newer answer to the same question; and before the one
+            // that is kept has answered again, it may be the server that is lost.
+            (Some(basic), Some(failure))
+                if basic.connected_at < seen.at && seen.at <= basic.at || seen.is_not_asked() =>
+            {
                 vec![no_new_connection(failure)]
             }
             _ => certificate.into_iter().filter(|it| it.status != Status::Ok).collect(),
@@ -67,6 +71,7 @@ pub fn judge_deep(
 fn no_new_connection(failure: &Failure) -> Reading {
     let reason = format!("it takes no new connection: {}", failure.error);
     match failure.stage {
+        Stage::NotAsked => not_asked(&NEW_CONNECTIONS, &failure.error),
         Stage::Full => Reading::new(&NEW_CONNECTIONS, Status::Critical, reason)
             .with_next(crate::catalogue::CONNECTIONS.next),
         // Others may well be let in.

@@ -5,6 +5,7 @@ mod replication;
 
 use std::time::Duration;
 
+use super::silent::not_asked;
 use super::words::{bytes, counted, duration, number};
 use crate::catalogue::{ARCHIVING, CLOCK, CONNECTIONS, LOCKS, REACHABLE, SLOTS};
 use crate::check::{Reading, Status};
@@ -88,6 +89,7 @@ fn no_answer(failure: &Failure, failing_for: Duration) -> Reading {
                 .with_next("see its log: how far it is in recovery, or who holds its shutdown up")
         }
         Stage::Answer => reading(Status::Critical).with_next("see the server's log"),
+        Stage::NotAsked => not_asked(&REACHABLE, &failure.error),
     }
 }
 

@@ -45,11 +45,15 @@ pub(super) fn role(facts: &PostgresFacts, primary: Option<&PostgresFacts>) -> Re
         .with_next("stop it before anything else; keep its data directory, then pg_rewind it");
     }
     let grace = if facts.should_stream { FOLLOWS_WITHIN } else { FOLLOWS_ARCHIVE_WITHIN };
-    let since = primary.role_since.max(facts.role_since);
-    let apart_for = facts.at.saturating_sub(since);
-    if apart_for < grace {
+    let changed_at = primary.role_since.max(facts.role_since);
+    let since = changed_at.unwrap_or_else(|| primary.connected_at.max(facts.connected_at));
+    if facts.at.saturating_sub(since) < grace {
         let reason = format!("standby on timeline {timeline}, about to follow to {newest}");
-        return Reading::new(&ROLE, Status::Ok, reason);
+        return match changed_at {
+            Some(_) => Reading::new(&ROLE, Status::Ok, reason),
+            // It was so at the first look: perhaps for long.
+            None => Reading::new(&ROLE, Status::Warning, format!("{reason}, or it has diverged")),
+        };
     }
     critical(format!(
         "it stays on timeline {timeline}, and the primary is on {newest}: it may have diverged"

@@ -24,13 +24,13 @@ fn seconds(seconds: u64) -> Duration {
 
 fn seen<T>(facts: T) -> Seen<T> {
     let answer = Answer { asked_at: NOW, answered_at: NOW, facts };
-    Seen { at: NOW, failure: None, failing_since: None, answer: Some(answer) }
+    Seen { at: NOW, failure: None, failing_since: None, answer: Some(answer), lost_at: None }
 }
 
 fn failing<T>(stage: Stage, error: &str, for_seconds: u64) -> Seen<T> {
     let failure = Some(Failure { stage, error: error.to_owned() });
     let failing_since = NOW.checked_sub(seconds(for_seconds));
-    Seen { at: NOW, failure, failing_since, answer: None }
+    Seen { at: NOW, failure, failing_since, answer: None, lost_at: None }
 }
 
 /// A primary on timeline 2 for long, of which nothing is wrong.
@@ -42,7 +42,7 @@ fn primary() -> PostgresFacts {
         timeline: 2,
         lsn: Some((1000 * MIB).into()),
         at: NOW,
-        role_since: seconds(1),
+        role_since: Some(seconds(1)),
         connections: (10, 97),
         standard: Some((NOW, StandardFacts::default())),
         ..PostgresFacts::default()
@@ -139,25 +139,39 @@ fn servers_that_are_well_have_nothing_but_ok() {
 #[test]
 fn a_server_out_of_its_role_is_told_from_one_that_is_about_to_follow() {
     let of_other = PostgresFacts { system_identifier: 8, ..standby() };
-    let older = |role_since| PostgresFacts { timeline: 1, role_since, ..standby() };
-    let archived = PostgresFacts { should_stream: false, receiver: None, ..older(seconds(1)) };
-    let newly = |ago: u64| PostgresFacts { role_since: seconds(1000 - ago), ..primary() };
+    let older =
+        |since| PostgresFacts { timeline: 1, role_since: Some(seconds(since)), ..standby() };
+    let archived = PostgresFacts { should_stream: false, receiver: None, ..older(1) };
+    let newly = |ago: u64| PostgresFacts { role_since: Some(seconds(1000 - ago)), ..primary() };
+    // As they are at the first look, that long ago.
+    let found = |facts, ago: u64| PostgresFacts {
+        role_since: None,
+        connected_at: seconds(1000 - ago),
+        ..facts
+    };
     let writes = PostgresFacts { timeline: 1, ..primary() };
     let read_only = PostgresFacts { read_only: true, ..primary() };
     let diverged =
         "role critical: it stays on timeline 1, and the primary is on 2: it may have diverged";
     let follows = "role ok: standby on timeline 1, about to follow to 2";
     for (case, facts, beside, expected) in [
-        ("no primary", older(seconds(1)), None, "role ok: standby on timeline 1"),
+        ("no primary", older(1), None, "role ok: standby on timeline 1"),
         (
             "another cluster",
             of_other,
             Some(primary()),
             "role critical: it belongs to another cluster: its system identifier is 8, its primary's 7",
         ),
-        ("after a promotion", older(seconds(1)), Some(newly(29)), follows),
-        ("too long after it", older(seconds(1)), Some(newly(30)), diverged),
-        ("it was made a standby just now", older(seconds(990)), Some(newly(300)), follows),
+        ("after a promotion", older(1), Some(newly(29)), follows),
+        ("too long after it", older(1), Some(newly(30)), diverged),
+        ("it was made a standby just now", older(990), Some(newly(300)), follows),
+        (
+            "at the first look",
+            found(older(1), 0),
+            Some(found(primary(), 0)),
+            "role warning: standby on timeline 1, about to follow to 2, or it has diverged",
+        ),
+        ("long after it", found(older(1), 40), Some(found(primary(), 30)), diverged),
         ("by archive", archived.clone(), Some(newly(599)), follows),
         ("by archive, too long", archived, Some(newly(600)), diverged),
         (
@@ -275,7 +289,7 @@ fn a_lag_is_that_of_one_moment() {
         ),
         (
             "on another timeline there is none",
-            PostgresFacts { timeline: 1, role_since: NOW, ..behind(1) },
+            PostgresFacts { timeline: 1, role_since: Some(NOW), ..behind(1) },
             primary(),
             "",
         ),
@@ -383,6 +397,7 @@ fn deep(facts: DeepFacts, check: &'static Check) -> String {
 #[test]
 fn a_kept_connection_does_not_hide_that_new_ones_are_refused() {
     let at = |connected_at| PostgresFacts { connected_at, ..primary() };
+    let not_since = PostgresFacts { at: seconds(999), ..at(seconds(1)) };
     let hangs = "new_connections critical: it takes no new connection: no login within 3s";
     let none = "new_connections critical: it takes no new connection: too many clients";
     let ours = "new_connections warning: it takes no new connection: too many of this role";
@@ -391,6 +406,7 @@ fn a_kept_connection_does_not_hide_that_new_ones_are_refused() {
         (Stage::Full, "too many clients", Some(at(seconds(1))), none),
         (Stage::Login, "too many of this role", Some(at(seconds(1))), ours),
         (Stage::Timeout, "it was made since", Some(at(NOW)), ""),
+        (Stage::Dial, "the kept one may be lost too", Some(not_since), ""),
         (Stage::Timeout, "it does not answer at all", None, ""),
     ] {
         let readings = judged_deep(&failing(stage, error, 0), basic.as_ref());

@@ -17,8 +17,9 @@ use crate::clock;
 use crate::facts::{Failure, Stage};
 use crate::probe::Probe;
 
-/// Between two times that the standard questions are asked.
+/// Between two times that the standard questions are asked, or each tenth time if that is sooner.
 const STANDARD_EVERY: Duration = Duration::from_secs(10);
+const STANDARD_EACH: u32 = 10;
 /// A standard question that takes too long is left out for so long.
 const SLOW_FOR: Duration = Duration::from_mins(1);
 /// After a login was refused the next one is tried so much later: the server logs each.
@@ -50,6 +51,7 @@ pub struct PostgresProbe {
     refused: Option<(Duration, Failure)>,
     memory: Memory,
     standard: Option<(Duration, StandardFacts)>,
+    standard_every: Duration,
     standard_due: Duration,
     round: Round,
     /// Until when each standard question is left out.
@@ -130,6 +132,7 @@ impl PostgresProbe {
             refused: None,
             memory: Memory::default(),
             standard: None,
+            standard_every: STANDARD_EVERY.min(interval * STANDARD_EACH),
             standard_due: Duration::ZERO,
             round: Round::default(),
             slow_until: [Duration::ZERO; QUESTIONS.len()],
@@ -207,7 +210,7 @@ impl PostgresProbe {
             }
             self.told_refused[index] = round.answers[index].is_none();
         }
-        self.standard_due = asked_at + STANDARD_EVERY;
+        self.standard_due = asked_at + self.standard_every;
         let standard = self.read_standard(&round.answers).unwrap_or_else(|error| {
             let (group, node, error) = (self.node.group, &self.node.name, of_answer(&error).error);
             warn!(group, node, error, "answer not understood");
@@ -267,7 +270,7 @@ impl PostgresProbe {
             connections_max,
         } = session.identity;
         let known = self.memory.take(&position, started_at, at);
-        if known.role_since == at {
+        if known.role_since == Some(at) {
             self.forget_standard();
         }
         PostgresFacts {
@@ -326,5 +329,12 @@ impl Probe for PostgresProbe {
         facts.standard.clone_from(&self.standard);
         self.session = Some(session).filter(|_| is_of_use);
         Ok(facts)
+    }
+
+    async fn lost(&mut self) {
+        match &self.session {
+            Some(session) => session.connection.closed().await,
+            None => std::future::pending().await,
+        }
     }
 }

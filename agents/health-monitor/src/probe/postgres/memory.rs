@@ -22,14 +22,15 @@ struct Role {
     started_at: DateTime<Utc>,
     in_recovery: bool,
     timeline: u32,
-    since: Duration,
+    /// `None` at the first look: it may be old.
+    since: Option<Duration>,
 }
 
 /// What is known after a position.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Known {
     pub(super) timeline: u32,
-    pub(super) role_since: Duration,
+    pub(super) role_since: Option<Duration>,
     pub(super) earlier: Option<(Duration, PgLsn)>,
     pub(super) not_streaming_since: Option<Duration>,
 }
@@ -48,7 +49,7 @@ impl Memory {
             self.role.filter(|it| it.in_recovery && in_recovery && it.started_at == started_at);
         let timeline = received.map_or(0, |it| it.timeline).max(position.timeline);
         let same = self.role.filter(|it| (it.in_recovery, it.timeline) == (in_recovery, timeline));
-        let since = same.map_or(at, |it| it.since);
+        let since = same.map_or(self.role.map(|_| at), |it| it.since);
         self.role = Some(Role { started_at, in_recovery, timeline, since });
         let now = position.lsn.map(|lsn| (at, lsn));
         let earlier = std::mem::replace(&mut self.earlier, now).filter(|_| same.is_some());
@@ -98,19 +99,19 @@ mod tests {
         let (first, restarted) = (DateTime::UNIX_EPOCH, DateTime::<Utc>::MAX_UTC);
         let seven = |at| Some((second(at), 7.into()));
         for (case, started_at, position, at, expected) in [
-            ("first", first, position(true, 2, true), 1, (2, 1, None, None)),
-            ("the same", first, position(true, 2, true), 2, (2, 1, seven(1), None)),
-            ("the receiver is gone", first, position(true, 1, false), 3, (2, 1, seven(2), Some(3))),
-            ("for longer", first, position(true, 1, false), 4, (2, 1, seven(3), Some(3))),
-            ("it streams again", first, position(true, 2, true), 5, (2, 1, seven(4), None)),
-            ("rewound", restarted, position(true, 1, false), 6, (1, 6, None, Some(6))),
-            ("promoted", restarted, position(false, 3, false), 7, (3, 7, None, None)),
-            ("a primary", restarted, position(false, 3, false), 8, (3, 7, seven(7), None)),
+            ("first", first, position(true, 2, true), 1, (2, None, None, None)),
+            ("the same", first, position(true, 2, true), 2, (2, None, seven(1), None)),
+            ("no receiver", first, position(true, 1, false), 3, (2, None, seven(2), Some(3))),
+            ("for longer", first, position(true, 1, false), 4, (2, None, seven(3), Some(3))),
+            ("it streams again", first, position(true, 2, true), 5, (2, None, seven(4), None)),
+            ("rewound", restarted, position(true, 1, false), 6, (1, Some(6), None, Some(6))),
+            ("promoted", restarted, position(false, 3, false), 7, (3, Some(7), None, None)),
+            ("a primary", restarted, position(false, 3, false), 8, (3, Some(7), seven(7), None)),
         ] {
             let (timeline, since, earlier, gone) = expected;
             let expected = Known {
                 timeline,
-                role_since: second(since),
+                role_since: since.map(second),
                 earlier,
                 not_streaming_since: gone.map(second),
             };

@@ -51,8 +51,8 @@ pub struct PostgresFacts {
     pub at: Duration,
     /// `lsn` and `at` of the question before, if it had the same role and timeline.
     pub earlier: Option<(Duration, PgLsn)>,
-    /// Since when it has this role and timeline, as far as this probe has seen.
-    pub role_since: Duration,
+    /// Since when it has this role and timeline; `None` if it had them at the first look.
+    pub role_since: Option<Duration>,
     /// Since when the connection is kept: it took new ones then.
     pub connected_at: Duration,
     /// A standby's WAL receiver, if one runs.
