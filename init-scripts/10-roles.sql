@@ -10,7 +10,7 @@ SET log_min_error_statement = 'panic';
 SET password_encryption = 'scram-sha-256';
 
 SELECT format('CREATE ROLE %I LOGIN', name)
-FROM (VALUES ('pgmesh_replication'), ('pgmesh_backup'), ('pgmesh_lag'), ('pgmesh_health')) AS wanted (name)
+FROM (VALUES ('pgmesh_replication'), ('pgmesh_backup'), ('pgmesh_lag'), ('pgmesh_health'), ('pgmesh_rebalance')) AS wanted (name)
 WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name)
 \gexec
 
@@ -34,6 +34,32 @@ GRANT pg_monitor TO pgmesh_lag;
 -- two that a cut network left behind; for more replicas add two each.
 ALTER ROLE pgmesh_health CONNECTION LIMIT 8;
 GRANT pg_monitor TO pgmesh_health;
+
+-- The rebalance agent: the same, to look. To move a shard it needs the rights of the owner of its tables:
+-- Citus asks for no less, and for no more. Those of superusers it does not get: such tables stay. Run this
+-- again when tables have a new owner, or stand in a new schema: Citus tells no size on a node that has a
+-- shard of one that the role may not use. Citus uses the role between the nodes too, hence so many connections.
+ALTER ROLE pgmesh_rebalance CONNECTION LIMIT 40;
+GRANT pg_monitor TO pgmesh_rebalance;
+SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus') AS has_citus
+\gset
+\if :has_citus
+    SELECT DISTINCT format('GRANT %I TO pgmesh_rebalance', rolname)
+    FROM pg_catalog.pg_dist_partition
+    JOIN pg_class ON pg_class.oid = logicalrelid
+    JOIN pg_roles ON pg_roles.oid = relowner
+    WHERE NOT rolsuper AND rolname <> 'pgmesh_rebalance'
+    \gexec
+    SELECT DISTINCT format('GRANT USAGE ON SCHEMA %s TO pgmesh_rebalance', relnamespace::regnamespace)
+    FROM pg_catalog.pg_dist_partition
+    JOIN pg_class ON pg_class.oid = logicalrelid
+    WHERE NOT has_schema_privilege('pgmesh_rebalance', relnamespace, 'USAGE')
+    \gexec
+    -- A node that is new lacks the reference tables, and a move brings none along.
+    GRANT EXECUTE ON FUNCTION pg_catalog.replicate_reference_tables TO pgmesh_rebalance;
+\else
+    \warn 'pgmesh_rebalance may look, and move nothing: this database has no Citus'
+\endif
 
 \set has_password `test -r /run/secrets/pgmesh_replication_password && echo true || echo false`
 \if :has_password
@@ -65,5 +91,13 @@ GRANT pg_monitor TO pgmesh_health;
     ALTER ROLE pgmesh_health PASSWORD :'password';
 \else
     \warn 'pgmesh_health has no password: /run/secrets/pgmesh_health_password is missing'
+\endif
+
+\set has_password `test -r /run/secrets/pgmesh_rebalance_password && echo true || echo false`
+\if :has_password
+    \set password `cat /run/secrets/pgmesh_rebalance_password`
+    ALTER ROLE pgmesh_rebalance PASSWORD :'password';
+\else
+    \warn 'pgmesh_rebalance has no password: /run/secrets/pgmesh_rebalance_password is missing'
 \endif
 \unset password

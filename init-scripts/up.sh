@@ -119,7 +119,7 @@ ensure_secrets() {
     mkdir -p "$secrets"
     chmod 0700 "$up"
     ensure_program openssl openssl
-    for name in pgmesh_replication_password pgmesh_backup_password pgmesh_lag_password pgmesh_health_password demo_password s3_secret_access_key; do
+    for name in pgmesh_replication_password pgmesh_backup_password pgmesh_lag_password pgmesh_health_password pgmesh_rebalance_password demo_password s3_secret_access_key; do
         make_secret "$name" random_hex 24
     done
     make_secret s3_access_key_id random_hex 10
@@ -222,7 +222,7 @@ start_s3() {
 start_primary() {
     database_options postgres-1
     options+=(--volume "$root/init-scripts:/etc/pgmesh/init:ro" --env PGMESH_INIT_SCRIPTS=/etc/pgmesh/init)
-    secret demo_password pgmesh_lag_password pgmesh_health_password
+    secret demo_password pgmesh_lag_password pgmesh_health_password pgmesh_rebalance_password
     ensure_container postgres-1 "$backup_agent_image"
     wait_hint="docker logs pgmesh-postgres-1" wait_for 120 "the primary" \
         sql_is postgres-1 'SELECT pg_is_in_recovery()' f

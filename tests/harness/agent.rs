@@ -68,6 +68,11 @@ impl Agent {
         Self::new(config).binary(&built("health-monitor"))
     }
 
+    /// The rebalance agent with a configuration file.
+    pub fn rebalance_agent(config: &Path) -> Self {
+        Self::new(config).binary(&built("rebalance-agent"))
+    }
+
     /// The agent without `--config`, for commands that need none.
     pub fn without_config() -> Self {
         Self { binary: agent_binary(), config: None, environment: Vec::new(), limit: RUN_LIMIT }

@@ -34,6 +34,7 @@ mod patroni;
 mod pieces;
 mod prefetch;
 mod promotion;
+mod rebalance_plan;
 mod receive;
 mod replicas;
 mod restores;

@@ -1,0 +1,91 @@
+//! The one-shot commands, and the way into the service.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
+use std::time::Duration;
+
+use shared::cli::print;
+use shared::config;
+
+use crate::cli::{Cli, Command, ShowArgs};
+use crate::config::Config;
+use crate::observe::Observer;
+use crate::rebalance::{Board, Rebalancer};
+use crate::report::{Report, Turn};
+use crate::{service, show};
+
+/// The service's name: package, configuration file, log target.
+pub const AGENT: &str = "rebalance-agent";
+
+/// What `pg_stat_activity` shows.
+pub const APPLICATION_NAME: &str = "pgmesh/rebalance-agent";
+
+/// How long an agent that runs may take to answer: it does from memory.
+const AGENT_LIMIT: Duration = Duration::from_secs(1);
+
+/// Carries out a command.
+///
+/// # Errors
+///
+/// Each reason to exit with 1 or 2.
+pub async fn run(cli: Cli) -> anyhow::Result<()> {
+    let path = cli.shared.config_file(AGENT);
+    let config: Config = config::load(&path)?;
+    match cli.command.unwrap_or(Command::Run) {
+        Command::Run => service::run(config).await,
+        Command::Plan(args) => {
+            let report = look(config).await?;
+            tell(&report, args, show::plan)
+        }
+        Command::Status(args) => {
+            let known = ask_agent(config.admin_address, &config.cluster).await;
+            let report = match known {
+                Some(report) => report,
+                None => look(config).await?,
+            };
+            tell(&report, args, show::status)
+        }
+        Command::CheckConfig => check_config(&path, &config),
+    }
+}
+
+fn check_config(path: &Path, config: &Config) -> anyhow::Result<()> {
+    Observer::new(config, APPLICATION_NAME)?;
+    print(format!("{} is fine\n", path.display()))
+}
+
+/// Looks once.
+async fn look(config: Config) -> anyhow::Result<Report> {
+    let observer = Observer::new(&config, APPLICATION_NAME)?;
+    let (cluster, mode, board) = (config.cluster.clone(), config.mode, Board::new(&config));
+    let turn = Box::pin(Rebalancer::new(config, observer, board).turn()).await;
+    Ok(Report { cluster, mode, turn })
+}
+
+/// What the agent knows that runs here; `None` if none does, or that of another cluster.
+async fn ask_agent(address: SocketAddr, cluster: &str) -> Option<Report> {
+    let ip = match address.ip() {
+        it if !it.is_unspecified() => it,
+        IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+    };
+    let url = format!("http://{}/status", SocketAddr::new(ip, address.port()));
+    let client = reqwest::Client::builder().tls_certs_only([]).no_proxy().timeout(AGENT_LIMIT);
+    let report: Report = client.build().ok()?.get(url).send().await.ok()?.json().await.ok()?;
+    // One that has just begun knows less than a look.
+    let is_of_use = report.cluster == cluster && report.turn != Turn::Starting;
+    is_of_use.then_some(report)
+}
+
+fn tell(report: &Report, args: ShowArgs, text: fn(&Report) -> String) -> anyhow::Result<()> {
+    if args.json {
+        print(serde_json::to_string_pretty(report)? + "\n")?;
+    } else {
+        print(text(report))?;
+    }
+    match &report.turn {
+        Turn::Unknown { reason, .. } => anyhow::bail!("nothing is decided: {reason}"),
+        Turn::Decided(view) if view.plan.is_none() => anyhow::bail!("{}", view.summary()),
+        _ => Ok(()),
+    }
+}

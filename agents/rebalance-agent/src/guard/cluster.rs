@@ -1,0 +1,238 @@
+//! Gates that close for the whole cluster.
+
+use std::time::Duration;
+
+use humantime::format_duration;
+
+use super::{Gate, Inputs, Refusals, Scope};
+use crate::catalogue::{Catalogue, Link};
+use crate::observation::Observation;
+use crate::surroundings::Health;
+use crate::window::Opening;
+use crate::words::{bytes, count, some};
+
+/// A verdict that is older is none: the monitor judges at least each second.
+const VERDICT_AGE_MAX: Duration = Duration::from_mins(1);
+/// Citus tries a task that failed again after 5 s, 20 s, and then each minute for half an hour, and
+/// says nothing of it.
+const RETRIES_FINE: u32 = 1;
+
+const ALL: Scope = Scope::Cluster;
+
+pub(super) fn check(inputs: Inputs<'_>, refusals: &mut Refusals) {
+    let observation = inputs.observation;
+    catalogue(&observation.catalogue, refusals);
+    sizes(observation, refusals);
+    reachable(observation, refusals);
+    links(&observation.catalogue, refusals);
+    patroni(observation, refusals);
+    busy(&observation.catalogue, refusals);
+    asked(inputs, refusals);
+    health(inputs, refusals);
+}
+
+fn catalogue(catalogue: &Catalogue, refusals: &mut Refusals) {
+    if !catalogue.is_coordinator {
+        let next = "point [[nodes]] with group 0, or [patroni], at the coordinator";
+        refusals.add(Gate::Coordinator, ALL, "the server that was asked is a worker", next);
+    }
+    for node in catalogue.nodes.iter().filter(|it| it.is_primary) {
+        if !node.is_active {
+            let reason = format!("{} is not active", node.address());
+            let next = "activate it with citus_activate_node(), or remove it";
+            refusals.add(Gate::Nodes, ALL, reason, next);
+        } else if !node.is_synced {
+            let reason = format!("the metadata of {} are out of date", node.address());
+            let next = "Citus brings them up to date each minute; see the coordinator's log if not";
+            refusals.add(Gate::Nodes, ALL, reason, next);
+        }
+    }
+    let mut orphans: Vec<u32> = catalogue.placements.iter().map(|it| it.group).collect();
+    orphans.extend(catalogue.nodes.iter().map(|it| it.group));
+    orphans.sort_unstable();
+    orphans.dedup();
+    // The coordinator need not be a node of its own cluster.
+    orphans.retain(|it| catalogue.primary(*it).is_none());
+    for group in orphans {
+        let reason = format!("pg_dist_node has no primary of group {group}");
+        let next = "wait for the failover to end, or add the node";
+        refusals.add(Gate::Nodes, ALL, reason, next);
+    }
+}
+
+fn sizes(observation: &Observation, refusals: &mut Refusals) {
+    let groups = observation.catalogue.shard_groups();
+    let unknown: Vec<_> = groups.iter().filter_map(|it| it.bytes.as_ref().err()).collect();
+    let tables = observation.catalogue.tables.values();
+    let mut hidden: Vec<_> = tables.filter(|it| !it.is_visible).map(|it| it.name.clone()).collect();
+    hidden.sort_unstable();
+    if let Some(first) = unknown.first() {
+        if !hidden.is_empty() {
+            let (role, tables) = (&observation.role, some(&hidden));
+            let reason = format!(
+                "{role} may not use the schema of {tables}: Citus tells no size of a node that has \
+                 a shard there"
+            );
+            let next = format!("GRANT USAGE ON SCHEMA … TO {role}");
+            return refusals.add(Gate::Sizes, ALL, reason, next);
+        }
+        let more = match unknown.len() - 1 {
+            0 => String::new(),
+            more => format!(", nor are those of {more} more"),
+        };
+        let next = "see why the node does not answer the coordinator: its log has a WARNING";
+        refusals.add(Gate::Sizes, ALL, format!("{first}{more}"), next);
+    }
+}
+
+fn reachable(observation: &Observation, refusals: &mut Refusals) {
+    for node in observation.catalogue.nodes.iter().filter(|it| it.is_primary) {
+        let why = match observation.servers.get(&node.group) {
+            Some(servers) => servers.primary.as_ref().err().map(ToString::to_string),
+            None => Some("it was not asked".to_owned()),
+        };
+        if let Some(why) = why {
+            let reason = format!("the primary of group {} does not answer: {why}", node.group);
+            refusals.add(Gate::Reachable, ALL, reason, "bring it back, or wait for its failover");
+        }
+    }
+}
+
+fn links(catalogue: &Catalogue, refusals: &mut Refusals) {
+    let what = "which node reaches which";
+    let Some(links) = refusals.known(Gate::Links, ALL, what, &catalogue.links) else { return };
+    let path = |it: &Link| format!("{} to {}", it.from, it.to);
+    let broken: Vec<_> = links.iter().filter(|it| it.works == Some(false)).map(path).collect();
+    if !broken.is_empty() {
+        let reason = format!("no connection from {}", some(&broken));
+        let next =
+            "try citus_check_connection_to_node() there; look at pg_hba.conf and the network";
+        refusals.add(Gate::Links, ALL, reason, next);
+    }
+    let unknown: Vec<_> = links.iter().filter(|it| it.works.is_none()).map(path).collect();
+    if !unknown.is_empty() {
+        let reason = format!("unknown whether there is a connection from {}", some(&unknown));
+        refusals.add(Gate::Links, ALL, reason, "bring back the node that does not answer");
+    }
+}
+
+fn patroni(observation: &Observation, refusals: &mut Refusals) {
+    let Some(known) = &observation.patroni else { return };
+    let Some(groups) = refusals.known(Gate::Patroni, ALL, "what Patroni does", known) else {
+        return;
+    };
+    for node in observation.catalogue.nodes.iter().filter(|it| it.is_primary) {
+        let (reason, next) = match groups.iter().find(|it| it.group == node.group) {
+            None => ("is not in etcd", "see whether its scope and namespace are those configured"),
+            Some(it) if !it.has_leader => ("has no leader", "wait for its failover to end"),
+            Some(it) if it.is_paused => ("is paused", "end it with patronictl resume"),
+            Some(it) if it.is_switching => ("is about to switch over", "wait for it to end"),
+            Some(_) => continue,
+        };
+        refusals.add(Gate::Patroni, ALL, format!("group {} {reason}", node.group), next);
+    }
+}
+
+fn busy(catalogue: &Catalogue, refusals: &mut Refusals) {
+    let jobs = refusals.known(Gate::Busy, ALL, "whether a job of Citus runs", &catalogue.jobs);
+    for job in jobs.into_iter().flatten() {
+        let retried = match job.retries {
+            0 => String::new(),
+            times => format!(", and a task of it failed {}", count(times as usize, "time")),
+        };
+        let reason = format!("job {} is {}: {}{retried}", job.id, job.state, job.description);
+        let next = if RETRIES_FINE < job.retries {
+            "see citus_job_status(), and end it with citus_rebalance_stop() or citus_job_cancel()"
+        } else {
+            "wait for it to end, or end it with citus_rebalance_stop() or citus_job_cancel()"
+        };
+        refusals.add(Gate::Busy, ALL, reason, next);
+    }
+    let what = "whether a shard is moved";
+    let moves = refusals.known(Gate::Busy, ALL, what, &catalogue.progress);
+    for it in moves.into_iter().flatten().take(1) {
+        let (shard, phase) = (it.shard, &it.phase);
+        let reason = format!("shard {shard} is moved from {} to {}: {phase}", it.source, it.target);
+        refusals.add(Gate::Busy, ALL, reason, "wait for it to end");
+    }
+    let what = "what Citus has to clean up";
+    let records = refusals.known(Gate::Cleanup, ALL, what, &catalogue.cleanup);
+    if let Some(records) = records.filter(|it| !it.is_empty()) {
+        let names: Vec<_> =
+            records.iter().map(|it| format!("{} on group {}", it.object, it.group)).collect();
+        let reason =
+            format!("{} of a move to clean up: {}", count(names.len(), "object"), some(&names));
+        let next = "Citus does so each 15 s; if they stay, CALL citus_cleanup_orphaned_resources()";
+        refusals.add(Gate::Cleanup, ALL, reason, next);
+    }
+}
+
+/// The window, a pause, the budget of the day.
+fn asked(inputs: Inputs<'_>, refusals: &mut Refusals) {
+    if let Some(Opening::Closed { next }) = inputs.window.map(|it| it.at(inputs.now)) {
+        let opens = next.map_or_else(
+            || "its schedule has no more times".to_owned(),
+            |it| format!("it opens at {}", it.format("%Y-%m-%d %H:%M UTC")),
+        );
+        refusals.add(Gate::Window, ALL, "the window is closed", opens);
+    }
+    let control = refusals.known(Gate::Paused, ALL, "whether it is paused", inputs.control);
+    if let Some(pause) = control.and_then(|it| it.pause_at(inputs.now)) {
+        let until = pause
+            .until
+            .map_or_else(String::new, |it| format!(" until {}", it.format("%Y-%m-%d %H:%M UTC")));
+        let reason = format!("paused{until}: {}", pause.comment);
+        refusals.add(Gate::Paused, ALL, reason, "end it with rebalance-agent resume");
+    }
+    let what = "what was moved in the last 24 hours";
+    let Some(spent) = refusals.known(Gate::Budget, ALL, what, inputs.spent) else { return };
+    let next = "wait, or raise [budget]";
+    if inputs.budget.moves_per_day <= spent.moves {
+        let moves = count(spent.moves as usize, "shard group");
+        let reason = format!("{moves} were moved in the last 24 hours, as many as may be");
+        refusals.add(Gate::Budget, ALL, reason, next);
+    }
+    if inputs.budget.bytes_per_day <= spent.bytes {
+        let (spent, limit) = (bytes(spent.bytes), bytes(inputs.budget.bytes_per_day));
+        let reason = format!("{spent} of {limit} were moved in the last 24 hours");
+        refusals.add(Gate::Budget, ALL, reason, next);
+    }
+}
+
+fn health(inputs: Inputs<'_>, refusals: &mut Refusals) {
+    if let Some(known) = &inputs.observation.verdict {
+        let what = "the health monitor's verdict";
+        if let Some(verdict) = refusals.known(Gate::Health, ALL, what, known) {
+            let age = (inputs.now - verdict.decided_at).abs().to_std().unwrap_or_default();
+            let next = "see the health monitor's status page";
+            if VERDICT_AGE_MAX < age {
+                let age = format_duration(Duration::from_secs(age.as_secs()));
+                let reason = format!("the health monitor's verdict is {age} away from now");
+                refusals.add(Gate::Health, ALL, reason, next);
+            } else if Health::Warning < verdict.health {
+                let name = match verdict.health {
+                    Health::Critical => "critical",
+                    _ => "unknown",
+                };
+                let reason = format!("the health monitor says {name}: {}", verdict.reason);
+                refusals.add(Gate::Health, ALL, reason, next);
+            }
+        }
+    }
+    let Some(known) = &inputs.observation.activities else { return };
+    let what = "what other agents do";
+    let activities = refusals.known(Gate::Activity, ALL, what, known);
+    for activity in activities.into_iter().flatten() {
+        // A drill works on a server of its own, and a move is this agent's.
+        if matches!(activity.kind.as_str(), "drill" | "move") {
+            continue;
+        }
+        let (scope, of) = match activity.group {
+            Some(group) if activity.kind != "restore" => (Scope::Group(group), String::new()),
+            Some(group) => (ALL, format!(" of group {group}")),
+            None => (ALL, String::new()),
+        };
+        let reason = format!("a {}{of} is under way", activity.kind);
+        refusals.add(Gate::Activity, scope, reason, "wait for it to end");
+    }
+}

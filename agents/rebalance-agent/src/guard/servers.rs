@@ -1,0 +1,147 @@
+//! Gates that close for what is on one group of servers.
+
+use std::time::Duration;
+
+use humantime::format_duration;
+
+use super::{Gate, Inputs, Refusals, Scope};
+use crate::config::Guard;
+use crate::servers::{GroupServers, Primary};
+use crate::situation::room;
+use crate::words::{bytes, count, some};
+
+/// So many of each must be left: one for the move, and one for who comes at the same time.
+const HEADROOM: u32 = 2;
+/// A move opens several connections on either side, and applications must not be shut out.
+const CONNECTIONS_HEADROOM: u32 = 10;
+
+pub(super) fn check(inputs: Inputs<'_>, refusals: &mut Refusals) {
+    for (group, servers) in &inputs.observation.servers {
+        let scope = Scope::Group(*group);
+        base_backups(scope, servers, refusals);
+        // One that does not answer closes the gate of the cluster.
+        if let Ok(primary) = &servers.primary {
+            lag(scope, primary, inputs.limits, refusals);
+            transactions(scope, primary, inputs.limits, refusals);
+            resources(scope, primary, refusals);
+            disk(scope, primary, inputs.limits, refusals);
+            leftovers(inputs, scope, primary, refusals);
+        }
+    }
+}
+
+fn base_backups(scope: Scope, servers: &GroupServers, refusals: &mut Refusals) {
+    let check = |name: &str, known, refusals: &mut Refusals| {
+        let what = format!("whether a base backup is taken from {name}");
+        let number = refusals.known(Gate::BaseBackup, scope, &what, known);
+        if number.is_some_and(|it| 0 < *it) {
+            let reason = format!("a base backup is taken from {name}");
+            refusals.add(Gate::BaseBackup, scope, reason, "wait for it to end");
+        }
+    };
+    if let Ok(primary) = &servers.primary {
+        check(&primary.name, &primary.base_backups, refusals);
+    }
+    for (name, standby) in &servers.standbys {
+        match standby {
+            Ok(standby) => check(name, &standby.base_backups, refusals),
+            Err(why) => {
+                let reason = format!("standby {name} does not answer: {why}");
+                let next = "bring it back, or take it out of the topology";
+                refusals.add(Gate::Reachable, scope, reason, next);
+            }
+        }
+    }
+}
+
+fn lag(scope: Scope, primary: &Primary, limits: &Guard, refusals: &mut Refusals) {
+    let what = format!("how far the standbys of {} are", primary.name);
+    let senders = refusals.known(Gate::Lag, scope, &what, &primary.senders);
+    for sender in senders.into_iter().flatten() {
+        let name = &sender.name;
+        let reason = match sender.lag_bytes {
+            _ if sender.state != "streaming" => format!("{name} is in state {}", sender.state),
+            None => format!("how far {name} is behind is unknown"),
+            Some(lag) if limits.lag_bytes_max < lag => {
+                format!(
+                    "{name} is {} behind, and {} may be",
+                    bytes(lag),
+                    bytes(limits.lag_bytes_max)
+                )
+            }
+            Some(_) => continue,
+        };
+        refusals.add(Gate::Lag, scope, reason, "wait until it has caught up");
+    }
+}
+
+fn transactions(scope: Scope, primary: &Primary, limits: &Guard, refusals: &mut Refusals) {
+    let what = format!("which transactions are open on {}", primary.name);
+    let known = &primary.oldest_transaction;
+    let oldest = refusals.known(Gate::Transactions, scope, &what, known).and_then(Option::as_ref);
+    if let Some(it) = oldest.filter(|it| limits.transaction_age_max < it.age) {
+        let age = format_duration(Duration::from_secs(it.age.as_secs()));
+        let reason = format!("{} on {} has written and is open for {age}", it.name, primary.name);
+        let next = "end it: a move waits for it, and at its end writers wait with the move";
+        refusals.add(Gate::Transactions, scope, reason, next);
+    }
+}
+
+fn resources(scope: Scope, primary: &Primary, refusals: &mut Refusals) {
+    if primary.wal_level != "logical" {
+        let reason = format!("wal_level of {} is {}", primary.name, primary.wal_level);
+        let next = "set wal_level = logical, and restart it";
+        refusals.add(Gate::WalLevel, scope, reason, next);
+    }
+    let what = format!("what {} has left of its processes and slots", primary.name);
+    let resources = refusals.known(Gate::Headroom, scope, &what, &primary.resources);
+    for it in resources.into_iter().flatten() {
+        let is_connections = it.setting == "max_connections";
+        let needed = if is_connections { CONNECTIONS_HEADROOM } else { HEADROOM };
+        if it.limit < it.used.saturating_add(needed) {
+            let reason = format!(
+                "{} of {} of {} are in use on {}, and {needed} must be left",
+                it.used, it.limit, it.setting, primary.name
+            );
+            refusals.add(Gate::Headroom, scope, reason, format!("raise {}", it.setting));
+        }
+    }
+}
+
+fn disk(scope: Scope, primary: &Primary, limits: &Guard, refusals: &mut Refusals) {
+    let what = format!("the disk of {}", primary.name);
+    let room = room(primary, limits);
+    if refusals.known(Gate::Disk, scope, &what, &room) == Some(&0)
+        && let (Ok(disk), Ok(wal)) = (&primary.disk, &primary.wal)
+    {
+        let reason = format!(
+            "{} of {} are free on the disk of {}, of which {} must stay free and {} are for WAL",
+            bytes(disk.available),
+            bytes(disk.total),
+            primary.name,
+            bytes(disk.reserve(limits.disk_free_min)),
+            bytes(wal.growth()),
+        );
+        refusals.add(Gate::Disk, scope, reason, "make room, or add a worker");
+    }
+}
+
+/// Objects of moves, while nobody moves anything.
+fn leftovers(inputs: Inputs<'_>, scope: Scope, primary: &Primary, refusals: &mut Refusals) {
+    let what = format!("what is left of moves on {}", primary.name);
+    let names = refusals.known(Gate::Leftovers, scope, &what, &primary.artifacts);
+    let catalogue = &inputs.observation.catalogue;
+    let is_busy = |it: Option<usize>| it.is_some_and(|number| 0 < number);
+    if is_busy(catalogue.jobs.as_ref().ok().map(Vec::len))
+        || is_busy(catalogue.progress.as_ref().ok().map(Vec::len))
+    {
+        return;
+    }
+    if let Some(names) = names.filter(|it| !it.is_empty()) {
+        let objects = count(names.len(), "object");
+        let reason =
+            format!("{objects} of a move that was broken off on {}: {}", primary.name, some(names));
+        let next = "CALL citus_cleanup_orphaned_resources(); a slot keeps WAL until it is dropped";
+        refusals.add(Gate::Leftovers, scope, reason, next);
+    }
+}

@@ -1,0 +1,38 @@
+//! The rebalance agent: says where shards should be, and what is in the way of moving them there.
+//!
+//! In the order data flows: [`observe`] asks; [`catalogue`], [`servers`] and [`surroundings`] are
+//! what there is to know, [`observation`] all of it, with [`known`] for what is not; [`control`] is
+//! what operators ask for. [`guard`] says why nothing may be moved, [`situation`] puts it together,
+//! [`balance`] measures and [`mod@plan`] decides. [`rebalance`] is the loop, [`audit`] keeps what was
+//! decided; [`report`], [`show`] and [`metrics`] are what one can see of it.
+
+pub mod config;
+pub mod window;
+
+pub mod known;
+
+pub mod catalogue;
+pub mod control;
+pub mod observation;
+pub mod servers;
+pub mod surroundings;
+
+pub mod observe;
+
+pub mod balance;
+pub mod guard;
+pub mod plan;
+pub mod situation;
+
+pub mod audit;
+pub mod rebalance;
+pub mod report;
+
+pub mod cli;
+pub mod commands;
+pub mod metrics;
+pub mod service;
+pub mod show;
+pub mod words;
+
+pub use config::Config;

@@ -1,0 +1,307 @@
+//! Questions to the servers of a group. Any role may ask all of it that has `pg_monitor`; without it
+//! much would be left out without a word, so then it is unknown.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use shared::pg::{Connection, Node, Settings, connect};
+use shared::telemetry::chain;
+
+use super::read::{AnswerError, Columns, finish, known, only, row, rows};
+use crate::catalogue::CitusNode;
+use crate::known::{Known, Unknown};
+use crate::servers::{Disk, GroupServers, Primary, Resource, Sender, Standby, Transaction, Wal};
+
+const ROLE: &str = "
+    SELECT pg_is_in_recovery(), pg_has_role('pg_monitor', 'USAGE'), current_setting('wal_level')";
+
+/// A function of Citus, which any role may call.
+const DISK: &str = "
+    SELECT available_disk_size, total_disk_size FROM citus_local_disk_space_stats()";
+
+const WAL: &str = "
+    SELECT coalesce(sum(size), 0)::bigint, pg_size_bytes(current_setting('max_wal_size'))
+      FROM pg_ls_waldir()";
+
+/// Background workers have a type of their own making, so they are what is nothing else.
+const RESOURCES: &str = r"
+    WITH process AS (SELECT backend_type AS type FROM pg_stat_activity)
+    SELECT 'max_connections', (SELECT count(*) FROM process WHERE type = 'client backend'),
+           current_setting('max_connections')::bigint
+           - current_setting('superuser_reserved_connections')::bigint
+           - coalesce(current_setting('reserved_connections', true), '0')::bigint
+    UNION ALL
+    SELECT 'max_wal_senders', (SELECT count(*) FROM process WHERE type = 'walsender'),
+           current_setting('max_wal_senders')::bigint
+    UNION ALL
+    SELECT 'max_replication_slots', (SELECT count(*) FROM pg_replication_slots),
+           current_setting('max_replication_slots')::bigint
+    UNION ALL
+    SELECT 'max_worker_processes',
+           (SELECT count(*) FROM process WHERE type NOT IN (
+               'archiver', 'autovacuum launcher', 'autovacuum worker', 'background writer',
+               'checkpointer', 'client backend', 'io worker', 'slotsync worker',
+               'standalone backend', 'startup', 'walreceiver', 'walsender', 'walsummarizer',
+               'walwriter')),
+           current_setting('max_worker_processes')::bigint
+    UNION ALL
+    SELECT 'max_logical_replication_workers',
+           (SELECT count(*) FROM process WHERE type LIKE 'logical replication % worker'),
+           current_setting('max_logical_replication_workers')::bigint";
+
+/// Those that have written have a number; those that have only read hold up nobody, and autovacuum
+/// gives way.
+const OLDEST: &str = "
+    SELECT name, extract(epoch FROM clock_timestamp() - since)::double precision
+      FROM (SELECT format('pid %s of %s', pid, usename), xact_start
+              FROM pg_stat_activity
+             WHERE backend_xid IS NOT NULL AND xact_start IS NOT NULL
+               AND backend_type <> 'autovacuum worker'
+            UNION ALL
+            SELECT format('prepared transaction %s', gid), prepared FROM pg_prepared_xacts)
+        AS open (name, since)
+     ORDER BY since
+     LIMIT 1";
+
+/// Not base backups, which are counted by themselves, nor the subscriptions of moves. What only
+/// receives WAL replays none of it.
+const SENDERS: &str = "
+    SELECT coalesce(nullif(application_name, ''), host(client_addr), 'pid ' || pid), state,
+           pg_wal_lsn_diff(pg_current_wal_lsn(), coalesce(replay_lsn, flush_lsn, write_lsn))::bigint
+      FROM pg_stat_replication AS sender
+     WHERE state <> 'backup'
+       AND NOT EXISTS (SELECT FROM pg_replication_slots AS slot
+                        WHERE slot.active_pid = sender.pid AND slot.slot_type = 'logical')
+     ORDER BY 1
+     LIMIT 100";
+
+const BASE_BACKUPS: &str = "SELECT count(*) FROM pg_stat_progress_basebackup";
+
+/// Source: the names that Citus gives to what a move needs; measured.
+const ARTIFACTS: &str = r"
+    SELECT 'slot ' || slot_name FROM pg_replication_slots WHERE slot_name LIKE 'citus\_shard\_%'
+    UNION ALL
+    SELECT 'publication ' || pubname FROM pg_publication WHERE pubname LIKE 'citus\_shard\_%'
+    UNION ALL
+    SELECT 'subscription ' || subname FROM pg_subscription WHERE subname LIKE 'citus\_shard\_%'
+    UNION ALL
+    SELECT 'role ' || rolname FROM pg_roles WHERE rolname LIKE 'citus\_shard\_%\_role\_%'
+    ORDER BY 1
+    LIMIT 100";
+
+const ACTIVE: &str = "
+    SELECT count(*) FROM pg_stat_activity
+     WHERE backend_type = 'client backend' AND state = 'active' AND pid <> pg_backend_pid()";
+
+/// One server, as it answered.
+enum Answer {
+    Primary(Box<Primary>),
+    Standby(Standby),
+}
+
+/// The servers of a group: those of the topology, or else the one that Citus knows.
+pub(super) fn nodes(primary: &CitusNode, members: &[Node]) -> Vec<Node> {
+    let of_group: Vec<_> = members.iter().filter(|it| it.group == primary.group).cloned().collect();
+    if !of_group.is_empty() {
+        return of_group;
+    }
+    let (host, port) = (primary.host.clone(), primary.port);
+    vec![Node { group: primary.group, name: primary.address(), host, port }]
+}
+
+/// Asks all servers of a group, at the same time.
+pub(super) async fn ask(settings: &Settings, nodes: &[Node]) -> GroupServers {
+    let answers =
+        nodes.iter().map(async |node| (node.name.clone(), Box::pin(ask_one(settings, node)).await));
+    sort(join_all(answers).await)
+}
+
+/// Finds the primary: exactly one says that it is.
+fn sort(answers: Vec<(String, Known<Answer>)>) -> GroupServers {
+    let mut primaries = Vec::new();
+    let mut others = Vec::new();
+    let mut standbys = BTreeMap::new();
+    let mut silent = BTreeMap::new();
+    let is_alone = answers.len() == 1;
+    for (name, answer) in answers {
+        match answer {
+            Ok(Answer::Primary(primary)) => primaries.push(*primary),
+            Ok(Answer::Standby(standby)) => {
+                others.push(format!("{name} is a standby"));
+                standbys.insert(name, Ok(standby));
+            }
+            // Of one that is alone the reason says all.
+            Err(why) if is_alone => return GroupServers { primary: Err(why), standbys },
+            Err(why) => {
+                others.push(format!("{name} does not answer: {why}"));
+                silent.insert(name, Err(why));
+            }
+        }
+    }
+    let primary = match primaries.len() {
+        1 => primaries.pop(),
+        _ => None,
+    };
+    let primary = primary.ok_or_else(|| {
+        if primaries.is_empty() {
+            return Unknown(format!("none says that it is the primary: {}", others.join("; ")));
+        }
+        let names: Vec<_> = primaries.iter().map(|it| it.name.as_str()).collect();
+        Unknown(format!("{} all say that they are the primary", names.join(" and ")))
+    });
+    if primary.is_ok() {
+        // Otherwise one of them may be the primary, of which that is said already.
+        standbys.append(&mut silent);
+    }
+    GroupServers { primary, standbys }
+}
+
+async fn ask_one(settings: &Settings, node: &Node) -> Known<Answer> {
+    let connection = connect(settings, node).await;
+    let connection = connection.map_err(|error| Unknown::because(chain(&error)))?;
+    // On the heap, as the whole: many are asked at the same time.
+    let answer = Box::pin(ask_on(&connection, settings, node)).await;
+    finish(connection).await;
+    answer
+}
+
+async fn ask_on(connection: &Connection, settings: &Settings, node: &Node) -> Known<Answer> {
+    let role = row(connection, ROLE, |it| Ok((it.take()?, it.take()?, it.take()?)));
+    let (in_recovery, is_monitor, wal_level): (bool, bool, String) = known(role.await)?;
+    if !is_monitor {
+        return Err(Unknown(format!("role {} lacks pg_monitor", settings.user)));
+    }
+    if in_recovery {
+        let base_backups = known(count(connection, BASE_BACKUPS).await);
+        return Ok(Answer::Standby(Standby { base_backups }));
+    }
+    let disk = row(connection, DISK, |it| {
+        Ok(Disk { available: it.number("the free disk")?, total: it.number("the disk")? })
+    });
+    let wal = row(connection, WAL, |it| {
+        Ok(Wal { bytes: it.number("the size of pg_wal")?, max_bytes: it.number("max_wal_size")? })
+    });
+    let resources = rows(connection, RESOURCES, resource);
+    let oldest = rows(connection, OLDEST, transaction);
+    let senders = rows(connection, SENDERS, sender);
+    let artifacts = rows(connection, ARTIFACTS, only);
+    // They go out together, and are answered one after the other.
+    let (disk, wal, resources, oldest, senders, artifacts, base_backups, active) = tokio::join!(
+        disk,
+        wal,
+        resources,
+        oldest,
+        senders,
+        artifacts,
+        count(connection, BASE_BACKUPS),
+        count(connection, ACTIVE),
+    );
+    Ok(Answer::Primary(Box::new(Primary {
+        name: node.name.clone(),
+        wal_level,
+        disk: known(disk),
+        wal: known(wal),
+        resources: known(resources),
+        oldest_transaction: known(oldest.map(|it| it.into_iter().next())),
+        senders: known(senders),
+        base_backups: known(base_backups),
+        artifacts: known(artifacts),
+        active_connections: known(active),
+    })))
+}
+
+async fn count(connection: &Connection, sql: &str) -> Result<u32, AnswerError> {
+    row(connection, sql, |it| it.number("a count")).await
+}
+
+fn resource(columns: &mut Columns<'_>) -> Result<Resource, AnswerError> {
+    let setting = columns.take()?;
+    Ok(Resource { setting, used: columns.number("a count")?, limit: columns.number("a limit")? })
+}
+
+fn transaction(columns: &mut Columns<'_>) -> Result<Transaction, AnswerError> {
+    let (name, age): (String, f64) = (columns.take()?, columns.take()?);
+    // Nobody's clock goes backwards for long.
+    Ok(Transaction { name, age: Duration::try_from_secs_f64(age.max(0.0)).unwrap_or_default() })
+}
+
+fn sender(columns: &mut Columns<'_>) -> Result<Sender, AnswerError> {
+    let name = columns.take()?;
+    let state: Option<String> = columns.take()?;
+    let lag: Option<i64> = columns.take()?;
+    Ok(Sender {
+        name,
+        state: state.unwrap_or_default(),
+        // A standby of a promoted server may be ahead of what was asked a moment before.
+        lag_bytes: lag.map(|it| u64::try_from(it).unwrap_or(0)),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn primary(name: &str) -> (String, Known<Answer>) {
+        let answer = Answer::Primary(Box::new(Primary {
+            name: name.to_owned(),
+            wal_level: "logical".to_owned(),
+            disk: Ok(Disk { available: 1, total: 1 }),
+            wal: Ok(Wal { bytes: 1, max_bytes: 1 }),
+            resources: Ok(vec![]),
+            oldest_transaction: Ok(None),
+            senders: Ok(vec![]),
+            base_backups: Ok(0),
+            artifacts: Ok(vec![]),
+            active_connections: Ok(0),
+        }));
+        (name.to_owned(), Ok(answer))
+    }
+
+    fn standby(name: &str) -> (String, Known<Answer>) {
+        (name.to_owned(), Ok(Answer::Standby(Standby { base_backups: Ok(0) })))
+    }
+
+    fn silent(name: &str) -> (String, Known<Answer>) {
+        (name.to_owned(), Err(Unknown::because("no route to host")))
+    }
+
+    #[test]
+    fn a_group_has_one_primary_or_an_unknown_one() {
+        for (answers, expected) in [
+            (vec![standby("b"), primary("a")], Ok("a")),
+            (vec![primary("a"), silent("b")], Ok("a")),
+            (
+                vec![standby("b"), silent("a")],
+                Err("none says that it is the primary: b is a standby; \
+                     a does not answer: no route to host"),
+            ),
+            (vec![silent("a")], Err("no route to host")),
+            (vec![primary("a"), primary("b")], Err("a and b all say that they are the primary")),
+        ] {
+            let servers = sort(answers);
+            // One that is silent is a standby only if another is the primary.
+            let silent = servers.standbys.values().filter(|it| it.is_err()).count();
+            assert!(servers.primary.is_ok() || silent == 0, "{servers:?}");
+            let found = servers.primary.map(|it| it.name).map_err(|it| it.0);
+            assert_eq!(found, expected.map(str::to_owned).map_err(str::to_owned));
+        }
+    }
+
+    #[test]
+    fn without_members_of_its_group_the_address_of_citus_is_asked() {
+        let worker = crate::catalogue::tests::node(2);
+        let member = |group, name: &str| {
+            let (name, host) = (name.to_owned(), name.to_owned());
+            Node { group, name, host, port: 5432 }
+        };
+        let names = |members: &[Node]| {
+            nodes(&worker, members).iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(names(&[member(0, "coord")]), ["w2:5432 (w2:5432)"]);
+        assert_eq!(
+            names(&[member(0, "coord"), member(2, "a"), member(2, "b")]),
+            ["a (a:5432)", "b (b:5432)"]
+        );
+    }
+}

@@ -1,0 +1,156 @@
+//! What to move, in which order, and what it brings. Pure.
+//!
+//! Nodes that are drained come first. Then, one at a time, the move that lowers the figure most for
+//! what it costs: its bytes, and a cutover. Where that leads into a dead end or to the end of the
+//! budget, the moves that lower it most, whatever they cost, are tried too, and the better plan is
+//! taken. No move raises the figure, and no shard group is moved twice.
+
+mod citus;
+mod planner;
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+pub use citus::{Comparison, Difference, Wish, compare, wishes};
+
+use crate::balance::{Figure, Loads, Place};
+use crate::catalogue::ShardGroup;
+use crate::config::{Balance, Strategy};
+use crate::known::Known;
+use planner::Planner;
+
+/// What a plan is made from.
+#[derive(Clone, Debug)]
+pub struct Situation {
+    /// The nodes that shards can be on.
+    pub places: Vec<Place>,
+    /// What can be moved.
+    pub groups: Vec<ShardGroup>,
+    /// Colocation groups that must stay, and why.
+    pub held: BTreeMap<u32, String>,
+    /// What Citus would move.
+    pub citus: Known<Vec<Wish>>,
+}
+
+/// How much may be moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budget {
+    /// Bytes.
+    pub bytes: u64,
+    /// Shard groups.
+    pub moves: u32,
+}
+
+/// Why a shard group is moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Why {
+    /// Its node is drained.
+    Drain,
+    /// The load is spread better afterwards.
+    Balance,
+    /// Citus would.
+    Citus,
+}
+
+/// One shard group that is to be moved.
+///
+/// Groups of servers, not nodes: a node's number and name are read again right before a move.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Move {
+    /// The shard that a move is told; the others of its group go with it.
+    pub shard: i64,
+    /// All of them.
+    pub shards: Vec<i64>,
+    /// Their colocation group.
+    pub colocation: u32,
+    /// Their tables.
+    pub tables: Vec<String>,
+    /// Their size.
+    pub bytes: u64,
+    /// The group it is on.
+    pub from: u32,
+    /// The group it is to be on.
+    pub to: u32,
+    /// Why.
+    pub why: Why,
+    /// By how much it lowers the figure, when its turn comes; negative only in a plan of Citus.
+    pub gain: f64,
+    /// The figure after it.
+    pub figure_after: f64,
+}
+
+/// Something that is not moved, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Skipped {
+    /// What: `shard 102012 of public.events`, `colocation group 3`.
+    pub what: String,
+    /// A sentence without full stop.
+    pub reason: String,
+}
+
+/// A shard group that is larger than any node's fair share: moving it cannot help.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Hot {
+    /// Its lowest shard.
+    pub shard: i64,
+    /// Its tables.
+    pub tables: Vec<String>,
+    /// Its size.
+    pub bytes: u64,
+    /// Its share of all bytes.
+    pub share: f64,
+    /// The largest fair share of a node.
+    pub fair_share: f64,
+    /// What to do about it.
+    pub advice: String,
+}
+
+/// What is to be moved, and what is not.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// The figure now.
+    pub before: Figure,
+    /// The figure when all is moved.
+    pub after: Figure,
+    /// The moves, in their order.
+    pub moves: Vec<Move>,
+    /// What is not moved although it should be.
+    pub skipped: Vec<Skipped>,
+    /// What should be split.
+    pub hot: Vec<Hot>,
+    /// Why there are no more moves: a sentence without full stop.
+    pub end: String,
+}
+
+impl Plan {
+    /// The bytes of all moves.
+    pub fn bytes(&self) -> u64 {
+        self.moves.iter().map(|it| it.bytes).sum()
+    }
+}
+
+/// Makes a plan.
+///
+/// # Errors
+///
+/// A size is not known: then nothing is moved.
+pub fn plan(situation: &Situation, balance: &Balance, budget: Budget) -> Known<Plan> {
+    let loads = Loads::new(&situation.places, &situation.groups, balance.count_share)?;
+    let before = loads.figure();
+    let mut planner = Planner::new(situation, balance, budget, loads);
+    let end = match balance.strategy {
+        Strategy::Own => match planner.drain() {
+            Some(end) => end,
+            None => planner.spread_well(),
+        },
+        Strategy::Citus => planner.follow(situation.citus.as_ref().map_err(Clone::clone)?),
+    };
+    let hot = planner.hot();
+    let Planner { loads, moves, skipped, .. } = planner;
+    Ok(Plan { before, after: loads.figure(), moves, skipped, hot, end })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,329 @@
+//! What is known and decided, for `/status`, for the terminal and for `/metrics`.
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+
+use crate::balance::{Load, Loads, Place};
+use crate::config::{Config, Mode};
+use crate::control::{Control, Spent};
+use crate::guard::{Inputs, Refusal, Scope, refusals};
+use crate::known::Known;
+use crate::observation::Observation;
+use crate::plan::{Budget, Comparison, Plan, Situation, compare, plan};
+use crate::window::Opening;
+use crate::words::{bytes, count};
+
+/// What the agent knows, and what it makes of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// The cluster's name.
+    pub cluster: String,
+    /// Whether anything is moved.
+    pub mode: Mode,
+    /// The last look.
+    #[serde(flatten)]
+    pub turn: Turn,
+}
+
+/// What came of a look.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "state")]
+pub enum Turn {
+    /// There was none yet.
+    Starting,
+    /// It found nothing that could be decided from.
+    Unknown {
+        /// When.
+        at: DateTime<Utc>,
+        /// Why.
+        reason: String,
+    },
+    /// There is no Citus, so there is nothing to do.
+    NoCitus {
+        /// When.
+        at: DateTime<Utc>,
+        /// Who said so.
+        coordinator: String,
+        /// Of which database.
+        database: String,
+    },
+    /// It was decided.
+    Decided(Box<View>),
+}
+
+/// What was found and decided.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct View {
+    /// When the look began.
+    pub at: DateTime<Utc>,
+    /// The coordinator's primary.
+    pub coordinator: String,
+    /// The version of Citus.
+    pub citus_version: String,
+    /// The nodes that shards can be on.
+    pub nodes: Vec<NodeView>,
+    /// Why nothing is moved now.
+    pub refusals: Vec<Refusal>,
+    /// Whether the window is open; `None` without one.
+    pub window: Option<WindowView>,
+    /// What would be moved, whatever is refused for the whole cluster.
+    pub plan: Option<Plan>,
+    /// Why there is no plan.
+    pub plan_unknown: Option<String>,
+    /// Where Citus' own plan differs.
+    pub comparison: Option<Comparison>,
+    /// Why that is not known.
+    pub comparison_unknown: Option<String>,
+}
+
+/// A node that shards can be on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NodeView {
+    /// Its address: `worker-1:5432`.
+    pub node: String,
+    /// Its group.
+    pub group: u32,
+    /// Whether it is to have shards.
+    pub is_wanted: bool,
+    /// Why nothing is moved to it or from it.
+    pub blocked: Option<String>,
+    /// The bytes of its shard groups; `None` if some size is unknown.
+    pub bytes: Option<u64>,
+    /// How many shard groups it has.
+    pub shard_groups: Option<u32>,
+    /// The share of the load that it has.
+    pub load: Option<f64>,
+    /// The share that it is to have.
+    pub target: Option<f64>,
+    /// What is free on its disk.
+    pub disk_available_bytes: Option<u64>,
+    /// The size of its disk.
+    pub disk_bytes: Option<u64>,
+    /// What stands in `pg_wal`.
+    pub wal_bytes: Option<u64>,
+    /// Connections that run something.
+    pub active_connections: Option<u32>,
+}
+
+/// When something may be moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WindowView {
+    /// Whether it may be now.
+    pub is_open: bool,
+    /// Until when, or from when on.
+    pub changes_at: Option<DateTime<Utc>>,
+}
+
+impl View {
+    /// Decides. Nothing is asked.
+    pub fn new(
+        observation: &Observation,
+        config: &Config,
+        control: &Known<Control>,
+        spent: &Known<Spent>,
+        now: DateTime<Utc>,
+    ) -> Self {
+        let refusals = refusals(Inputs {
+            observation,
+            window: config.window.as_ref(),
+            budget: &config.budget,
+            limits: &config.guard,
+            control,
+            spent,
+            now,
+        });
+        let none = Control::default();
+        let control = control.as_ref().unwrap_or(&none);
+        let situation =
+            Situation::new(observation, &refusals, control, &config.balance, &config.guard);
+        let made = plan(&situation, &config.balance, budget(config, spent));
+        let loads = Loads::new(&situation.places, &situation.groups, config.balance.count_share);
+        let moves = made.as_ref().map(|it| it.moves.as_slice()).unwrap_or_default();
+        let comparison = situation.citus.as_ref().map(|wishes| compare(moves, wishes));
+        let loads = loads.as_ref().ok();
+        let nodes = situation.places.iter().map(|it| NodeView::new(it, loads, observation));
+        Self {
+            at: observation.at,
+            coordinator: observation.coordinator.clone(),
+            citus_version: observation.catalogue.version.clone(),
+            nodes: nodes.collect(),
+            refusals,
+            window: config.window.as_ref().map(|it| it.at(now).into()),
+            comparison_unknown: comparison.as_ref().err().map(ToString::to_string),
+            comparison: comparison.ok(),
+            plan_unknown: made.as_ref().err().map(ToString::to_string),
+            plan: made.ok(),
+        }
+    }
+
+    /// The refusals that hold for every move.
+    pub fn closed(&self) -> impl Iterator<Item = &Refusal> {
+        self.refusals.iter().filter(|it| it.scope == Scope::Cluster)
+    }
+
+    /// The address of a group's node.
+    pub fn address(&self, group: u32) -> String {
+        let node = self.nodes.iter().find(|it| it.group == group);
+        node.map_or_else(|| format!("group {group}"), |it| it.node.clone())
+    }
+
+    /// What it comes to, in one sentence without full stop.
+    pub fn summary(&self) -> String {
+        let Some(plan) = &self.plan else {
+            let why = self.plan_unknown.as_deref().unwrap_or("no reason is known");
+            return format!("no plan: {why}");
+        };
+        if plan.moves.is_empty() {
+            return format!("nothing to move: {}", plan.end);
+        }
+        let (moves, size) = (count(plan.moves.len(), "shard group"), plan.bytes());
+        let what = format!("{moves} to move, {}", bytes(size));
+        match self.closed().next() {
+            Some(refusal) => format!("{what}, but not now: {}", refusal.reason),
+            None => what,
+        }
+    }
+}
+
+/// What is left for a run.
+fn budget(config: &Config, spent: &Known<Spent>) -> Budget {
+    let limits = config.budget;
+    // Unknown closes the guard; the plan is shown as if nothing had been moved.
+    let spent = spent.as_ref().copied().unwrap_or_default();
+    Budget {
+        bytes: limits.bytes_per_run.min(limits.bytes_per_day.saturating_sub(spent.bytes)),
+        moves: limits.moves_per_run.min(limits.moves_per_day.saturating_sub(spent.moves)),
+    }
+}
+
+impl NodeView {
+    fn new(place: &Place, loads: Option<&Loads>, observation: &Observation) -> Self {
+        let servers = observation.servers.get(&place.group);
+        let primary = servers.and_then(|it| it.primary.as_ref().ok());
+        let disk = primary.and_then(|it| it.disk.as_ref().ok());
+        let load: Option<Load> = loads.and_then(|it| it.of(place.group));
+        Self {
+            node: place.address.clone(),
+            group: place.group,
+            is_wanted: place.is_wanted,
+            blocked: place.blocked.clone(),
+            bytes: load.map(|it| it.bytes),
+            shard_groups: load.map(|it| it.count),
+            load: load.zip(loads).map(|(it, loads)| loads.excess(place.group) + it.target),
+            target: load.map(|it| it.target),
+            disk_available_bytes: disk.map(|it| it.available),
+            disk_bytes: disk.map(|it| it.total),
+            wal_bytes: primary.and_then(|it| it.wal.as_ref().ok()).map(|it| it.bytes),
+            active_connections: primary.and_then(|it| it.active_connections.as_ref().ok()).copied(),
+        }
+    }
+}
+
+impl From<Opening> for WindowView {
+    fn from(opening: Opening) -> Self {
+        match opening {
+            Opening::Open { until } => Self { is_open: true, changes_at: Some(until) },
+            Opening::Closed { next } => Self { is_open: false, changes_at: next },
+        }
+    }
+}
+
+impl Turn {
+    /// When it was, if there was one.
+    pub fn at(&self) -> Option<DateTime<Utc>> {
+        match self {
+            Self::Starting => None,
+            Self::Unknown { at, .. } | Self::NoCitus { at, .. } => Some(*at),
+            Self::Decided(view) => Some(view.at),
+        }
+    }
+
+    /// Why the agent cannot do its work; `None` while it can, or has none.
+    pub fn not_ready(&self) -> Option<String> {
+        match self {
+            Self::Starting => Some("the cluster was not looked at yet".to_owned()),
+            Self::Unknown { reason, .. } => Some(reason.clone()),
+            Self::NoCitus { .. } | Self::Decided(_) => None,
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::guard::tests::well;
+    use crate::known::Unknown;
+
+    /// The shipped configuration.
+    pub(crate) fn config() -> Config {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/rebalance-agent.toml");
+        shared::config::load(&path).unwrap()
+    }
+
+    /// Two workers: 30 bytes of two colocated tables and 10 of another on the first, 40 on the second.
+    pub(crate) fn view(change: impl FnOnce(&mut Observation)) -> View {
+        let mut observation = well();
+        change(&mut observation);
+        let (control, spent) = (Ok(Control::default()), Ok(Spent::default()));
+        View::new(&observation, &config(), &control, &spent, observation.at)
+    }
+
+    /// All of the second worker's on the first.
+    pub(crate) fn skewed(observation: &mut Observation) {
+        let catalogue = &mut observation.catalogue;
+        for placement in &mut catalogue.placements {
+            if catalogue.tables[&placement.table].kind.moves() {
+                placement.group = 1;
+            }
+        }
+    }
+
+    #[test]
+    fn what_it_comes_to_is_one_sentence() {
+        assert_eq!(
+            view(|it| it.catalogue.placements.clear()).summary(),
+            "nothing to move: 0.0 % of the load lies where it does not belong, and 5.0 % may"
+        );
+        assert_eq!(view(skewed).summary(), "1 shard group to move, 40 B");
+        let closed = view(|it| {
+            skewed(it);
+            it.catalogue.is_coordinator = false;
+        });
+        assert_eq!(
+            closed.summary(),
+            "1 shard group to move, 40 B, but not now: the server that was asked is a worker"
+        );
+        let unknown =
+            view(|it| it.catalogue.placements[0].bytes = Err(Unknown::because("no answer")));
+        assert_eq!(unknown.summary(), "no plan: no answer");
+    }
+
+    #[test]
+    fn a_report_survives_being_written() {
+        for turn in [
+            Turn::Starting,
+            Turn::Unknown { at: Utc::now(), reason: "no route to host".to_owned() },
+            Turn::Decided(Box::new(view(|it| {
+                skewed(it);
+                it.catalogue.is_coordinator = false;
+            }))),
+        ] {
+            let report = Report { cluster: "demo".to_owned(), mode: Mode::DryRun, turn };
+            let text = serde_json::to_string(&report).unwrap();
+            assert_eq!(serde_json::from_str::<Report>(&text).unwrap(), report, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_was_moved_is_taken_from_the_budget() {
+        let mut config = config();
+        config.budget.bytes_per_day = 100;
+        config.budget.bytes_per_run = 50;
+        for (spent, bytes) in [(0, 50), (60, 40), (200, 0)] {
+            let spent = Ok(Spent { bytes: spent, moves: 250 });
+            assert_eq!(budget(&config, &spent), Budget { bytes, moves: 6 });
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! What the servers of a group say of themselves.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::known::Known;
+
+/// The servers of one group.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GroupServers {
+    /// The one that takes writes.
+    pub primary: Known<Primary>,
+    /// The others that are known, by name.
+    pub standbys: BTreeMap<String, Known<Standby>>,
+}
+
+/// The primary of a group. What it refuses to tell is unknown by itself.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Primary {
+    /// Its name in the topology, or its address.
+    pub name: String,
+    /// `wal_level`: a source needs `logical`.
+    pub wal_level: String,
+    /// The disk of its data directory.
+    pub disk: Known<Disk>,
+    /// What stands in `pg_wal`.
+    pub wal: Known<Wal>,
+    /// What is used of what it has.
+    pub resources: Known<Vec<Resource>>,
+    /// The oldest transaction that has written, prepared ones too; `None` if there is none.
+    pub oldest_transaction: Known<Option<Transaction>>,
+    /// The standbys that stream from it.
+    pub senders: Known<Vec<Sender>>,
+    /// Base backups that are taken from it.
+    pub base_backups: Known<u32>,
+    /// Slots, publications and subscriptions of moves, and roles: all are of a move under way, or
+    /// of one that was broken off.
+    pub artifacts: Known<Vec<String>>,
+    /// Client connections that run something now.
+    pub active_connections: Known<u32>,
+}
+
+/// A disk, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// What can be written still.
+    pub available: u64,
+    /// All of it.
+    pub total: u64,
+}
+
+impl Disk {
+    /// What stays free whatever is moved, where `share` of it does.
+    #[expect(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a share of a number of bytes is one, give or take some"
+    )]
+    pub fn reserve(&self, share: f64) -> u64 {
+        (self.total as f64 * share) as u64
+    }
+}
+
+/// The WAL of a server, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wal {
+    /// What there is.
+    pub bytes: u64,
+    /// `max_wal_size`: what there may be without anybody holding it back.
+    pub max_bytes: u64,
+}
+
+impl Wal {
+    /// By how much it may grow by itself.
+    pub fn growth(&self) -> u64 {
+        self.max_bytes.saturating_sub(self.bytes)
+    }
+}
+
+/// Something a server has a fixed number of, and a move takes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resource {
+    /// The setting that limits it: `max_replication_slots`.
+    pub setting: String,
+    /// How many are in use.
+    pub used: u32,
+    /// How many there are.
+    pub limit: u32,
+}
+
+/// A transaction that has written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Transaction {
+    /// How to find it: `pid 4711 of app`, `prepared transaction citus_0_…`.
+    pub name: String,
+    /// Since when it is open.
+    pub age: Duration,
+}
+
+/// A standby, as its primary sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sender {
+    /// `application_name`.
+    pub name: String,
+    /// `state`: `streaming`, `catchup` …
+    pub state: String,
+    /// WAL it has not replayed, in bytes; `None` while it has said nothing.
+    pub lag_bytes: Option<u64>,
+}
+
+/// A standby.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Standby {
+    /// Base backups that are taken from it.
+    pub base_backups: Known<u32>,
+}

@@ -1,0 +1,284 @@
+//! What is known and decided, for people on a terminal.
+
+use std::fmt::Write as _;
+
+use shared::table::Table;
+
+use crate::config::Mode;
+use crate::plan::{Comparison, Hot, Plan};
+use crate::report::{NodeView, Report, Turn, View};
+use crate::words::{bytes, count, percent, some};
+
+/// What would be moved, and every reason not to.
+pub fn plan(report: &Report) -> String {
+    let Turn::Decided(view) = &report.turn else { return status(report) };
+    let mut text = head(report, view);
+    match (&view.plan, &view.plan_unknown) {
+        (Some(plan), _) => {
+            add(&mut text, &balance(plan));
+            add(&mut text, &moves(plan, view));
+            add(&mut text, &list("STAYS", plan.skipped.iter().map(|it| (&*it.what, &*it.reason))));
+            add(&mut text, &hot(&plan.hot));
+        }
+        (None, why) => {
+            let why = why.as_deref().unwrap_or_default();
+            add(&mut text, &format!("No plan: {why}\n"));
+        }
+    }
+    add(&mut text, &refused(view));
+    add(&mut text, &compared(view));
+    text
+}
+
+/// What the nodes have, and what it comes to.
+pub fn status(report: &Report) -> String {
+    let cluster = &report.cluster;
+    match &report.turn {
+        Turn::Starting => format!("{cluster}: was not looked at yet\n"),
+        Turn::Unknown { reason, .. } => format!("{cluster}: unknown: {reason}\n"),
+        Turn::NoCitus { coordinator, database, .. } => {
+            format!("{cluster}: no Citus in database {database} of {coordinator}: nothing to do\n")
+        }
+        Turn::Decided(view) => {
+            let mut text = head(report, view);
+            add(&mut text, &format!("{}\n", sentence(&view.summary())));
+            add(&mut text, &refused(view));
+            text
+        }
+    }
+}
+
+/// Adds a part after an empty line, if there is anything in it.
+fn add(text: &mut String, part: &str) {
+    if !part.is_empty() {
+        text.push('\n');
+        text.push_str(part);
+    }
+}
+
+fn sentence(text: &str) -> String {
+    let mut letters = text.chars();
+    letters.next().map_or_else(String::new, |it| it.to_uppercase().chain(letters).collect())
+}
+
+fn head(report: &Report, view: &View) -> String {
+    let View { coordinator, citus_version, nodes, .. } = view;
+    let Report { cluster, mode, .. } = report;
+    let mode = match mode {
+        Mode::DryRun => "dry run",
+    };
+    let at = view.at.format("%Y-%m-%d %H:%M:%S UTC");
+    let title =
+        format!("{cluster}: Citus {citus_version}, coordinator {coordinator}, {at}, {mode}\n");
+    let header =
+        ["NODE", "GROUP", "SHARD GROUPS", "BYTES", "LOAD", "TARGET", "DISK FREE", "WAL", "STATE"];
+    let mut table = Table::new(&header).numbers(&[1, 2, 3, 4, 5, 6, 7]);
+    for it in nodes {
+        let size = |it: Option<u64>| it.map_or_else(|| "?".to_owned(), bytes);
+        let share = |it: Option<f64>| it.map_or_else(|| "?".to_owned(), percent);
+        table.row([
+            it.node.clone(),
+            it.group.to_string(),
+            it.shard_groups.map_or_else(|| "?".to_owned(), |it| it.to_string()),
+            size(it.bytes),
+            share(it.load),
+            share(it.target),
+            size(it.disk_available_bytes),
+            size(it.wal_bytes),
+            state(it),
+        ]);
+    }
+    format!("{title}\n{table}")
+}
+
+fn state(node: &NodeView) -> String {
+    match (&node.blocked, node.is_wanted) {
+        (Some(reason), _) => format!("blocked: {reason}"),
+        (None, true) => "takes shards".to_owned(),
+        (None, false) if node.shard_groups.is_some_and(|it| 0 < it) => "is drained".to_owned(),
+        (None, false) => "takes none".to_owned(),
+    }
+}
+
+fn balance(plan: &Plan) -> String {
+    let figure = plan.before;
+    format!(
+        "{} of the load lies where it does not belong: {} of the bytes, {} of the shard groups.\n",
+        percent(figure.load),
+        percent(figure.bytes),
+        percent(figure.count)
+    )
+}
+
+fn moves(plan: &Plan, view: &View) -> String {
+    let end = sentence(&plan.end);
+    if plan.moves.is_empty() {
+        return format!("Nothing to move: {}.\n", plan.end);
+    }
+    let header = ["WHY", "SHARD", "TABLES", "BYTES", "FROM", "TO", "GAIN", "THEN"];
+    let mut table = Table::new(&header).numbers(&[1, 3, 6, 7]);
+    for it in &plan.moves {
+        table.row([
+            format!("{:?}", it.why).to_lowercase(),
+            it.shard.to_string(),
+            some(&it.tables),
+            bytes(it.bytes),
+            view.address(it.from),
+            view.address(it.to),
+            percent(it.gain),
+            percent(it.figure_after),
+        ]);
+    }
+    let (number, size) = (count(plan.moves.len(), "shard group"), bytes(plan.bytes()));
+    format!("{table}{number} to move, {size}. {end}.\n")
+}
+
+fn list<'a>(title: &str, rows: impl Iterator<Item = (&'a str, &'a str)>) -> String {
+    let mut table = Table::new(&[title, "BECAUSE"]);
+    for (what, reason) in rows {
+        table.row([what.to_owned(), reason.to_owned()]);
+    }
+    if table.is_empty() { String::new() } else { table.to_string() }
+}
+
+fn hot(hot: &[Hot]) -> String {
+    let mut text = String::new();
+    for it in hot {
+        let Hot { shard, tables, bytes: size, share, fair_share, advice } = it;
+        let (size, share, fair) = (bytes(*size), percent(*share), percent(*fair_share));
+        let tables = some(tables);
+        writeln!(
+            text,
+            "Shard {shard} of {tables} is hot: {size}, {share} of all bytes, where a node's fair \
+             share is {fair}. To do: {advice}."
+        )
+        .ok();
+    }
+    text
+}
+
+fn refused(view: &View) -> String {
+    if view.refusals.is_empty() {
+        return String::new();
+    }
+    let mut table = Table::new(&["NOT NOW", "FOR", "BECAUSE", "NEXT"]);
+    for it in &view.refusals {
+        let name = it.gate.name().to_owned();
+        table.row([name, it.scope.to_string(), it.reason.clone(), it.next.clone()]);
+    }
+    table.to_string()
+}
+
+fn compared(view: &View) -> String {
+    let Some(Comparison { same, differences }) = &view.comparison else {
+        let why = view.comparison_unknown.as_deref().unwrap_or_default();
+        return format!("Citus' own plan is unknown: {why}.\n");
+    };
+    if differences.is_empty() {
+        return match same {
+            0 => "Citus would move nothing either.\n".to_owned(),
+            _ => "Citus would move the same.\n".to_owned(),
+        };
+    }
+    let mut table = Table::new(&["DIFFERS", "HERE", "CITUS"]);
+    let place = |it: Option<u32>| it.map_or_else(|| "stays".to_owned(), |it| view.address(it));
+    for it in differences.iter().take(20) {
+        table.row([format!("shard {}", it.shard), place(it.ours), place(it.citus)]);
+    }
+    let more = match differences.len().saturating_sub(20) {
+        0 => String::new(),
+        more => format!("And {more} more. "),
+    };
+    let alike = match same {
+        0 => "none".to_owned(),
+        _ => count(*same, "shard group"),
+    };
+    format!("{table}{more}Citus would move {alike} alike.\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use chrono::Utc;
+
+    use super::*;
+    use crate::catalogue::PlannedShard;
+    use crate::report::tests::{skewed, view};
+
+    fn report(turn: Turn) -> Report {
+        Report { cluster: "demo".to_owned(), mode: Mode::DryRun, turn }
+    }
+
+    #[test]
+    fn a_plan_is_shown_with_every_reason_not_to() {
+        let seen = view(|it| {
+            skewed(it);
+            it.catalogue.is_coordinator = false;
+            it.catalogue.tables.get_mut(&3).unwrap().has_replica_identity = false;
+            let row = PlannedShard { shard: 102, target: "w2:5432".to_owned() };
+            it.catalogue.citus_plan = Ok(vec![row]);
+        });
+        let text = plan(&report(Turn::Decided(Box::new(seen))));
+        let expected = "\
+demo: Citus 14.0-1, coordinator coord, 2026-03-10 02:00:00 UTC, dry run
+
+NODE        GROUP  SHARD GROUPS  BYTES     LOAD  TARGET  DISK FREE      WAL  STATE
+coord:5432      0             0    0 B    0.0 %   0.0 %   60.0 GiB  1.0 GiB  takes none
+w1:5432         1             3   70 B  100.0 %  50.0 %   60.0 GiB  1.0 GiB  takes shards
+w2:5432         2             0    0 B    0.0 %  50.0 %   60.0 GiB  1.0 GiB  takes shards
+
+50.0 % of the load lies where it does not belong: 50.0 % of the bytes, 50.0 % of the shard groups.
+
+WHY      SHARD  TABLES                     BYTES  FROM     TO         GAIN   THEN
+balance    102  public.events, public.log   40 B  w1:5432  w2:5432  48.8 %  1.2 %
+1 shard group to move, 40 B. Then 1.2 % of the load lies where it does not belong.
+
+STAYS               BECAUSE
+colocation group 2  public.other has no replica identity
+
+NOT NOW           FOR                 BECAUSE                                NEXT
+coordinator       cluster             the server that was asked is a worker  point [[nodes]] with group 0, or [patroni], at the coordinator
+replica_identity  colocation group 2  public.other has no replica identity   give each a primary key, or ALTER TABLE … REPLICA IDENTITY
+
+Citus would move the same.
+";
+        assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn where_no_size_is_told_the_coordinator_is_not_called_drained() {
+        let seen = view(|it| {
+            let why = crate::known::Unknown::because("no answer");
+            it.catalogue.placements[0].bytes = Err(why);
+        });
+        let states: Vec<_> = seen.nodes.iter().map(state).collect();
+        assert_eq!(states, ["takes none", "takes shards", "takes shards"]);
+    }
+
+    #[test]
+    fn what_only_citus_would_move_is_told() {
+        let seen = view(|it| {
+            let row = PlannedShard { shard: 101, target: "w2:5432".to_owned() };
+            it.catalogue.citus_plan = Ok(vec![row]);
+        });
+        let expected = "DIFFERS    HERE   CITUS\nshard 101  stays  w2:5432\n\
+             Citus would move none alike.\n";
+        assert_eq!(compared(&seen), expected);
+    }
+
+    #[test]
+    fn where_there_is_nothing_to_decide_from_that_is_said() {
+        let at = Utc::now();
+        let reason = "group 0 has no primary: a is unknown".to_owned();
+        let [coordinator, database] = ["a (a:5432)", "app"].map(str::to_owned);
+        for (turn, expected) in [
+            (Turn::Starting, "demo: was not looked at yet\n"),
+            (Turn::Unknown { at, reason }, "demo: unknown: group 0 has no primary: a is unknown\n"),
+            (
+                Turn::NoCitus { at, coordinator, database },
+                "demo: no Citus in database app of a (a:5432): nothing to do\n",
+            ),
+        ] {
+            assert_eq!(plan(&report(turn)), expected);
+        }
+    }
+}

@@ -1,0 +1,184 @@
+-- A STAND-IN for Citus' catalogue: this is not Citus, and nothing in it is distributed or moves.
+--
+-- It gives a plain PostgreSQL 17 the relations, views and functions of Citus 14 that the rebalance agent
+-- reads, with the names, columns and types that were recorded of a real one, so that its questions can
+-- be tried where there is no Citus. What they answer stands in the tables of the schema stand_in, for a
+-- test to change. Run it on each server, with the number of its group: psql -v group=1.
+
+SET allow_system_table_mods = on;
+SET client_min_messages = warning;
+
+INSERT INTO pg_extension (oid, extname, extowner, extnamespace, extrelocatable, extversion)
+VALUES (999001, 'citus', 10, 11, false, '14.0-1');
+
+CREATE TYPE pg_catalog.noderole AS ENUM ('primary', 'secondary', 'unavailable');
+CREATE TYPE pg_catalog.citus_job_status AS ENUM
+    ('scheduled', 'running', 'finished', 'cancelling', 'cancelled', 'failing', 'failed');
+CREATE SCHEMA citus;
+CREATE TYPE citus.shard_transfer_mode AS ENUM ('auto', 'force_logical', 'block_writes');
+CREATE TYPE pg_catalog.citus_task_status AS ENUM
+    ('blocked', 'runnable', 'running', 'done', 'cancelling', 'error', 'unscheduled', 'cancelled');
+
+CREATE TABLE pg_catalog.pg_dist_node (
+    nodeid int PRIMARY KEY, groupid int NOT NULL, nodename text NOT NULL, nodeport int NOT NULL DEFAULT 5432,
+    noderack text NOT NULL DEFAULT 'default', hasmetadata bool NOT NULL DEFAULT true,
+    isactive bool NOT NULL DEFAULT true, noderole noderole NOT NULL DEFAULT 'primary',
+    nodecluster name NOT NULL DEFAULT 'default', metadatasynced bool DEFAULT true,
+    shouldhaveshards bool NOT NULL DEFAULT true, nodeisclone bool NOT NULL DEFAULT false,
+    nodeprimarynodeid int NOT NULL DEFAULT 0, UNIQUE (nodename, nodeport));
+CREATE TABLE pg_catalog.pg_dist_placement (
+    placementid bigserial PRIMARY KEY, shardid bigint NOT NULL, shardstate int NOT NULL DEFAULT 1,
+    shardlength bigint NOT NULL DEFAULT 0, groupid int NOT NULL);
+CREATE TABLE pg_catalog.pg_dist_shard (
+    logicalrelid regclass NOT NULL, shardid bigint PRIMARY KEY, shardstorage "char" NOT NULL DEFAULT 't',
+    shardminvalue text, shardmaxvalue text);
+CREATE TABLE pg_catalog.pg_dist_partition (
+    logicalrelid regclass PRIMARY KEY, partmethod "char" NOT NULL, partkey text, colocationid int NOT NULL DEFAULT 0,
+    repmodel "char" NOT NULL DEFAULT 's', autoconverted bool DEFAULT false);
+CREATE TABLE pg_catalog.pg_dist_background_job (
+    job_id bigserial PRIMARY KEY, state citus_job_status NOT NULL DEFAULT 'scheduled', job_type name NOT NULL,
+    description text NOT NULL, started_at timestamptz, finished_at timestamptz);
+CREATE TABLE pg_catalog.pg_dist_background_task (
+    job_id bigint NOT NULL, task_id bigserial PRIMARY KEY, owner regrole NOT NULL DEFAULT current_user::regrole,
+    pid int, status citus_task_status NOT NULL DEFAULT 'runnable', command text NOT NULL, retry_count int,
+    not_before timestamptz, message text NOT NULL DEFAULT '', nodes_involved int[]);
+CREATE TABLE pg_catalog.pg_dist_cleanup (
+    record_id bigserial PRIMARY KEY, operation_id bigint NOT NULL, object_type int NOT NULL, object_name text NOT NULL,
+    node_group_id int NOT NULL, policy_type int NOT NULL);
+CREATE TABLE pg_catalog.pg_dist_local_group (groupid int NOT NULL PRIMARY KEY);
+INSERT INTO pg_dist_local_group VALUES (:group);
+GRANT SELECT ON pg_dist_node, pg_dist_placement, pg_dist_shard, pg_dist_partition, pg_dist_background_job,
+    pg_dist_background_task, pg_dist_cleanup, pg_dist_local_group TO PUBLIC;
+
+-- What the functions answer. A function that is named in failure fails with that message.
+CREATE SCHEMA stand_in;
+CREATE TABLE stand_in.failure (function text PRIMARY KEY, message text NOT NULL);
+CREATE TABLE stand_in.size (shardid bigint PRIMARY KEY, bytes bigint);
+CREATE TABLE stand_in.disk (available bigint NOT NULL, total bigint NOT NULL);
+INSERT INTO stand_in.disk VALUES (60::bigint << 30, 100::bigint << 30);
+CREATE TABLE stand_in.broken_link (from_node int, to_node int, result bool);
+CREATE TABLE stand_in.plan (shardid bigint, source int, target int);
+CREATE TABLE stand_in.progress (shardid bigint, source int, target int, progress bigint, status text);
+CREATE SEQUENCE stand_in.shardid START 102008;
+
+CREATE FUNCTION stand_in.may_fail(name text) RETURNS void LANGUAGE plpgsql SECURITY DEFINER AS $$
+DECLARE reason text := (SELECT message FROM stand_in.failure WHERE function = name);
+BEGIN
+    IF reason IS NOT NULL THEN RAISE EXCEPTION '%', reason; END IF;
+END $$;
+
+CREATE FUNCTION pg_catalog.citus_is_coordinator() RETURNS bool LANGUAGE sql
+    AS 'SELECT EXISTS (SELECT FROM pg_catalog.pg_dist_local_group WHERE groupid = 0)';
+
+CREATE FUNCTION pg_catalog.citus_local_disk_space_stats(OUT available_disk_size bigint, OUT total_disk_size bigint)
+    LANGUAGE plpgsql SECURITY DEFINER AS $$
+BEGIN
+    PERFORM stand_in.may_fail('citus_local_disk_space_stats');
+    SELECT available, total INTO available_disk_size, total_disk_size FROM stand_in.disk;
+END $$;
+
+CREATE FUNCTION pg_catalog.citus_shard_sizes(OUT shard_id int, OUT size bigint) RETURNS SETOF record
+    LANGUAGE plpgsql SECURITY DEFINER AS $$
+BEGIN
+    PERFORM stand_in.may_fail('citus_shard_sizes');
+    RETURN QUERY SELECT shardid::int, bytes FROM stand_in.size;
+END $$;
+
+CREATE VIEW pg_catalog.citus_shards AS
+SELECT shard.logicalrelid AS table_name, shard.shardid, shard.logicalrelid::text || '_' || shard.shardid AS shard_name,
+       CASE WHEN table_.repmodel = 't' THEN 'reference' ELSE 'distributed' END AS citus_table_type,
+       table_.colocationid AS colocation_id, node.nodename, node.nodeport, sizes.size AS shard_size
+  FROM pg_dist_shard AS shard
+  JOIN pg_dist_placement AS placement ON placement.shardid = shard.shardid
+  JOIN pg_dist_node AS node ON node.groupid = placement.groupid
+  JOIN pg_dist_partition AS table_ ON table_.logicalrelid = shard.logicalrelid
+  LEFT JOIN citus_shard_sizes() AS sizes ON sizes.shard_id = shard.shardid
+ WHERE placement.shardstate = 1;
+GRANT SELECT ON pg_catalog.citus_shards TO PUBLIC;
+
+CREATE FUNCTION pg_catalog.citus_check_cluster_node_health(
+    OUT from_nodename text, OUT from_nodeport int, OUT to_nodename text, OUT to_nodeport int, OUT result bool)
+    RETURNS SETOF record LANGUAGE plpgsql SECURITY DEFINER AS $$
+BEGIN
+    PERFORM stand_in.may_fail('citus_check_cluster_node_health');
+    RETURN QUERY SELECT a.nodename, a.nodeport, b.nodename, b.nodeport,
+           CASE WHEN link.from_node IS NULL THEN true ELSE link.result END
+      FROM pg_dist_node AS a CROSS JOIN pg_dist_node AS b
+      LEFT JOIN stand_in.broken_link AS link ON link.from_node = a.nodeid AND link.to_node = b.nodeid
+     WHERE a.noderole = 'primary' AND b.noderole = 'primary';
+END $$;
+
+CREATE FUNCTION pg_catalog.get_rebalance_table_shards_plan(
+    relation regclass = NULL, threshold real = NULL, max_shard_moves int = 1000000, excluded_shard_list bigint[] = '{}',
+    drain_only bool = false, rebalance_strategy name = NULL, improvement_threshold real = NULL)
+    RETURNS TABLE (table_name regclass, shardid bigint, shard_size bigint, sourcename text, sourceport int,
+                   targetname text, targetport int)
+    LANGUAGE plpgsql SECURITY DEFINER AS $$
+#variable_conflict use_column
+BEGIN
+    PERFORM stand_in.may_fail('get_rebalance_table_shards_plan');
+    -- shard_size is 0 in the real one too.
+    RETURN QUERY SELECT shard.logicalrelid, plan.shardid, 0::bigint, a.nodename, a.nodeport, b.nodename, b.nodeport
+      FROM stand_in.plan AS plan
+      JOIN pg_dist_shard AS shard ON shard.shardid = plan.shardid
+      JOIN pg_dist_node AS a ON a.nodeid = plan.source
+      JOIN pg_dist_node AS b ON b.nodeid = plan.target;
+END $$;
+
+CREATE FUNCTION pg_catalog.get_rebalance_progress()
+    RETURNS TABLE (sessionid int, table_name regclass, shardid bigint, shard_size bigint, sourcename text, sourceport int,
+                   targetname text, targetport int, progress bigint, source_shard_size bigint, target_shard_size bigint,
+                   operation_type text, source_lsn pg_lsn, target_lsn pg_lsn, status text)
+    LANGUAGE plpgsql SECURITY DEFINER AS $$
+#variable_conflict use_column
+BEGIN
+    PERFORM stand_in.may_fail('get_rebalance_progress');
+    RETURN QUERY SELECT 1, shard.logicalrelid, it.shardid, 0::bigint, a.nodename, a.nodeport, b.nodename, b.nodeport,
+           it.progress, 0::bigint, 0::bigint, 'move', NULL::pg_lsn, NULL::pg_lsn, it.status
+      FROM stand_in.progress AS it
+      JOIN pg_dist_shard AS shard ON shard.shardid = it.shardid
+      JOIN pg_dist_node AS a ON a.nodeid = it.source
+      JOIN pg_dist_node AS b ON b.nodeid = it.target;
+END $$;
+
+-- Copies each reference table to the nodes without it. Not for everybody: it must be granted.
+CREATE FUNCTION pg_catalog.replicate_reference_tables(shard_transfer_mode citus.shard_transfer_mode = 'auto')
+    RETURNS void LANGUAGE plpgsql SECURITY DEFINER AS $$
+BEGIN
+    PERFORM stand_in.may_fail('replicate_reference_tables');
+    INSERT INTO pg_dist_placement (shardid, groupid)
+    SELECT shard.shardid, node.groupid
+      FROM pg_dist_shard AS shard
+      JOIN pg_dist_partition AS table_ ON table_.logicalrelid = shard.logicalrelid AND table_.repmodel = 't'
+      CROSS JOIN pg_dist_node AS node
+     WHERE node.noderole = 'primary'
+       AND NOT EXISTS (SELECT FROM pg_dist_placement AS it WHERE it.shardid = shard.shardid AND it.groupid = node.groupid);
+END $$;
+REVOKE EXECUTE ON FUNCTION pg_catalog.replicate_reference_tables FROM PUBLIC;
+
+-- Writes what the catalogue says of a table by hash: the group and the size of each of its shards.
+CREATE FUNCTION stand_in.distribute(relation regclass, colocation int, groups int[], sizes bigint[])
+    RETURNS void LANGUAGE plpgsql AS $$
+DECLARE shard bigint;
+BEGIN
+    INSERT INTO pg_dist_partition (logicalrelid, partmethod, partkey, colocationid) VALUES (relation, 'h', 'id', colocation);
+    FOR i IN 1 .. cardinality(groups) LOOP
+        shard := nextval('stand_in.shardid');
+        INSERT INTO pg_dist_shard (logicalrelid, shardid, shardminvalue, shardmaxvalue)
+        VALUES (relation, shard, (i * 1000)::text, (i * 1000 + 999)::text);
+        INSERT INTO pg_dist_placement (shardid, groupid) VALUES (shard, groups[i]);
+        INSERT INTO stand_in.size VALUES (shard, sizes[i]);
+    END LOOP;
+END $$;
+
+-- The same of a reference table, with a placement in each group.
+CREATE FUNCTION stand_in.replicate(relation regclass, groups int[], bytes bigint) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE shard bigint := nextval('stand_in.shardid');
+BEGIN
+    INSERT INTO pg_dist_partition (logicalrelid, partmethod, colocationid, repmodel) VALUES (relation, 'n', 99, 't');
+    INSERT INTO pg_dist_shard (logicalrelid, shardid) VALUES (relation, shard);
+    INSERT INTO pg_dist_placement (shardid, groupid) SELECT shard, unnest(groups);
+    INSERT INTO stand_in.size VALUES (shard, bytes);
+END $$;
+
+RESET allow_system_table_mods;
