@@ -30,6 +30,8 @@ use crate::scene::write;
 const LIMIT: Duration = Duration::from_secs(30);
 /// In this time a notice that must not be sent would have been.
 const QUIET: Duration = Duration::from_secs(4);
+/// So long after a notice was taken it is written down: killed before, the agent would tell it again.
+const WRITTEN: Duration = Duration::from_secs(2);
 
 /// Who may tell the receivers that want a login, and the header that a webhook needs.
 const LOGIN: (&str, &str) = ("ada", "lovelace");
@@ -277,11 +279,13 @@ async fn each_notice_is_told_once_whatever_the_webhook_does() {
     );
 
     // Killed, it goes on where it was: what began before is not repeated, and what ended meanwhile told.
+    sleep(WRITTEN).await;
     agent.kill9().await;
     ward.patients[0].is_sick(true);
     let agent = monitor.run().await;
     let again = ["began warning", "ended ok", "began warning"];
     receiver.tells("patient-0", &again).await;
+    sleep(WRITTEN).await;
     agent.kill9().await;
     ward.patients[1].is_sick(false);
     let agent = monitor.run().await;
