@@ -16,6 +16,7 @@
 //! | [`schedule`] | crontab lines, in UTC or a time zone |
 //! | [`backoff`] | bounded, jittered retry |
 //! | [`tls`] | the one rustls client configuration |
+//! | [`http`] | one question, one bounded answer |
 //! | [`pg`] | connections to PostgreSQL; WAL file names, timelines and page headers |
 //! | [`etcd`] | requests to etcd, and watches on it, across its endpoints |
 //! | [`topology`] | which nodes exist, and what they say they are |
@@ -29,6 +30,7 @@ pub mod backoff;
 pub mod cli;
 pub mod config;
 pub mod etcd;
+pub mod http;
 pub mod lease;
 pub mod metrics;
 pub mod pg;

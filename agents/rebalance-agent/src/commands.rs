@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use shared::cli::print;
-use shared::config;
+use shared::{config, http};
 
 use crate::cli::{Cli, Command, ShowArgs};
 use crate::config::Config;
@@ -70,8 +70,8 @@ async fn ask_agent(address: SocketAddr, cluster: &str) -> Option<Report> {
         IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
     };
     let url = format!("http://{}/status", SocketAddr::new(ip, address.port()));
-    let client = reqwest::Client::builder().tls_certs_only([]).no_proxy().timeout(AGENT_LIMIT);
-    let report: Report = client.build().ok()?.get(url).send().await.ok()?.json().await.ok()?;
+    let client = http::client(false, None).ok()?.timeout(AGENT_LIMIT).build().ok()?;
+    let report: Report = client.get(url).send().await.ok()?.json().await.ok()?;
     // One that has just begun knows less than a look.
     let is_of_use = report.cluster == cluster && report.turn != Turn::Starting;
     is_of_use.then_some(report)

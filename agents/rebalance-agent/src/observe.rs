@@ -17,9 +17,9 @@ use chrono::Utc;
 use futures_util::future::join_all;
 use reqwest::Client;
 use shared::etcd::Etcd;
+use shared::http;
 use shared::pg::{ConnectError, Node, Settings, connect};
-use shared::tls;
-use shared::topology::{GroupError, Topology, TopologyError, observe_group};
+use shared::topology::{GroupError, PatroniConfig, Topology, TopologyError, observe_group};
 use thiserror::Error;
 use tokio::time::timeout;
 
@@ -91,17 +91,11 @@ pub struct Observer {
     health: Option<(HealthConfig, Client)>,
 }
 
-/// Asks the health monitor, each time on a new connection: a kept one hides that new ones fail.
+/// Asks the health monitor.
 fn client(config: &HealthConfig) -> anyhow::Result<Client> {
-    // Where nothing is encrypted nobody need be trusted, and no certificates be there.
-    let builder = if config.urls.iter().any(|it| it.starts_with("https://")) {
-        let tls = tls::client_config(config.ca_file.as_deref()).context("health.ca_file")?;
-        Client::builder().tls_backend_preconfigured((*tls).clone())
-    } else {
-        Client::builder().tls_certs_only([])
-    };
-    let builder = builder.no_proxy().redirect(reqwest::redirect::Policy::none());
-    Ok(builder.pool_max_idle_per_host(0).build()?)
+    let is_tls = config.urls.iter().any(|it| it.starts_with("https://"));
+    let builder = http::client(is_tls, config.ca_file.as_deref()).context("health.ca_file")?;
+    Ok(builder.build()?)
 }
 
 impl Observer {
@@ -123,11 +117,9 @@ impl Observer {
             None => None,
         };
         let patroni = config.patroni.as_ref().filter(|_| etcd.is_some());
-        // Source: `AbstractDCS.__init__` in Patroni's `dcs/__init__.py`.
-        let root = patroni.map(|it| format!("/{}/{}/", it.namespace.trim_matches('/'), it.scope));
         Ok(Self {
             cluster: config.cluster.clone(),
-            patroni_root: root,
+            patroni_root: patroni.map(PatroniConfig::root),
             settings,
             topology: Topology::new(config.topology(), etcd.clone())?,
             etcd,

@@ -44,7 +44,7 @@ impl PatroniConfig {
     /// Where the cluster's keys begin: `/service/demo/`.
     ///
     /// Source: `AbstractDCS.__init__` in Patroni's `dcs/__init__.py`.
-    pub(super) fn root(&self) -> String {
+    pub fn root(&self) -> String {
         format!("/{}/{}/", self.namespace.trim_matches('/'), self.scope)
     }
 }

@@ -50,8 +50,9 @@ pub(super) fn read_keys(root: &str, entries: &BTreeMap<String, Vec<u8>>) -> Hear
     heard
 }
 
-/// Group, folder of the group, and the rest of a key. Keys that are not Patroni's are `None`.
-fn split_key<'a>(root: &str, key: &'a str) -> Option<(u32, &'a str, &'a str)> {
+/// Group, folder of the group, and the rest of one of Patroni's keys. With Citus they stand below the
+/// group's number; without, they are of group 0. Keys that are not below `root` are `None`.
+pub fn split_key<'a>(root: &str, key: &'a str) -> Option<(u32, &'a str, &'a str)> {
     let below = key.strip_prefix(root)?;
     let group = below.split_once('/').and_then(|(first, _)| Some((first, first.parse().ok()?)));
     let folder_bytes = root.len() + group.map_or(0, |(first, _)| first.len() + 1);

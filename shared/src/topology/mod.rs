@@ -12,6 +12,7 @@ mod observe;
 mod rest;
 
 pub use config::{PatroniConfig, RestConfig, TopologyConfig, check_nodes, groups};
+pub use dcs::split_key;
 pub use follow::{Spread, members_changed};
 pub use members::{Member, Members, Opinion, PatroniRole, Source, Topology, TopologyError};
 pub use observe::{

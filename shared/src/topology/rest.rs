@@ -16,7 +16,7 @@ use tracing::warn;
 use super::config::{PatroniConfig, RestConfig};
 use super::dcs::{read_cluster, read_patroni};
 use super::members::{Member, TopologyError};
-use crate::tls;
+use crate::{http, tls};
 
 /// Limit on the TCP connection.
 const CONNECT_LIMIT: Duration = Duration::from_secs(1);
@@ -123,16 +123,10 @@ impl Rest {
             format!("{url}: {}", crate::telemetry::chain(&error.without_url()))
         };
         let request = self.client.get(url.clone()).timeout(limit).send();
-        let mut response =
+        let response =
             request.await.and_then(reqwest::Response::error_for_status).map_err(failed)?;
-        let mut answer = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(failed)? {
-            answer.extend_from_slice(&chunk);
-            if ANSWER_BYTES_MAX < answer.len() {
-                return Err(format!("{url} answers with more than {ANSWER_BYTES_MAX} bytes"));
-            }
-        }
-        Ok(answer)
+        let answer = http::body(response, ANSWER_BYTES_MAX).await.map_err(failed)?;
+        answer.ok_or_else(|| format!("{url} answers with more than {ANSWER_BYTES_MAX} bytes"))
     }
 }
 

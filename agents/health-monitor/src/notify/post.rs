@@ -6,7 +6,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
-use reqwest::{Client, Response, Url, redirect};
+use reqwest::{Client, Response, Url};
+use shared::http;
 use shared::secret::{Secret, SecretError};
 use shared::telemetry::chain;
 use shared::tls::{self, TlsError};
@@ -98,16 +99,9 @@ impl Post {
         ca_file: Option<&Path>,
         key: impl Fn() -> String,
     ) -> Result<Self, PostSetupError> {
-        let builder = Client::builder().no_proxy().redirect(redirect::Policy::none());
-        let builder = builder.timeout(ANSWER_LIMIT).pool_max_idle_per_host(0);
-        let builder = if url.scheme() == "https" {
-            let tls = tls::client_config(ca_file)
-                .map_err(|source| PostSetupError::Certificates { key: key(), source })?;
-            builder.tls_backend_preconfigured((*tls).clone())
-        } else {
-            builder.tls_certs_only([])
-        };
-        let client = builder.build().map_err(PostSetupError::Client)?;
+        let builder = http::client(url.scheme() == "https", ca_file)
+            .map_err(|source| PostSetupError::Certificates { key: key(), source })?;
+        let client = builder.timeout(ANSWER_LIMIT).build().map_err(PostSetupError::Client)?;
         let url = Secret::new(url.as_str().to_owned());
         Ok(Self { client, url, login: None, headers: HeaderMap::new() })
     }

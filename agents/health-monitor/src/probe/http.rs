@@ -4,7 +4,7 @@ use std::error::Error;
 use std::path::Path;
 
 use chrono::{DateTime, Utc};
-use reqwest::{Client, ClientBuilder, StatusCode, Url, header, redirect};
+use reqwest::{Client, ClientBuilder, StatusCode, Url, header};
 use shared::secret::Secret;
 use shared::tls;
 
@@ -31,14 +31,7 @@ pub(super) struct Page {
 impl Http {
     /// A client that trusts the certificates in `ca_file`, or the system's. Errors name `key`.
     pub(super) fn trusting(ca_file: Option<&Path>, key: &str) -> Result<Self, SetupError> {
-        let tls = tls::client_config(ca_file)
-            .map_err(|source| SetupError::Certificates { key: format!("{key}.ca_file"), source })?;
-        Self::build(Client::builder().tls_backend_preconfigured((*tls).clone()))
-    }
-
-    /// A client for addresses without TLS, which needs nobody to trust.
-    fn plain() -> Result<Self, SetupError> {
-        Self::build(Client::builder().tls_certs_only([]))
+        Self::build(builder(true, ca_file, key)?)
     }
 
     /// A client for `url`. Errors name `key`.
@@ -47,19 +40,16 @@ impl Http {
         ca_file: Option<&Path>,
         key: &str,
     ) -> Result<Self, SetupError> {
-        if url.scheme() == "https" { Self::trusting(ca_file, key) } else { Self::plain() }
+        Self::build(builder(url.scheme() == "https", ca_file, key)?)
     }
 
     /// A client that connects to a Unix socket, whatever the address says.
-    pub(super) fn socket(path: &Path) -> Result<Self, SetupError> {
-        Self::build(Client::builder().tls_certs_only([]).unix_socket(path))
+    pub(super) fn socket(path: &Path, key: &str) -> Result<Self, SetupError> {
+        Self::build(builder(false, None, key)?.unix_socket(path))
     }
 
     fn build(builder: ClientBuilder) -> Result<Self, SetupError> {
-        let builder = builder.no_proxy().redirect(redirect::Policy::none());
-        // A kept connection hides that new ones are refused, and may belong to a question given up.
-        let client = builder.pool_max_idle_per_host(0).build().map_err(SetupError::Client)?;
-        Ok(Self(client))
+        builder.build().map(Self).map_err(SetupError::Client)
     }
 
     /// Reads a page. Any status is an answer, but that somebody must log in.
@@ -72,7 +62,7 @@ impl Http {
         if let Some((user, password)) = login {
             request = request.basic_auth(user, password.map(Secret::expose));
         }
-        let mut answer = request.send().await.map_err(|error| why(&error.without_url()))?;
+        let answer = request.send().await.map_err(|error| why(&error.without_url()))?;
         let status = answer.status();
         if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
             return Err(Failure {
@@ -82,15 +72,18 @@ impl Http {
         }
         let date = answer.headers().get(header::DATE).and_then(|it| it.to_str().ok());
         let date = date.and_then(|it| DateTime::parse_from_rfc2822(it).ok()).map(|it| it.to_utc());
-        let mut body = Vec::new();
-        while let Some(chunk) = answer.chunk().await.map_err(|error| why(&error.without_url()))? {
-            body.extend_from_slice(&chunk);
-            if ANSWER_BYTES_MAX < body.len() {
-                return Err(wrong(format!("the answer has more than {ANSWER_BYTES_MAX} bytes")));
-            }
-        }
+        let body = shared::http::body(answer, ANSWER_BYTES_MAX).await;
+        let body = body
+            .map_err(|error| why(&error.without_url()))?
+            .ok_or_else(|| wrong(format!("the answer has more than {ANSWER_BYTES_MAX} bytes")))?;
         Ok(Page { status, date, body })
     }
+}
+
+/// What a client is built with. Errors name `key`.
+fn builder(is_tls: bool, ca_file: Option<&Path>, key: &str) -> Result<ClientBuilder, SetupError> {
+    shared::http::client(is_tls, ca_file)
+        .map_err(|source| SetupError::Certificates { key: format!("{key}.ca_file"), source })
 }
 
 impl Page {

@@ -61,7 +61,7 @@ impl SwarmProbe {
             Ok(url)
         };
         Ok(Self {
-            http: Http::socket(&config.socket)?,
+            http: Http::socket(&config.socket, "swarm")?,
             stack: config.stack.clone(),
             services: at("services", &[("status", "true")])?,
             tasks: at("tasks", &[])?,

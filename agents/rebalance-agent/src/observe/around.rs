@@ -8,7 +8,9 @@ use reqwest::{Client, StatusCode};
 use serde::Deserialize;
 use serde_json::Value;
 use shared::etcd::{Etcd, KeyValue};
+use shared::http;
 use shared::telemetry::chain;
+use shared::topology::split_key;
 use tokio::time::timeout;
 
 use super::Observer;
@@ -70,18 +72,13 @@ async fn ask_monitor(client: &Client, url: &str) -> Known<Verdict> {
     let asked = async {
         let url = format!("{}/status", url.trim_end_matches('/'));
         let failed = |error: reqwest::Error| Unknown::because(chain(&error.without_url()));
-        let mut answer = client.get(url).send().await.map_err(failed)?;
+        let answer = client.get(url).send().await.map_err(failed)?;
         if answer.status() != StatusCode::OK {
             return Err(Unknown(format!("its status is {}", answer.status())));
         }
-        let mut body = Vec::new();
-        while let Some(chunk) = answer.chunk().await.map_err(failed)? {
-            body.extend_from_slice(&chunk);
-            if ANSWER_BYTES_MAX < body.len() {
-                return Err(Unknown(format!("it has more than {ANSWER_BYTES_MAX} bytes")));
-            }
-        }
-        read_status(&body)
+        let body = http::body(answer, ANSWER_BYTES_MAX).await.map_err(failed)?;
+        let too_long = || Unknown(format!("it has more than {ANSWER_BYTES_MAX} bytes"));
+        read_status(&body.ok_or_else(too_long)?)
     };
     let answer = timeout(HEALTH_LIMIT, asked).await;
     let answer = answer.unwrap_or_else(|_| Err(Unknown::because("no answer within 5s")));
@@ -119,10 +116,7 @@ fn activity(root: &str, key: &str) -> Option<Activity> {
 fn patroni_groups(root: &str, entries: &[KeyValue]) -> Known<Vec<PatroniGroup>> {
     let mut groups = std::collections::BTreeMap::<u32, PatroniGroup>::new();
     for entry in entries {
-        let below = entry.key.strip_prefix(root).unwrap_or(&entry.key);
-        let numbered = below.split_once('/');
-        let numbered = numbered.and_then(|(first, rest)| Some((first.parse().ok()?, rest)));
-        let (group, rest) = numbered.unwrap_or((0, below));
+        let Some((group, _, rest)) = split_key(root, &entry.key) else { continue };
         let it = groups.entry(group).or_insert(PatroniGroup {
             group,
             has_leader: false,
