@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use chrono::Utc;
 use serde_json::{Value, json};
 use shared::cli::{WrongUse, print};
@@ -174,10 +174,13 @@ async fn list(config: &Config, args: &ListArgs) -> anyhow::Result<()> {
         let nothing = nothing(config, args.group).await?;
         print(format!("no backups{nothing}; take one with `backup-agent backup`\n"))?;
     }
-    if problems.is_empty() {
-        return Ok(());
-    }
-    bail!("{}", problems.join("; "))
+    none_of(&problems)
+}
+
+/// Fails with all of these problems, if there is one.
+pub(crate) fn none_of(problems: &[String]) -> anyhow::Result<()> {
+    ensure!(problems.is_empty(), "{}", problems.join("; "));
+    Ok(())
 }
 
 /// Where it is that there is nothing.
@@ -370,10 +373,7 @@ async fn expire_command(config: &Config, args: &ExpireArgs) -> anyhow::Result<()
     } else if problems.is_empty() {
         print(format!("there is nothing{}\n", nothing(config, args.group).await?))?;
     }
-    if problems.is_empty() {
-        return Ok(());
-    }
-    bail!("{}", problems.join("; "))
+    none_of(&problems)
 }
 
 /// A plan, for people and for programs.

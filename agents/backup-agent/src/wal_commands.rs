@@ -8,6 +8,7 @@ use shared::table::Table;
 use shared::telemetry::chain;
 
 use crate::catalog::Catalog;
+use crate::commands::none_of;
 use crate::listing::heading;
 use crate::progress::Progress;
 use crate::quantities::{bytes, time};
@@ -55,25 +56,15 @@ pub async fn list(places: &[Place], retention: &Retention, as_json: bool) -> any
             texts.push(format!("{heading}\n{}", to_table(&ranges)));
         }
     }
-    if as_json {
-        shared::cli::print(format!("{:#}\n", json!(values)))?;
-    } else if texts.is_empty() {
-        shared::cli::print("no WAL is stored\n")?;
-    } else {
-        shared::cli::print(texts.join("\n"))?;
-    }
-    let plural = |count| if count == 1 { "" } else { "s" };
+    let text = if texts.is_empty() { "no WAL is stored\n".to_owned() } else { texts.join("\n") };
+    print(as_json, &values, text)?;
     let gaps = (gaps > 0)
         .then(|| format!("{gaps} gap{} in the WAL: no recovery goes across one", plural(gaps)));
     let strange = strange.first().map(|first| {
         let count = strange.len();
         format!("{count} object{} among the WAL that {NOT_WAL}: {first}", plural(count))
     });
-    let problems: Vec<String> = gaps.into_iter().chain(strange).collect();
-    if !problems.is_empty() {
-        bail!(problems.join("; "));
-    }
-    Ok(())
+    none_of(&gaps.into_iter().chain(strange).collect::<Vec<_>>())
 }
 
 /// The ranges of one database cluster, and below each what is after it.
@@ -227,11 +218,12 @@ pub async fn verify(
         }
     }
     if as_json || bad > 0 || read_back > 0 {
-        let all_good = format!("{read_back} WAL objects read back, all good");
-        print(as_json, &values, &table, &all_good)?;
+        let all_good = || format!("{read_back} WAL objects read back, all good\n");
+        let text = if table.is_empty() { all_good() } else { table.to_string() };
+        print(as_json, &values, text)?;
     }
     if bad > 0 {
-        bail!("{bad} problem{} in {read_back} WAL objects", if bad == 1 { "" } else { "s" });
+        bail!("{bad} problem{} in {read_back} WAL objects", plural(bad));
     }
     if read_back == 0 {
         bail!("no WAL is stored there: nothing was verified");
@@ -259,13 +251,10 @@ fn complain(table: &mut Table, values: &mut Vec<Value>, place: &Place, object: &
     table.row([place.group.to_string(), named]);
 }
 
-fn print(as_json: bool, values: &[Value], table: &Table, nothing: &str) -> anyhow::Result<()> {
-    let text = if as_json {
-        format!("{:#}\n", json!(values))
-    } else if table.is_empty() {
-        format!("{nothing}\n")
-    } else {
-        table.to_string()
-    };
-    shared::cli::print(text)
+fn print(as_json: bool, values: &[Value], text: String) -> anyhow::Result<()> {
+    shared::cli::print(if as_json { format!("{:#}\n", json!(values)) } else { text })
+}
+
+fn plural(count: usize) -> &'static str {
+    if count == 1 { "" } else { "s" }
 }
