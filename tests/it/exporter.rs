@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use harness::{
-    Agent, Finished, PgServer, RunningAgent, directory, eventually, program, server_port,
+    Agent, Finished, PatroniCluster, PgServer, RunningAgent, directory, eventually, program,
+    server_port,
 };
 use tempfile::TempDir;
 use tokio::time::Instant;
@@ -45,6 +46,16 @@ impl Exporter {
     /// Starts it for these servers, as the superuser, and waits until each was asked once.
     pub(crate) async fn start(nodes: &[String]) -> Self {
         let mut exporter = Self::configured("postgres", &nodes.concat(), "");
+        exporter.run().await;
+        exporter
+    }
+
+    /// Starts it for the members of a cluster of Patroni, as the superuser.
+    pub(crate) async fn of_patroni(cluster: &PatroniCluster) -> Self {
+        let (endpoints, scope) = (cluster.etcd.endpoints(), PatroniCluster::SCOPE);
+        let topology =
+            format!("[patroni]\nscope = \"{scope}\"\n[etcd]\nendpoints = {endpoints:?}\n");
+        let mut exporter = Self::configured("postgres", &topology, "");
         exporter.run().await;
         exporter
     }

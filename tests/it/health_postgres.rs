@@ -563,7 +563,7 @@ async fn settings_that_differ_or_wait_are_seen() {
 }
 
 /// Gives a server another certificate.
-async fn certify(server: &PgServer, identity: &Identity) {
+pub(crate) async fn certify(server: &PgServer, identity: &Identity) {
     let place = |from: &Path, name: &str| {
         let to = server.data_directory().join(name);
         fs::write(&to, fs::read(from).unwrap()).unwrap();

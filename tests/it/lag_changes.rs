@@ -390,11 +390,7 @@ async fn members_that_patroni_knows_appear_by_themselves() {
         return;
     }
     let mut cluster = PatroniCluster::start(2).await;
-    let endpoints = cluster.etcd.endpoints();
-    let scope = PatroniCluster::SCOPE;
-    let topology = format!("[patroni]\nscope = \"{scope}\"\n[etcd]\nendpoints = {endpoints:?}\n");
-    let mut exporter = Exporter::configured("postgres", &topology, "");
-    exporter.run().await;
+    let exporter = Exporter::of_patroni(&cluster).await;
     let old = cluster.leader().await;
     let names = [cluster.name(0).to_owned(), cluster.name(1).to_owned()];
     let (old_name, new_name) = (names[old].as_str(), names[1 - old].as_str());

@@ -18,19 +18,15 @@ async fn a_primary_whose_patroni_died_is_seen_beside_the_next() {
         return;
     }
     let mut cluster = PatroniCluster::start(2).await;
-    let endpoints = cluster.etcd.endpoints();
-    let scope = PatroniCluster::SCOPE;
-    let topology = format!("[patroni]\nscope = \"{scope}\"\n[etcd]\nendpoints = {endpoints:?}\n");
-    let mut exporter = Exporter::configured("postgres", &topology, "");
-    exporter.run().await;
+    let exporter = Exporter::of_patroni(&cluster).await;
     let old = cluster.leader().await;
     let (old_name, new_name) = (cluster.name(old).to_owned(), cluster.name(1 - old).to_owned());
     exporter.state(&new_name, "caught_up").await;
 
     cluster.kill9_patroni(old).await;
     let minute = Duration::from_mins(1);
-    exporter.until("two primaries", minute, |it| primaries(it) == Some(2.0)).await;
-    // Both write: only then it is sure.
+    exporter.until("two primaries", minute, |it| split_brain(it, "candidate")).await;
+    // Both write from now on: only then it is sure.
     for index in [old, 1 - old] {
         let client = cluster.connect(index).await;
         client.batch_execute("CREATE TABLE of_mine AS SELECT 1").await.unwrap();

@@ -5,14 +5,14 @@ use std::path::Path;
 use std::time::Duration;
 
 use harness::postgres::postgres_is_missing;
-use harness::program::give_to_server_user;
-use harness::{Authority, Identity, Mode, PgServer, Proxy, directory, skip};
+use harness::{Authority, Mode, PgServer, Proxy, directory, skip};
 use tempfile::TempDir;
 use tokio::task::JoinSet;
 use tokio_postgres::Client;
 
 use super::{After, Deep, Each, Hang, KEYS, May, Standard, begin};
 use crate::exporter::node;
+use crate::health_postgres::certify;
 use crate::monitor::Monitor;
 use crate::scene::write;
 
@@ -82,18 +82,6 @@ impl Scene {
         let monitor = Monitor::configured(KEYS, &tables).started().await;
         Self { monitor, primary, standby, link, authority, _directory: directory, _proxy: first }
     }
-}
-
-/// Gives a server another certificate.
-async fn certify(server: &PgServer, identity: &Identity) {
-    let place = |from: &Path, name: &str| {
-        let to = server.data_directory().join(name);
-        fs::write(&to, fs::read(from).unwrap()).unwrap();
-        give_to_server_user(&to);
-    };
-    place(&identity.certificate, "server.crt");
-    place(&identity.key, "server.key");
-    server.psql("SELECT pg_reload_conf()").await;
 }
 
 #[tokio::test]
