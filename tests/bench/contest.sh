@@ -9,30 +9,16 @@
 # Settings come from the environment: ROUNDS, SCALE, SEGMENTS, LEVEL, WORKERS.
 set -euo pipefail
 
-readonly work=$PWD
+# shellcheck source=tests/bench/inside.sh
+source "${BASH_SOURCE[0]%/*}/inside.sh"
+
 readonly data="$work/data"
 readonly sender="$work/sender"      # looks like a data directory: with the WAL segments to push
 readonly fetched="$work/fetched"    # where they are fetched to
 readonly restored="$work/restored"
-readonly log="$work/log"
-export PGHOST="$work" PGUSER=postgres PGDATABASE=postgres
 
 contestants=(pgbackrest pipe ours)
 ((LEVEL == 3)) || contestants+=(ours-3)
-
-say() {
-    printf '[%4ds] %s\n' "$SECONDS" "$*" >&2
-}
-
-die() {
-    printf '\ncontest: %s; the end of its log:\n' "$1" >&2
-    tail -n 20 "$log" >&2
-    exit 1
-}
-
-sql() {
-    psql --quiet --no-align --tuples-only --no-psqlrc --set ON_ERROR_STOP=1 --command "$1"
-}
 
 # --- the database ---------------------------------------------------------------------------------
 

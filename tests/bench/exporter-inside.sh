@@ -11,41 +11,15 @@
 # Settings come from the environment: ROUNDS, SWEEPS, PHASE (seconds), INTERVAL (seconds).
 set -euo pipefail
 
-readonly work=$PWD
-readonly log="$work/log"
+# shellcheck source=tests/bench/inside.sh
+source "${BASH_SOURCE[0]%/*}/inside.sh"
+
 readonly ports=(5432 5433 5434)
 readonly role=monitor
-export PGHOST="$work" PGUSER=postgres PGDATABASE=postgres
 
 contestants=(default replication ours)
 pids=()     # the processes of the contestant that runs
 urls=()     # and where they answer
-
-say() {
-    printf '[%4ds] %s\n' "$SECONDS" "$*" >&2
-}
-
-die() {
-    printf '\nexporter: %s; the end of its log:\n' "$1" >&2
-    tail -n 20 "$log" >&2
-    exit 1
-}
-
-# wait_for WHAT COMMAND…: until the command succeeds, or die.
-wait_for() {
-    local i what=$1
-    shift
-    for ((i = 0; i < 300; i++)); do
-        ! "$@" || return 0
-        sleep 0.2
-    done
-    die "$what"
-}
-
-# sql PORT STATEMENT
-sql() {
-    psql --quiet --no-align --tuples-only --no-psqlrc --set ON_ERROR_STOP=1 --port="$1" --command "$2"
-}
 
 measured() {
     printf '%s\t%s\t%s\t%s\t%s\n' "$@"
@@ -66,7 +40,7 @@ wal_receiver_status_interval = 1s
 log_connections = on
 CONF
     pg_ctl --pgdata="$work/5432" --options="-p 5432" --log="$work/5432.log" --wait start >>"$log"
-    sql 5432 "CREATE EXTENSION pg_stat_statements; CREATE TABLE written (at timestamptz);
+    PGPORT=5432 sql "CREATE EXTENSION pg_stat_statements; CREATE TABLE written (at timestamptz);
         CREATE ROLE $role LOGIN IN ROLE pg_monitor;"
     for port in 5433 5434; do
         pg_basebackup --port=5432 --pgdata="$work/$port" --write-recovery-conf --checkpoint=fast \
@@ -97,7 +71,7 @@ server_cpu() {
 statements() {
     local port
     for port in "${ports[@]}"; do
-        sql "$port" "SELECT coalesce(sum(calls), 0) FROM pg_stat_statements WHERE userid = '$role'::regrole"
+        PGPORT=$port sql "SELECT coalesce(sum(calls), 0) FROM pg_stat_statements WHERE userid = '$role'::regrole"
     done | awk '{ sum += $1 } END { print sum }'
 }
 
@@ -259,7 +233,7 @@ mend_it() {
 }
 
 caught_up() {
-    [[ $(sql 5432 "SELECT count(*) FROM pg_stat_replication WHERE replay_lsn >= pg_current_wal_flush_lsn()") == 2 ]]
+    [[ $(PGPORT=5432 sql "SELECT count(*) FROM pg_stat_replication WHERE replay_lsn >= pg_current_wal_flush_lsn()") == 2 ]]
 }
 
 # What a contestant says of that standby: is it up, and how far behind. A dash where it says nothing.
@@ -280,7 +254,7 @@ measure_fault() {
     start "$name"
     break_it "$fault"
     for ((i = 0; i < 30; i++)); do
-        sql 5432 "INSERT INTO written VALUES (clock_timestamp())"
+        PGPORT=5432 sql "INSERT INTO written VALUES (clock_timestamp())"
         sleep 0.5
     done
     : >"$work/page"

@@ -71,6 +71,6 @@ inside() {
     name=$(basename "$1" .sh)
     shift
     docker run --name "$container" --init --network none --shm-size 1g --user "$postgres_uid" \
-        --volume "$work" --workdir "$work" --volume "$root/tests/$script:/usr/local/bin/$name:ro" "$@" \
-        "$tests_image" bash "/usr/local/bin/$name"
+        --volume "$work" --workdir "$work" --volume "$root/tests/$script:/usr/local/bin/$name:ro" \
+        --volume "$root/tests/bench/inside.sh:/usr/local/bin/inside.sh:ro" "$@" "$tests_image" bash "/usr/local/bin/$name"
 }

@@ -5,20 +5,10 @@
 # KiB. Standard error says what is going on. Settings come from the environment: FILES, NOISE.
 set -euo pipefail
 
-readonly work=$PWD
+# shellcheck source=tests/bench/inside.sh
+source "${BASH_SOURCE[0]%/*}/inside.sh"
+
 readonly data="$work/data"
-readonly log="$work/log"
-export PGHOST="$work" PGUSER=postgres PGDATABASE=postgres
-
-say() {
-    printf '[%4ds] %s\n' "$SECONDS" "$*" >&2
-}
-
-die() {
-    printf '\nmany-files: %s; the end of its log:\n' "$1" >&2
-    tail -n 20 "$log" >&2
-    exit 1
-}
 
 configure() {
     backup-agent new-key "$work/key" >>"$log"

@@ -3,17 +3,14 @@
 # Settings come from the environment: SECONDS_OF_LOAD, CLIENTS, RATE.
 set -euo pipefail
 
-readonly work=$PWD
+# shellcheck source=tests/bench/inside.sh
+source "${BASH_SOURCE[0]%/*}/inside.sh"
+
 readonly data="$work/data"
 readonly samples="$work/samples"
-export PGHOST="$work" PGUSER=postgres PGDATABASE=postgres
-
-sql() {
-    psql --quiet --no-align --tuples-only --no-psqlrc --set ON_ERROR_STOP=1 --command "$1"
-}
 
 start_server() {
-    initdb --data-checksums --auth=trust --username=postgres --pgdata="$data" >"$work/log"
+    initdb --data-checksums --auth=trust --username=postgres --pgdata="$data" >"$log"
     cat >>"$data/postgresql.conf" <<CONF
 listen_addresses = ''
 unix_socket_directories = '$work'
@@ -21,8 +18,8 @@ max_wal_size = 4GB
 shared_buffers = 512MB
 ${SETTINGS:-}
 CONF
-    pg_ctl --pgdata="$data" --log="$work/server.log" --wait start >>"$work/log"
-    pgbench --initialize --scale=50 --quiet >>"$work/log" 2>&1
+    pg_ctl --pgdata="$data" --log="$work/server.log" --wait start >>"$log"
+    pgbench --initialize --scale=50 --quiet >>"$log" 2>&1
 }
 
 start_s3() {
@@ -30,11 +27,11 @@ start_s3() {
     printf 'key\n' >"$work/id"
     printf 'secret-of-the-benchmark\n' >"$work/secret"
     s3-server --listen 127.0.0.1:9000 --directory "$work/s3" --bucket pgmesh \
-        --access-key-id-file "$work/id" --secret-access-key-file "$work/secret" >>"$work/log" 2>&1 &
+        --access-key-id-file "$work/id" --secret-access-key-file "$work/secret" >>"$log" 2>&1 &
 }
 
 start_agent() {
-    backup-agent new-key "$work/key" >>"$work/log"
+    backup-agent new-key "$work/key" >>"$log"
     cat >"$work/agent.toml" <<TOML
 cluster = "bench"
 admin_address = "127.0.0.1:9632"

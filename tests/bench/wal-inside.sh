@@ -10,32 +10,19 @@
 # Settings come from the environment: ROUNDS, SCALE, SEGMENTS, PAUSES (milliseconds), AHEAD (segments).
 set -euo pipefail
 
-readonly work=$PWD
+# shellcheck source=tests/bench/inside.sh
+source "${BASH_SOURCE[0]%/*}/inside.sh"
+
 readonly data="$work/data"
 readonly base="$work/base"          # the base backup that every recovery starts from
 readonly plain="$work/plain"        # the segments, as the server wrote them
 readonly consumer="$work/consumer"  # looks like a data directory in recovery
 readonly restored="$work/restored"
-readonly log="$work/log"
-export PGHOST="$work" PGUSER=postgres PGDATABASE=postgres
 
+logs+=("$work/server.log")
 contestants=(pgbackrest ours alone plain)
 count=0
 expected=''
-
-say() {
-    printf '[%4ds] %s\n' "$SECONDS" "$*" >&2
-}
-
-die() {
-    printf '\nwal: %s; the end of its logs:\n' "$1" >&2
-    tail -n 20 "$log" "$work/server.log" >&2
-    exit 1
-}
-
-sql() {
-    psql --quiet --no-align --tuples-only --no-psqlrc --set ON_ERROR_STOP=1 --command "$1"
-}
 
 # --- the database ---------------------------------------------------------------------------------
 
