@@ -3,12 +3,11 @@
 
 use std::fs;
 
-use harness::Operation;
-use harness::PgServer;
 use harness::postgres::postgres_is_missing;
 use harness::program::give_to_server_user;
+use harness::{Mode, Operation, PgServer, eventually};
 
-use crate::receive::{LIMIT, RECEIVER, Receiving, WAL, commits, stored_up_to};
+use crate::receive::{LIMIT, RECEIVER, Receiving, WAL, commits, objects, stored_up_to};
 use crate::scene::{Kind, Scene, files, write};
 use crate::wal_files::{data_directory, run_in};
 
@@ -134,4 +133,62 @@ async fn nothing_is_pushed_with_another_key() {
     for file in ["000000010000000000000050", "00000002.history"] {
         run_in(&scene, &data, &["wal-push", &format!("pg_wal/{file}")]).await.assert_success();
     }
+}
+
+/// What the server has no other of is stored once more with the new key: the histories of its
+/// timelines, which never expire.
+#[tokio::test]
+async fn a_key_is_given_up_after_a_failover() {
+    if postgres_is_missing() {
+        return;
+    }
+    let (mut receiving, standby) = Receiving::with_standby(Kind::Directory, WAL).await;
+    eventually("the standby has the slot", LIMIT, async || !slot_lsn(&standby).await.is_empty())
+        .await;
+    receiving.primary().psql("CREATE TABLE marks (i int); INSERT INTO marks VALUES (1)").await;
+    receiving.stored_all().await;
+    standby.catch_up(receiving.primary()).await;
+    receiving.scene.primary.stop(Mode::Immediate).await;
+    standby.promote().await;
+    stored_up_to(&standby, standby.current_lsn().await).await;
+    receiving.scene.configure(&[&standby]);
+
+    let config = fs::read_to_string(receiving.scene.config()).unwrap();
+    let second = receiving.scene.path("key2");
+    write(&second, &format!("{}\n", "cd".repeat(32)));
+    let config = config.replace("write_key = \"k1\"", "write_key = \"k2\"");
+    let both =
+        format!("{config}[[encryption.keys]]\nid = \"k2\"\nfile = \"{}\"\n", second.display());
+    let key = receiving.scene.key().display().to_string();
+    let only = config.replace("\"k1\"", "\"k2\"").replace(&key, &second.display().to_string());
+    assert_ne!(only, config);
+    write(&receiving.scene.config(), &both);
+    receiving.restart_agent().await;
+    standby.psql("SELECT pg_switch_wal(); INSERT INTO marks VALUES (2)").await;
+    stored_up_to(&standby, standby.current_lsn().await).await;
+    receiving.scene.backup().await;
+    let histories = || objects(&receiving.scene, "00000002.history");
+    let twice = histories();
+    assert_eq!(twice.len(), 2, "{twice:?}");
+
+    // Without the old key, and without what was stored beside: the server has it.
+    write(&receiving.scene.config(), &only);
+    let longest = twice.iter().max_by_key(|path| path.as_os_str().len()).unwrap();
+    fs::remove_file(longest).unwrap();
+    let check = receiving.scene.run(&["check"]).await;
+    assert!(check.stdout.contains("00000002.history-"), "{check}");
+    receiving.restart_agent().await;
+    standby.psql("INSERT INTO marks VALUES (3)").await;
+    stored_up_to(&standby, standby.current_lsn().await).await;
+    assert_eq!(objects(&receiving.scene, "00000002.history"), twice);
+    let check = receiving.scene.run(&["check"]).await;
+    assert!(!check.stdout.contains("00000002.history-"), "{check}");
+
+    // The backup of the old key stays, and stops nothing.
+    let expire = receiving.scene.run(&["expire"]).await;
+    expire.assert_success();
+    assert!(expire.stdout.contains("its key is not configured"), "{expire}");
+    receiving.scene.run(&["list", "--wal"]).await.assert_code(0);
+    let restored = receiving.recover("restored").await;
+    assert_eq!(commits(&restored).await, "1,2,3");
 }

@@ -6,13 +6,15 @@ use std::time::Duration;
 
 use harness::postgres::postgres_is_missing;
 use harness::{
-    Effect, Fault, Finished, Mode, Operation, PgServer, Refusal, RunningAgent, eventually,
+    Effect, EtcdCluster, Fault, Finished, Mode, Operation, PgServer, Refusal, RunningAgent,
+    etcd_is_missing, eventually,
 };
 use serde_json::{Value, json};
 use tokio::time::Instant;
 use tokio_postgres::types::PgLsn;
 
 use crate::outage::admin_address;
+use crate::replicas::section;
 use crate::scene::{Kind, Scene, files, write};
 
 pub(crate) const LIMIT: Duration = Duration::from_mins(1);
@@ -33,7 +35,10 @@ impl Receiving {
     }
 
     pub(crate) async fn with(kind: Kind, wal: &str) -> Self {
-        let scene = Scene::streaming(kind, wal).await;
+        Self::of(Scene::streaming(kind, wal).await).await
+    }
+
+    async fn of(scene: Scene) -> Self {
         let agent = scene.agent().spawn(&["run"]);
         let receiving = Self { scene, agent };
         receiving.stored_all().await;
@@ -232,6 +237,62 @@ async fn wal_that_cannot_be_stored_is_kept_by_the_slot() {
     let restored = receiving.recover("restored").await;
     assert_eq!(commits(&restored).await, "1,2");
     assert_eq!(restored.psql("SELECT count(*) FROM load").await, "400000");
+}
+
+/// The repository's mount goes away, and an empty directory is there: nothing is acknowledged into it,
+/// neither while the agent runs nor by one that begins there.
+async fn nothing_is_received_into_an_empty_place(receiving: &mut Receiving) -> PathBuf {
+    receiving.primary().psql("CREATE TABLE marks (i int); INSERT INTO marks VALUES (1)").await;
+    receiving.stored_all().await;
+    let (path, away) = (receiving.scene.repository(), receiving.scene.path("away"));
+    fs::rename(&path, &away).unwrap();
+    fs::create_dir(&path).unwrap();
+    harness::program::give_to_server_user(&path);
+    let before = receiving.primary().current_lsn().await;
+    receiving.primary().psql("INSERT INTO marks VALUES (2); SELECT pg_switch_wal()").await;
+    receiving.agent.logged("is it mounted?", LIMIT).await;
+    receiving.agent.logged("holds no WAL, and WAL of ", LIMIT).await;
+    receiving.restart_agent().await;
+    receiving.primary().psql("INSERT INTO marks VALUES (3); SELECT pg_switch_wal()").await;
+    receiving.agent.logged("backup-agent begin --group 0", LIMIT).await;
+    let ask =
+        format!("SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = '{RECEIVER}'");
+    let slot: PgLsn = receiving.primary().psql(&ask).await.parse().unwrap();
+    assert!(slot <= before, "{slot} was given up, {before} is stored");
+    assert_eq!(files(&path), Vec::<PathBuf>::new());
+    away
+}
+
+#[tokio::test]
+async fn nothing_is_received_into_a_place_that_is_not_mounted() {
+    if postgres_is_missing() {
+        return;
+    }
+    let mut receiving = Receiving::start(Kind::Directory).await;
+    let away = nothing_is_received_into_an_empty_place(&mut receiving).await;
+    let path = receiving.scene.repository();
+    fs::remove_dir_all(&path).unwrap();
+    fs::rename(&away, &path).unwrap();
+    receiving.stored_all().await;
+    assert_eq!(commits(&receiving.recover("restored").await).await, "1,2,3");
+}
+
+/// Patroni makes its permanent slots before the agent runs for the first time.
+#[tokio::test]
+async fn a_slot_that_another_made_is_used_and_a_new_repository_is_begun_when_it_is_said() {
+    if postgres_is_missing() || etcd_is_missing() {
+        return;
+    }
+    let etcd = EtcdCluster::start(1).await;
+    let scene = Scene::streaming(Kind::Directory, &format!("{WAL}{}", section(&etcd))).await;
+    let make = format!("SELECT pg_create_physical_replication_slot('{RECEIVER}', true)");
+    scene.primary.psql(&make).await;
+    let mut receiving = Receiving::of(scene).await;
+    nothing_is_received_into_an_empty_place(&mut receiving).await;
+    receiving.scene.run(&["begin"]).await.assert_success();
+    receiving.stored_all().await;
+    receiving.scene.backup().await;
+    assert_eq!(commits(&receiving.recover("restored").await).await, "1,2,3");
 }
 
 /// A standby is promoted under load: the window goes on without a gap, and the old primary that

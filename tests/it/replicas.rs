@@ -48,7 +48,7 @@ fn something_is_missing() -> bool {
 }
 
 /// The section `[etcd]`.
-fn section(etcd: &EtcdCluster) -> String {
+pub(crate) fn section(etcd: &EtcdCluster) -> String {
     format!("[etcd]\nendpoints = [\"{}\"]\n", etcd.endpoints().join("\", \""))
 }
 

@@ -29,12 +29,33 @@ async fn rows(server: &PgServer) -> String {
     server.psql("SELECT string_agg(i::text, ',' ORDER BY i) FROM t").await
 }
 
+/// What the server's clock says, as `--target-time` takes it.
+async fn now(server: &PgServer) -> String {
+    let format = "YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"";
+    let now = "SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC'";
+    server.psql(&format!("{now}, '{format}')")).await
+}
+
 /// Restores with `arguments`, starts what comes of it, and returns it when it is a primary.
 async fn recover(scene: &Scene, name: &str, arguments: &[&str]) -> PgServer {
     let to = scene.restore(name, &[arguments, &["--target-action", "promote"][..]].concat()).await;
     let restored = PgServer::start_existing(&to).await;
     restored.recovered().await;
     restored
+}
+
+/// Restores in place of the primary, with `arguments`; returns the one that it replaces.
+async fn replace(scene: &mut Scene, name: &str, arguments: &[&str]) -> PgServer {
+    let to = scene.path(name);
+    let restore = ["restore", "--archive-mode", "preserve", "--to", to.to_str().unwrap()];
+    let promote = ["--target-action", "promote"];
+    scene.run(&[&restore[..], arguments, &promote].concat()).await.assert_success();
+    scene.primary.stop(Mode::Fast).await;
+    let replacement = PgServer::start_existing(&to).await;
+    replacement.recovered().await;
+    let old = std::mem::replace(&mut scene.primary, replacement);
+    scene.configure(&[&scene.primary]);
+    old
 }
 
 /// Retention removes the WAL behind an old backup. PostgreSQL reads ahead of its target, and took
@@ -137,14 +158,8 @@ async fn a_restore_follows_the_server_that_lives_and_not_what_was_given_up() {
     scene.backup().await;
     scene.primary.psql("INSERT INTO t VALUES (3)").await;
     scene.archive_wal().await;
-    let to = scene.path("replacement");
-    let restore = ["restore", "--archive-mode", "preserve", "--to", to.to_str().unwrap()];
-    let target = ["--backup", &id, "--target", "immediate", "--target-action", "promote"];
-    scene.run(&[&restore[..], &target].concat()).await.assert_success();
-    scene.primary.stop(Mode::Fast).await;
-    let replacement = PgServer::start_existing(&to).await;
-    replacement.recovered().await;
-    let old = std::mem::replace(&mut scene.primary, replacement);
+    let target = ["--backup", &id, "--target", "immediate"];
+    let old = replace(&mut scene, "replacement", &target).await;
     scene.primary.psql("INSERT INTO t VALUES (10)").await;
     scene.archive_wal().await;
 
@@ -160,6 +175,138 @@ async fn a_restore_follows_the_server_that_lives_and_not_what_was_given_up() {
     assert_eq!(rows(&restored).await, "1,10");
     let given_up = recover(&scene, "given-up", &["--target-timeline", "1"]).await;
     assert_eq!(rows(&given_up).await, "1,2,3");
+    drop(old);
+}
+
+/// The second restore was to a moment before the first one. Where it follows the timeline of the first,
+/// PostgreSQL writes a history whose positions fall.
+#[tokio::test]
+async fn a_second_restore_to_an_earlier_moment_is_archived_and_restored_as_any_other() {
+    if postgres_is_missing() {
+        return;
+    }
+    for timeline in [&[][..], &["--target-timeline", "2"]] {
+        let (mut scene, _) = scene_with_backup().await;
+        let mut moments = Vec::new();
+        for i in 2..5 {
+            scene.primary.psql(&format!("INSERT INTO t VALUES ({i})")).await;
+            moments.push(now(&scene.primary).await);
+            scene.archive_wal().await;
+        }
+        let first = replace(&mut scene, "first", &["--target-time", &moments[1]]).await;
+        assert_eq!(rows(&scene.primary).await, "1,2,3");
+        scene.primary.psql("INSERT INTO t VALUES (20)").await;
+        scene.archive_wal().await;
+
+        let earlier = ["--target-time", &moments[0]];
+        let second = replace(&mut scene, "second", &[&earlier[..], timeline].concat()).await;
+        assert_eq!(rows(&scene.primary).await, "1,2");
+        scene.primary.psql("INSERT INTO t VALUES (30)").await;
+        scene.archive_wal().await;
+        let history = scene.primary.data_directory().join("pg_wal/00000003.history");
+        let lines = fs::read_to_string(history).unwrap().lines().count();
+        assert_eq!(lines > 2, !timeline.is_empty(), "{timeline:?}");
+
+        assert_eq!(rows(&recover(&scene, "again", &[]).await).await, "1,2,30");
+        let left = recover(&scene, "left", &["--target-timeline", "2"]).await;
+        assert_eq!(rows(&left).await, "1,2,3,20");
+        backup(&scene).await;
+        scene.primary.psql("INSERT INTO t VALUES (31)").await;
+        scene.archive_wal().await;
+        assert_eq!(rows(&recover(&scene, "backed-up", &[]).await).await, "1,2,30,31");
+        drop((first, second));
+    }
+}
+
+/// What it comes to is the state of another moment, or the end of another timeline.
+#[tokio::test]
+async fn a_moment_of_what_was_left_behind_is_restored_only_on_its_timeline() {
+    if postgres_is_missing() {
+        return;
+    }
+    let (mut scene, id) = scene_with_backup().await;
+    scene.primary.psql("INSERT INTO t VALUES (2)").await;
+    let time = now(&scene.primary).await;
+    scene.primary.psql("INSERT INTO t VALUES (3)").await;
+    let old = replace(&mut scene, "new", &["--backup", &id, "--target", "immediate"]).await;
+    scene.primary.psql("INSERT INTO t VALUES (10)").await;
+    scene.archive_wal().await;
+
+    let to = scene.path("refused");
+    let restore = ["restore", "--archive-mode", "off", "--to", to.to_str().unwrap()];
+    let restore = [&restore[..], &["--target-time", &time]].concat();
+    let refused = scene.run(&restore).await;
+    assert_eq!(refused.code(), Some(1), "{}", refused.stderr);
+    assert!(refused.stderr.contains("--target-timeline 1"), "{}", refused.stderr);
+    let on_its_own = ["--target-time", &time, "--target-timeline", "1"];
+    assert_eq!(rows(&recover(&scene, "left", &on_its_own).await).await, "1,2");
+    drop(old);
+}
+
+/// A restore gave back the data of a copy that somebody had promoted and thrown away.
+#[tokio::test]
+async fn a_copy_that_was_promoted_beside_its_server_is_restored_only_if_it_is_named() {
+    if postgres_is_missing() {
+        return;
+    }
+    let (scene, _) = scene_with_backup().await;
+    let (to, refused) = (scene.path("copy"), scene.path("refused"));
+    let promote = ["--target", "immediate", "--target-action", "promote"];
+    let restore = ["restore", "--archive-mode", "preserve", "--to", to.to_str().unwrap()];
+    scene.run(&[&restore[..], &promote].concat()).await.assert_success();
+    let copy = PgServer::start_existing(&to).await;
+    copy.recovered().await;
+    copy.psql("INSERT INTO t VALUES (10); SELECT pg_switch_wal()").await;
+    let archived = "SELECT last_archived_wal ~ '^00000002[0-9A-F]{16}$' FROM pg_stat_archiver";
+    eventually("its WAL is archived", LIMIT, async || copy.psql(archived).await == "t").await;
+    drop(copy);
+    scene.primary.psql("INSERT INTO t VALUES (2)").await;
+    scene.archive_wal().await;
+
+    let restore = ["restore", "--archive-mode", "off", "--to", refused.to_str().unwrap()];
+    let refused = scene.run(&restore).await;
+    refused.assert_code(1);
+    assert!(refused.stderr.contains("--target-timeline 1 or --target-timeline 2"), "{refused}");
+    for (name, timeline, expected) in [("own", "1", "1,2"), ("copied", "2", "1,10")] {
+        let restored = recover(&scene, name, &["--target-timeline", timeline]).await;
+        assert_eq!(rows(&restored).await, expected);
+    }
+}
+
+/// A backup of what was left behind is newer, and leads nowhere.
+#[tokio::test]
+async fn the_retention_keeps_the_backup_that_leads_to_the_server_that_lives() {
+    if postgres_is_missing() {
+        return;
+    }
+    let retention = "[retention]\ndaily = 1\nweekly = 0\nmonthly = 0\nwal = \"1s\"\n\
+                     delete_after = \"0s\"\n";
+    let mut scene = Scene::with(Kind::Directory, retention).await;
+    scene.primary.psql("CREATE TABLE t AS SELECT 1 AS i").await;
+    let id = backup(&scene).await;
+    scene.primary.psql("INSERT INTO t VALUES (2)").await;
+    scene.archive_wal().await;
+    scene.backup().await;
+    let old = replace(&mut scene, "new", &["--backup", &id, "--target", "immediate"]).await;
+    scene.primary.psql("INSERT INTO t VALUES (10)").await;
+    scene.archive_wal().await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    for _ in 0..2 {
+        scene.run(&["expire", "--apply"]).await.assert_success();
+    }
+    assert_eq!(rows(&recover(&scene, "again", &[]).await).await, "1,10");
+
+    let newest = backup(&scene).await;
+    scene.primary.psql("INSERT INTO t VALUES (11)").await;
+    scene.archive_wal().await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    for _ in 0..2 {
+        scene.run(&["expire", "--apply"]).await.assert_success();
+    }
+    let listed = scene.list().await;
+    let listed: Vec<_> = listed.iter().map(|it| it["backup_id"].as_str().unwrap()).collect();
+    assert_eq!(listed, [&newest]);
+    assert_eq!(rows(&recover(&scene, "newest", &[]).await).await, "1,10,11");
     drop(old);
 }
 
@@ -278,8 +425,61 @@ async fn the_tablespace_of_a_server_that_lives_is_not_emptied_even_if_asked_for(
     assert_eq!(files(&location), before);
 }
 
+/// A recovery beside the server wrote over the tablespace that it had got after the backup.
+#[tokio::test]
+async fn a_recovery_that_would_make_a_living_servers_tablespace_again_is_refused() {
+    if postgres_is_missing() {
+        return;
+    }
+    let (scene, _) = scene_with_backup().await;
+    let before = now(&scene.primary).await;
+    scene.primary.tablespace("living").await;
+    scene.primary.psql("CREATE TABLE u TABLESPACE living AS SELECT 1 AS i").await;
+    scene.archive_wal().await;
+    let to = scene.path("copy");
+    let restore = ["restore", "--archive-mode", "off", "--to", to.to_str().unwrap()];
+    let refused = scene.run(&restore).await;
+    refused.assert_code(1);
+    assert!(refused.stderr.contains("write over that server's files"), "{refused}");
+    assert_eq!(rows(&recover(&scene, "earlier", &["--target-time", &before]).await).await, "1");
+    assert_eq!(scene.primary.psql("SELECT i FROM u").await, "1");
+}
+
 #[tokio::test]
 async fn wrong_use_is_2_whatever_a_directory_is_called() {
     Agent::without_config().run(&["restore", "--to", "wal-fetch"]).await.assert_code(2);
     Agent::without_config().run(&["wal-fetch", "--fast"]).await.assert_code(254);
+}
+
+/// What the recovery needed went into the standby's `postgresql.auto.conf`: it stopped for ever where
+/// the recovery did.
+#[tokio::test]
+async fn a_standby_that_is_built_from_a_restored_primary_follows_it() {
+    if postgres_is_missing() {
+        return;
+    }
+    let (scene, _) = scene_with_backup().await;
+    let restored = recover(&scene, "restored", &["--target", "immediate"]).await;
+    let path = restored.data_directory().join("postgresql.auto.conf");
+    let text = fs::read_to_string(&path).unwrap();
+    assert!(!text.contains("recovery_") && !text.contains("restore_command"), "{text}");
+    assert!(text.contains("archive_mode = 'off'"), "{text}");
+    let standby = restored.standby("standby1").await;
+    restored.psql("INSERT INTO t VALUES (2)").await;
+    eventually("the standby follows", LIMIT, async || rows(&standby).await == "1,2").await;
+}
+
+/// A hot standby stops where the primary's `max_connections` was raised, and nobody is told.
+#[tokio::test]
+async fn a_recovery_goes_past_a_raised_max_connections() {
+    if postgres_is_missing() {
+        return;
+    }
+    let (mut scene, _) = scene_with_backup().await;
+    scene.primary.psql("ALTER SYSTEM SET max_connections = 321").await;
+    scene.primary.stop(Mode::Fast).await;
+    scene.primary.start().await;
+    scene.primary.psql("INSERT INTO t VALUES (2)").await;
+    scene.archive_wal().await;
+    assert_eq!(rows(&recover(&scene, "restored", &[]).await).await, "1,2");
 }

@@ -126,6 +126,27 @@ async fn a_directory_that_is_not_there_is_not_an_empty_one() {
     assert!(!path.exists(), "the missing directory was made");
 }
 
+/// A mount that goes away leaves an empty directory, and brings the right one back.
+#[tokio::test]
+async fn another_directory_in_the_place_of_the_first_is_refused() {
+    let directory = directory();
+    let (path, away) = (directory.path().join("mount"), directory.path().join("away"));
+    std::fs::create_dir(&path).unwrap();
+    let text = format!("[directory]\npath = \"{}\"\n", path.display());
+    let config: StoreConfig = toml::from_str(&text).unwrap();
+    let store = ObjectStore::open(&config).await.unwrap().pinned().await.unwrap();
+    store.put("a", bytes(1), None).await.unwrap();
+    std::fs::rename(&path, &away).unwrap();
+    std::fs::create_dir(&path).unwrap();
+    let error = store.put("b", bytes(1), None).await.unwrap_err();
+    assert!(chain(&error).to_string().contains("is it mounted?"), "{error:?}");
+    store.list("", None, None).await.unwrap_err();
+    assert_eq!(std::fs::read_dir(&path).unwrap().count(), 0);
+    std::fs::remove_dir(&path).unwrap();
+    std::fs::rename(&away, &path).unwrap();
+    store.put("b", bytes(1), None).await.unwrap();
+}
+
 #[tokio::test]
 async fn the_s3_server_of_the_tests_keeps_its_promises() {
     let server = S3Server::start().await;

@@ -180,7 +180,7 @@ async fn fetch_from(
     path: &Path,
     until: Option<PgLsn>,
 ) -> Result<Fetched, ArchiveError> {
-    let found = wal::find(place, file).await?;
+    let found = wal::readable(place, wal::find(place, file).await?).await?;
     let found = match found.as_slice() {
         [one] => one,
         [] => return fetch_growing(place, file, path, until).await,

@@ -36,6 +36,8 @@ use crate::wal::{self, WalError};
 
 /// How often the repository is asked for the WAL that a backup waits for.
 const WAL_POLL: Duration = Duration::from_secs(1);
+/// WAL that is not there after this time is late: by then it is received or archived.
+const WAL_LATE: Duration = Duration::from_secs(30);
 
 /// The age at which an unfinished upload of something else than a base backup is nobody's.
 const FOREIGN_UPLOAD_AGE: TimeDelta = TimeDelta::days(1);
@@ -236,7 +238,7 @@ pub async fn take_backup(
     progress.begin("asking the servers", 0);
     let observed = observe(settings, &topology.nodes().await?, group).await;
     let mut source = source::choose(&observed, config, &[])?;
-    let place = repository.place(group, source.state.system_identifier);
+    let place = repository.place(group, source.state.system_identifier).pinned().await?;
     let lock = RunLock::take(connect(settings, &source.primary).await?)
         .await?
         .ok_or(BackupError::OtherRun { group })?;
@@ -267,7 +269,9 @@ pub async fn take_backup(
         backup_id: backup_id.clone(),
     };
     let copied = tokio::select! {
-        copied = Box::pin(copy(&place, &backup_id, stream, config, progress)) => copied?,
+        copied = Box::pin(copy(&place, &backup_id, stream, config, progress)) => {
+            or_clear_away(&place, &lock, copied).await?
+        }
         () = lock.lost() => return Err(lock_lost()),
     };
     for warning in &copied.verdict.warnings {
@@ -275,6 +279,7 @@ pub async fn take_backup(
     }
     info!(%backup_id, end_lsn = %copied.end_lsn, parts = copied.parts.len(), "stream stored");
 
+    let server_finished_at = Some(lock.now().await?);
     let commit = Commit {
         format: COMMIT_FORMAT,
         backup_id: backup_id.clone(),
@@ -286,6 +291,7 @@ pub async fn take_backup(
         wal_segment_bytes: source.state.wal_segment_bytes,
         started_at,
         finished_at: copied.finished_at,
+        server_finished_at,
         timeline: copied.timeline,
         start_lsn: copied.start_lsn,
         end_lsn: copied.end_lsn,
@@ -300,7 +306,8 @@ pub async fn take_backup(
     };
 
     progress.begin("waiting for WAL", 0);
-    wait_for_wal(&place, &commit, &source, &lock, config.wal_timeout).await?;
+    let waited = wait_for_wal(&place, &commit, &source, (&lock, slot), config.wal_timeout).await;
+    or_clear_away(&place, &lock, waited).await?;
 
     // From here on only a single put is left. Whoever lost the lock must not make it.
     if !lock.is_held().await.unwrap_or(false) {
@@ -410,11 +417,11 @@ async fn wait_for_wal(
     place: &Place,
     commit: &Commit,
     source: &Source,
-    lock: &RunLock,
+    (lock, slot): (&RunLock, &str),
     limit: Duration,
 ) -> Result<(), BackupError> {
-    let deadline = Instant::now() + limit;
-    let mut switched = !commit.from_standby;
+    let began_at = Instant::now();
+    let (mut switched, mut said) = (!commit.from_standby, false);
     loop {
         let Some(missing) = first_missing(place, commit).await? else { return Ok(()) };
         if !switched {
@@ -427,7 +434,17 @@ async fn wait_for_wal(
                 ),
             }
         }
-        if Instant::now() >= deadline {
+        let is_late = began_at.elapsed() > WAL_LATE;
+        if !said && (is_late || !lock.wal_is_taken(slot).await.unwrap_or(true)) {
+            said = true;
+            warn!(
+                missing,
+                slot,
+                "WAL that the backup needs is not stored yet: the log of `backup-agent run`, or the \
+                 server's about archive_command, tells why"
+            );
+        }
+        if began_at.elapsed() >= limit {
             return Err(BackupError::NoWal {
                 backup_id: commit.backup_id.clone(),
                 missing,
@@ -512,6 +529,25 @@ async fn remove_leftovers(place: &Place, catalog: &Catalog) -> Result<(), Reposi
         }
         Err(error) => Err(error.into()),
     }
+}
+
+/// What a step that failed leaves takes room that WAL may need: it is removed at once, as far as it
+/// can be. Not after the commit object was sent: a store may take it late.
+async fn or_clear_away<T>(
+    place: &Place,
+    lock: &RunLock,
+    outcome: Result<T, BackupError>,
+) -> Result<T, BackupError> {
+    if outcome.is_err() && lock.is_held().await.unwrap_or(false) {
+        let cleared = async { remove_leftovers(place, &Catalog::read(place).await?).await };
+        if let Err(error) = cleared.await {
+            warn!(
+                error = %chain(&error),
+                "leftovers of the failed backup not removed; the next run tries again"
+            );
+        }
+    }
+    outcome
 }
 
 fn report(commit: &Commit) {

@@ -191,6 +191,7 @@ async fn check_backups(context: &Context, group: u32, steps: &mut Steps) {
             let newest = catalog.backups.last().filter(|it| it.suspect.is_some());
             suspect = newest.map(|it| it.backup_id.to_string()).or(suspect);
             unreadable.extend(catalog.unreadable.iter().map(|(_, it)| chain(it).to_string()));
+            unreadable.extend(wal::locked(&place).await?.iter().map(|it| chain(it).to_string()));
         }
         Ok::<_, RepositoryError>((count, unreadable, suspect))
     };

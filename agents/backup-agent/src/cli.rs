@@ -89,6 +89,11 @@ pub enum Command {
         /// Where PostgreSQL wants a segment, as it gives it in %p
         path: PathBuf,
     },
+    /// Say that the repository is a new one: WAL is received into it though some was stored before
+    ///
+    /// Without it, a repository that holds nothing of a database cluster whose WAL was stored before is
+    /// refused: it may not be mounted. Take a backup next.
+    Begin(BeginArgs),
     /// Check the configuration and the files it names, and say what is wrong
     CheckConfig,
     /// Make an encryption key: 32 random bytes in base64
@@ -131,6 +136,14 @@ pub struct GroupArgs {
     /// Print JSON, for programs
     #[arg(long)]
     pub json: bool,
+}
+
+/// Options of `begin`.
+#[derive(Debug, Args)]
+pub struct BeginArgs {
+    /// The group [default: all of them]
+    #[arg(long)]
+    pub group: Option<u32>,
 }
 
 /// Options of `list`.
@@ -243,7 +256,8 @@ pub struct RestoreArgs {
     /// What PostgreSQL does at the target
     #[arg(long, value_enum, default_value = "pause")]
     pub target_action: Action,
-    /// Put a tablespace elsewhere; may be given several times
+    /// Put a tablespace elsewhere; may be given several times. One that was made after the backup is
+    /// made again by the recovery where it was: not beside the living server that has it
     #[arg(long, value_name = "OLD=NEW", value_parser = parse_tablespace)]
     pub tablespace: Vec<(PathBuf, PathBuf)>,
     /// Whether the restored server archives into the repository. There is no default: what is right

@@ -1,8 +1,9 @@
 //! The one-shot commands: what each prints, and when it counts as failed.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, anyhow, bail, ensure};
 use chrono::Utc;
 use serde_json::{Value, json};
 use shared::cli::{WrongUse, print};
@@ -10,17 +11,18 @@ use shared::config;
 use shared::etcd::Etcd;
 use shared::table::Table;
 use shared::telemetry::chain;
-use shared::topology::groups;
+use shared::topology::{groups, observe_group};
 
 use crate::archive;
 use crate::backup::{Context, take_backup};
 use crate::check::{Outcome, check};
 use crate::cli::{
-    Action, ArchiveMode, Cli, Command, ExpireArgs, GroupArgs, JsonArgs, ListArgs, RestoreArgs,
-    VerifyArgs,
+    Action, ArchiveMode, BeginArgs, Cli, Command, ExpireArgs, GroupArgs, JsonArgs, ListArgs,
+    RestoreArgs, VerifyArgs,
 };
 use crate::config::Config;
 use crate::expire::{self, Plan, Spare};
+use crate::follow::begun;
 use crate::keys::{new_key, new_key_file};
 use crate::listing::{self, Listing, heading};
 use crate::prefetch;
@@ -57,6 +59,7 @@ pub async fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::WalFetch { .. } => bail!("wal-fetch has its own way out"),
         Command::WalPrefetch { path: wanted } => prefetch::run(&load(&path)?, &wanted).await,
+        Command::Begin(args) => begin(&context(&path).await?, &args).await,
         Command::CheckConfig => check_config(&path).await,
         Command::NewKey { file } => make_key(file),
     }
@@ -93,19 +96,36 @@ async fn places(config: &Config, asked: Option<u32>) -> anyhow::Result<Vec<Place
     Ok(places)
 }
 
-async fn backup(context: &Context, args: &GroupArgs) -> anyhow::Result<()> {
+/// The groups that a command is for which talks to servers.
+async fn with_servers(context: &Context, asked: Option<u32>) -> anyhow::Result<BTreeSet<u32>> {
     if !context.config.has_servers() {
-        let problem = "neither [[nodes]] nor [patroni] is configured: no server to back up";
+        let problem = "neither [[nodes]] nor [patroni] is configured: no server to ask";
         bail!(WrongUse(problem.to_owned()));
     }
-    let mut groups = groups(&context.topology.nodes().await?);
-    if let Some(group) = args.group {
-        if !groups.contains(&group) {
-            let known = groups.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
-            bail!("group {group} has no servers; there are groups: {known}");
-        }
-        groups = [group].into();
+    let groups = groups(&context.topology.nodes().await?);
+    let Some(group) = asked else { return Ok(groups) };
+    if !groups.contains(&group) {
+        let known = groups.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
+        bail!("group {group} has no servers; there are groups: {known}");
     }
+    Ok([group].into())
+}
+
+async fn begin(context: &Context, args: &BeginArgs) -> anyhow::Result<()> {
+    for group in with_servers(context, args.group).await? {
+        let nodes = context.topology.nodes().await?;
+        let observed = observe_group(&context.settings, &nodes, group).await;
+        let (_, state) = observed.primary().map_err(|reason| anyhow!("group {group}: {reason}"))?;
+        let place = context.repository.place(group, state.system_identifier).pinned().await?;
+        begun::begin(&place).await?;
+        let (store, key) = (place.store().location(), place.key(""));
+        print(format!("the WAL of group {group} may be received into {store}/{key}\n"))?;
+    }
+    Ok(())
+}
+
+async fn backup(context: &Context, args: &GroupArgs) -> anyhow::Result<()> {
+    let groups = with_servers(context, args.group).await?;
     let (mut suspect, mut values, mut failed) = (Vec::new(), Vec::new(), Vec::new());
     for group in groups {
         let progress = Progress::default();
@@ -148,6 +168,9 @@ async fn backup(context: &Context, args: &GroupArgs) -> anyhow::Result<()> {
 async fn list(config: &Config, args: &ListArgs) -> anyhow::Result<()> {
     let ListArgs { wal, group: args } = args;
     let places = places(config, args.group).await?;
+    if args.group.is_some() && places.is_empty() {
+        bail!("there is nothing{}", nothing(config, args.group).await?);
+    }
     if *wal && places.is_empty() && !args.json {
         return print(format!("no WAL{}\n", nothing(config, args.group).await?));
     }
@@ -221,7 +244,7 @@ async fn restore_command(config_path: &Path, args: &RestoreArgs) -> anyhow::Resu
         backup_id: restored.commit.backup_id.clone(),
         suspect: restored.commit.suspect.is_some(),
         from_lsn: restored.commit.end_lsn,
-        from: restored.commit.finished_at,
+        from: restored.commit.reaches_from(),
         reach: Some(restored.reach),
     };
     if args.json {
@@ -263,12 +286,25 @@ fn afterwards(options: &RestoreOptions, action: Action) -> String {
         }
         _ => "",
     };
+    let limits = if options.pauses() {
+        "If its log says \"insufficient parameter settings\", the server's max_connections or the like \
+         was raised after the backup: raise it here too, and start again.\n"
+    } else {
+        "It takes no connections before that.\n"
+    };
+    let tablespaces = match options.target {
+        Target::Immediate => "",
+        _ => {
+            "A tablespace that was made after the backup is made again where it was: do not start it \
+             beside the living server that has it.\n"
+        }
+    };
     let archiving = if options.archive_off {
         "It does not archive: archive_mode is off in its postgresql.auto.conf.\n"
     } else {
         ""
     };
-    format!("{end}{time}{archiving}")
+    format!("{end}{limits}{time}{tablespaces}{archiving}")
 }
 
 /// The `restore_command` of the restored server: this very program with this configuration.
@@ -345,7 +381,7 @@ async fn expire_command(config: &Config, args: &ExpireArgs) -> anyhow::Result<()
     let (mut values, mut texts, mut problems) = (Vec::new(), Vec::new(), Vec::new());
     for place in places(config, args.group).await? {
         let (group, system_identifier) = (place.group, place.system_identifier);
-        let plan = match expire::plan(&place, &config.retention, Utc::now()).await {
+        let plan = match expire::plan(&place, &config.retention, None, Utc::now()).await {
             Ok(plan) => plan,
             Err(error) => {
                 problems.push(format!("nothing of group {group} goes: {}", chain(&error)));

@@ -93,6 +93,7 @@ impl StorageClass {
             | Kind::History
             | Kind::Tombstone
             | Kind::Gap
+            | Kind::Begun
             | Kind::Probe => &self.catalog,
         };
         class.as_deref()

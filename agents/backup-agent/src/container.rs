@@ -79,6 +79,8 @@ pub enum Kind {
     Probe = 8,
     /// Tells of WAL that is lost.
     Gap = 9,
+    /// Tells that a replication slot was made to fill this place.
+    Begun = 10,
 }
 
 /// What an object is called and where it belongs: part of its key.

@@ -8,13 +8,15 @@ use std::collections::BTreeSet;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use shared::store::StoreErrorKind;
+use shared::telemetry::chain;
+use tokio_postgres::types::PgLsn;
 use tracing::{info, warn};
 
 use crate::catalog::{Catalog, Tombstone, read_commit};
 use crate::container::Kind;
-use crate::manifest::BackupId;
+use crate::manifest::{BackupId, Commit, Suspicion};
 use crate::repository::{Place, RepositoryError};
-use crate::retention::{Decision, Retention, decide, spare_pieces, spare_remnants, spare_wal};
+use crate::retention::{Decision, Needs, Retention, decide};
 use crate::wal::piece::Piece;
 use crate::wal::remnant::{self, Remnant, What};
 use crate::wal::{WalError, WalMap, WalObject};
@@ -101,22 +103,37 @@ impl Plan {
     }
 }
 
-/// Works out what the retention asks for at `now`. Changes nothing.
+/// Works out what the retention asks for at `now`. Changes nothing. `primary` is the timeline that the
+/// cluster's primary writes, if one is known.
 ///
 /// # Errors
 ///
 /// The repository could not be read. A backup whose commit object is damaged stops everything:
-/// nobody knows what it needs.
+/// nobody knows what it needs. One whose key is not configured stays, with what it may need; but the
+/// newest has to have its key.
 pub async fn plan(
     place: &Place,
     retention: &Retention,
+    primary: Option<u32>,
     now: DateTime<Utc>,
 ) -> Result<Plan, WalError> {
     let mut catalog = Catalog::read(place).await?;
-    if let Some((_, error)) = catalog.unreadable.pop() {
-        return Err(error.into());
+    let mut locked = Vec::new();
+    for (backup_id, error) in catalog.unreadable.drain(..) {
+        let is_newest = catalog.newest.as_ref() == Some(&backup_id);
+        if !error.is_locked() || is_newest {
+            return Err(error.into());
+        }
+        warn!(%backup_id, error = %chain(&error), "backup kept, as nobody can read it");
+        if !locked.contains(&backup_id) {
+            locked.push(backup_id);
+        }
     }
-    let decisions = decide(&catalog.backups, retention, now);
+    let kept = locked.iter().map(|backup_id| Decision {
+        backup_id: backup_id.clone(),
+        keep: vec!["its key is not configured"],
+    });
+    let mut decisions: Vec<Decision> = kept.collect();
     let grace = TimeDelta::from_std(retention.delete_after).unwrap_or(TimeDelta::MAX);
     let named: BTreeSet<BackupId> =
         catalog.backups.iter().filter_map(|backup| backup.previous.clone()).collect();
@@ -137,26 +154,49 @@ pub async fn plan(
         return Ok(Plan { decisions, delete, marked, wal, pieces, remnants, named });
     };
     let map = WalMap::read(place, newest.wal_segment_bytes).await?;
+    decisions.extend(decide(&catalog.backups, &map, retention, primary, now));
     // What a marked backup needs stays as long as it can be brought back; one that is marked in
     // this very run, too.
+    let stand_ins: Vec<_> =
+        locked.iter().map(|id| stand_in(id, &catalog.backups, newest)).collect();
+    let like = newest.clone();
     let mut needed = catalog.backups;
+    needed.extend(stand_ins);
     for (backup_id, _) in &marked {
         match read_commit(place, backup_id).await {
             Ok(commit) => needed.push(commit),
             // Removed by hand: there is nothing to bring back.
             Err(RepositoryError::Store(error)) if error.kind == StoreErrorKind::NotFound => {}
+            Err(error) if error.is_locked() => needed.push(stand_in(backup_id, &needed, &like)),
             Err(error) => return Err(error.into()),
         }
     }
     // The one that began the window may have been marked late: what it reached then stays.
     let marked_at = marked.iter().filter_map(|(backup_id, _)| catalog.tombstones.get(backup_id));
     let at = marked_at.min().copied().unwrap_or(now).min(now);
-    let wal = spare_wal(&needed, &map, retention, at).into_iter().cloned().collect();
-    let pieces = spare_pieces(&needed, &map, retention, at).into_iter().cloned().collect();
+    let needs = Needs::new(&needed, &map, retention, primary, at);
+    let wal = needs.spare_wal().into_iter().cloned().collect();
+    let pieces = needs.spare_pieces().into_iter().cloned().collect();
     let remnants = remnant::list(place, map.segment_bytes).await?;
-    let remnants = spare_remnants(&needed, &remnants, map.segment_bytes, retention, at);
-    let remnants = remnants.into_iter().cloned().collect();
+    let remnants = needs.spare_remnants(&remnants).into_iter().cloned().collect();
     Ok(Plan { decisions, delete, marked, wal, pieces, remnants, named })
+}
+
+/// What a backup needs whose commit object nobody can read: its name says where it begins, and the next
+/// one began after its end. It is nothing to start from.
+fn stand_in(backup_id: &BackupId, backups: &[Commit], like: &Commit) -> Commit {
+    let (timeline, start_lsn) = backup_id.start();
+    let is_later = |it: &&Commit| it.backup_id > *backup_id && it.timeline == timeline;
+    let next = backups.iter().filter(is_later).map(|it| it.start_lsn).min();
+    let reason = "its key is not configured".to_owned();
+    Commit {
+        backup_id: backup_id.clone(),
+        timeline,
+        start_lsn,
+        end_lsn: next.unwrap_or(PgLsn::from(u64::MAX)),
+        suspect: Some(Suspicion { reason, warnings: Vec::new() }),
+        ..like.clone()
+    }
 }
 
 /// Carries out a plan.
@@ -215,5 +255,24 @@ async fn delete(place: &Place, name: &str) -> Result<bool, RepositoryError> {
         Ok(()) => Ok(true),
         Err(error) if error.kind == StoreErrorKind::Denied => Ok(false),
         Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recovery::tests::{backup, lsn};
+
+    /// A key was given up, and a backup was left under it.
+    #[test]
+    fn a_backup_that_nobody_can_read_needs_what_is_before_the_next() {
+        let (locked, next, other) = (backup(1, 5, false), backup(1, 9, false), backup(2, 7, false));
+        let backups = [other, next];
+        let found = stand_in(&locked.backup_id, &backups, &backups[1]);
+        assert_eq!((found.timeline, found.segments()), (1, 5..=8));
+        assert_eq!(found.start_lsn, lsn(5));
+        assert!(found.suspect.is_some());
+        let last = stand_in(&locked.backup_id, &backups[..1], &backups[0]);
+        assert!(last.segments().contains(&1_000_000));
     }
 }

@@ -3,6 +3,7 @@
 //! One part watches the servers: who is primary, what the slot costs it, and whether every standby
 //! has the slot. The other streams from the primary that the first has found, over timelines.
 
+pub(crate) mod begun;
 mod held_up;
 mod servers;
 
@@ -12,6 +13,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use serde_json::json;
+use shared::etcd::EtcdError;
 use shared::lease::Claim;
 use shared::pg::connect::connect;
 use shared::pg::wal::{HistoryEntry, parse_history};
@@ -94,6 +96,23 @@ pub enum FollowError {
         /// The server.
         node: String,
     },
+    /// WAL was stored before, and not here.
+    #[error(
+        "{place} holds no WAL, and WAL of {node} was stored before: nothing is received into it. Is \
+         the repository mounted, and are its prefix and bucket the right ones? If it is a new one, say \
+         so with `backup-agent begin --group {group}`, and take a backup"
+    )]
+    Empty {
+        /// The place in the repository.
+        place: String,
+        /// The server.
+        node: String,
+        /// The group.
+        group: u32,
+    },
+    /// The etcd that tells whether WAL was stored before did not answer.
+    #[error(transparent)]
+    Etcd(#[from] EtcdError),
     /// The server removed WAL that the slot should have held back.
     #[error(
         "{node} no longer has the WAL from {at} on timeline {timeline}, which its slot held back"
@@ -458,12 +477,16 @@ impl Follower {
         let settings =
             Settings { application_name: slot_name.clone(), ..self.context.settings.clone() };
         let place = self.context.repository.place(self.group, primary.system_identifier);
+        let place = place.pinned().await?;
         same_key::require(&place).await?;
+        require(&place, may_write)?;
+        wal::rekey(&place).await?;
         let connection = connect(&self.context.settings, &primary.node).await?;
         // The lease says that nobody but we may use it.
         if self.context.etcd.is_some() && slots::free(&connection, slot_name).await? {
             warn!(node = primary.node.name, slot = slot_name, "another connection had the slot");
         }
+        begun::require(&self.context, &place, (&connection, primary), may_write).await?;
         let slot = slots::ensure(&connection, slot_name).await?;
         self.made(&primary.node, slot);
         // Whether commits wait is asked before the first of them does.

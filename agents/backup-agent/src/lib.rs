@@ -40,6 +40,7 @@ pub mod outlook;
 pub mod recovery;
 pub mod restore;
 mod settings;
+mod tablespaces;
 mod unpack;
 pub mod verify;
 

@@ -20,8 +20,8 @@ pub struct Listing {
     backups: Vec<(Commit, Window)>,
     /// Backups that cannot be read, and why.
     unreadable: Vec<(BackupId, String)>,
-    /// The newest timeline of which WAL is stored.
-    newest_timeline: Option<u32>,
+    /// The cluster's own timeline, if that can be told.
+    own_timeline: Option<u32>,
     /// What a restore without a target does, if that is not to take the newest backup.
     plain_restore: Option<String>,
 }
@@ -37,8 +37,9 @@ impl Listing {
         let segment_bytes = backups.last().map_or(16 << 20, |it| it.wal_segment_bytes);
         let wal = WalMap::read(place, segment_bytes).await?;
         let plain_restore = plain_restore(&backups, &wal, newest.as_ref());
+        let own_timeline = wal.own(None).ok().flatten();
         let windows = backups.into_iter().map(|commit| {
-            let window = Window::of(&commit, &wal, TargetTimeline::Latest);
+            let window = Window::of(&commit, &wal, wal.followed(&commit, own_timeline));
             (commit, window)
         });
         let unreadable = unreadable.into_iter().map(|(id, error)| (id, chain(&error).to_string()));
@@ -47,7 +48,7 @@ impl Listing {
             system_identifier: place.system_identifier,
             backups: windows.collect(),
             unreadable: unreadable.collect(),
-            newest_timeline: wal.newest_with_wal(),
+            own_timeline,
             plain_restore,
         })
     }
@@ -107,6 +108,7 @@ impl Listing {
             let count = suspect.warnings.len();
             let warnings = match count {
                 0 => String::new(),
+                1 => " (1 warning of the server: list --json)".to_owned(),
                 _ => format!(" ({count} warnings of the server: list --json)"),
             };
             notes.push(format!("SUSPECT: {}{warnings}", suspect.reason));
@@ -122,10 +124,11 @@ impl Listing {
             }
             Then::End => {}
         }
-        if let Some(newest) = self.newest_timeline.filter(|newest| *newest > reach.timeline) {
+        // One that has just begun and has no WAL yet is greater.
+        if let Some(own) = self.own_timeline.filter(|own| *own > reach.timeline) {
             let timeline = reach.timeline;
             notes.push(format!(
-                "timeline {newest} has left it: restored only if it is asked for, by --backup or \
+                "timeline {own} has left it: restored only if it is asked for, by --backup or \
                  --target-timeline {timeline}"
             ));
         }
@@ -156,10 +159,11 @@ fn plain_restore(backups: &[Commit], wal: &WalMap, newest: Option<&BackupId>) ->
         Err(Unreachable::Suspect { .. }) => {
             "only suspect backups lead to the end of the WAL; name one with --backup".to_owned()
         }
-        Err(Unreachable::LeftBehind { newest, .. }) => {
-            format!("no backup leads to timeline {newest}, the newest; name another or a backup")
+        Err(Unreachable::LeftBehind { own, .. }) => {
+            format!("no backup leads to timeline {own}, the newest; name another or a backup")
         }
-        Err(Unreachable::Target { .. } | Unreachable::Unknown(_)) => {
+        Err(Unreachable::Rivals(rivals)) => rivals.to_string(),
+        Err(Unreachable::Target { .. } | Unreachable::Between { .. } | Unreachable::Unknown(_)) => {
             "no backup leads to the end of the WAL; give a target before what is missing".to_owned()
         }
     };
@@ -229,6 +233,7 @@ mod tests {
             wal_segment_bytes: 16 << 20,
             started_at: now(),
             finished_at: now() - chrono::TimeDelta::minutes(119),
+            server_finished_at: None,
             timeline,
             start_lsn: lsn,
             end_lsn: lsn,
@@ -267,7 +272,7 @@ mod tests {
             system_identifier: u64::MAX,
             backups,
             unreadable,
-            newest_timeline: Some(2),
+            own_timeline: Some(2),
             plain_restore: Some("A restore without a target is refused: why".to_owned()),
         };
         let expected = "\

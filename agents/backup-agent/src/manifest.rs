@@ -31,6 +31,14 @@ impl BackupId {
         &self.0
     }
 
+    /// The timeline and the position at which the backup starts, as the name says.
+    pub fn start(&self) -> (u32, PgLsn) {
+        let number = |part: Option<&str>| part.and_then(|it| u64::from_str_radix(it, 16).ok());
+        let mut parts = self.0.split('-').skip(1);
+        let timeline = number(parts.next()).and_then(|it| it.try_into().ok());
+        (timeline.unwrap_or(0), number(parts.next()).unwrap_or(0).into())
+    }
+
     /// The name of one of the backup's objects.
     pub fn object(&self, part: &str) -> String {
         format!("base/{}/{part}", self.0)
@@ -143,8 +151,11 @@ pub struct Commit {
     pub wal_segment_bytes: u64,
     /// When it began, by the agent's clock.
     pub started_at: DateTime<Utc>,
-    /// When it was complete, by the agent's clock: the earliest time a restore of it can reach.
+    /// When it was complete, by the agent's clock.
     pub finished_at: DateTime<Utc>,
+    /// When it was complete, by the primary's clock, which stamps commits; `None` if it did not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server_finished_at: Option<DateTime<Utc>>,
     /// The timeline, the same at start and end.
     pub timeline: u32,
     /// Where the WAL it needs starts.
@@ -173,6 +184,12 @@ pub struct Commit {
 }
 
 impl Commit {
+    /// The earliest time that a restore of it can reach, by whichever clock: a commit that is in it
+    /// must not count as one after that.
+    pub fn reaches_from(&self) -> DateTime<Utc> {
+        self.server_finished_at.map_or(self.finished_at, |at| at.max(self.finished_at))
+    }
+
     /// Bytes of the cluster: the tar stream.
     pub fn plain_bytes(&self) -> u64 {
         self.parts.iter().map(|part| part.plain_bytes).sum()

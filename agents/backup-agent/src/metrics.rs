@@ -200,10 +200,10 @@ impl State {
         observed.is_some_and(|it| it.outlook.gap_seen)
     }
 
-    /// The database cluster that is followed.
-    pub fn followed(&self, group: u32) -> Option<u64> {
+    /// The database cluster that is followed: its system identifier, and its primary's timeline.
+    pub fn followed(&self, group: u32) -> Option<(u64, u32)> {
         let following = self.snapshot().get(&group)?.following()?;
-        following.primary.map(|primary| primary.system_identifier)
+        following.primary.map(|primary| (primary.system_identifier, primary.timeline))
     }
 
     /// The database cluster that the repository was last read of.

@@ -1,8 +1,8 @@
 //! What the newest backup and the WAL after it come to: until when a moment can be restored, and
 //! whether a new backup is needed. Pure.
 //!
-//! Only what leads to the newest timeline counts. What that has left, by a failover or by a restore to
-//! an earlier moment, is nobody's database any more, and no backup mends a gap in it.
+//! Only what leads to the cluster's own timeline counts (see `wal/timelines.rs`). What that has left is
+//! nobody's database any more, and no backup mends a gap in it.
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
@@ -17,28 +17,32 @@ pub struct Outlook {
     pub reachable_until: Option<DateTime<Utc>>,
     /// The first WAL segment that is missing or ambiguous after it.
     pub broken_at: Option<String>,
-    /// Whether no backup leads to the newest timeline, or none is after the last recorded gap on the
-    /// way there.
+    /// Whether no backup leads to the primary's timeline, or none is after the last recorded gap on the
+    /// way to the cluster's own.
     pub needs_backup: bool,
     /// Whether WAL after the newest backup, suspect or not, is missing. What is on its way out of
     /// order looks the same, for a moment.
     pub gap_seen: bool,
 }
 
-/// The backups that lead to the newest timeline of which WAL is stored.
-pub fn leading<'a>(backups: &'a [Commit], wal: &WalMap) -> Vec<&'a Commit> {
-    let newest = wal.newest_with_wal().unwrap_or_default();
-    backups.iter().filter(|it| wal.newest_timeline(it.timeline, it.end_lsn) >= newest).collect()
+/// The backups that lead to the cluster's own timeline; none if nobody can tell which it is. `primary`
+/// is the timeline that the primary writes.
+pub fn leading<'a>(backups: &'a [Commit], wal: &WalMap, primary: Option<u32>) -> Vec<&'a Commit> {
+    let Ok(own) = wal.own(primary) else { return Vec::new() };
+    backups.iter().filter(|it| own.is_none_or(|own| wal.leads(it, own))).collect()
 }
 
 /// Works it out. `wal` has everything from the start of the newest backups of [`leading`] on. A suspect
 /// backup answers a gap too: its server would give no better one a minute later.
-pub fn outlook(backups: &[Commit], wal: &WalMap, gaps: &[Gap]) -> Outlook {
-    let leading = leading(backups, wal);
+pub fn outlook(backups: &[Commit], wal: &WalMap, gaps: &[Gap], primary: Option<u32>) -> Outlook {
+    let own = wal.own(primary).ok().flatten();
+    let leading = leading(backups, wal, primary);
     let Some(newest) = leading.last() else {
-        return Outlook { needs_backup: !backups.is_empty(), ..Outlook::default() };
+        // Any other server's backup would lead there as little.
+        let needs_backup = !backups.is_empty() && primary.is_some() && primary == own;
+        return Outlook { needs_backup, ..Outlook::default() };
     };
-    let timeline = wal.newest_timeline(newest.timeline, newest.end_lsn);
+    let timeline = wal.followed(newest, own);
     let history = wal.histories.get(&timeline).map_or(&[][..], Vec::as_slice);
     let is_on_the_way = |gap: &&Gap| {
         let left = history.iter().find(|entry| entry.timeline == gap.timeline);
@@ -46,8 +50,7 @@ pub fn outlook(backups: &[Commit], wal: &WalMap, gaps: &[Gap]) -> Outlook {
     };
     let end_lsn = leading.iter().map(|backup| backup.end_lsn).max();
     let mut gaps = gaps.iter().filter(is_on_the_way);
-    let reach =
-        |backup: &Commit| wal.reach(backup, wal.newest_timeline(backup.timeline, backup.end_lsn));
+    let reach = |backup: &Commit| wal.reach(backup, wal.followed(backup, own));
     let good = leading.iter().rfind(|backup| backup.suspect.is_none()).and_then(|it| reach(it));
     // The newest may be of a standby that was far behind.
     let is_gap = |reach: Reach| {
@@ -134,7 +137,7 @@ mod tests {
         ];
         for (case, backups, wal, expected) in cases {
             let backups: Vec<Commit> = backups.iter().map(|it| backup(it.0, it.1, it.2)).collect();
-            let found = outlook(&backups, &wal, &[gap(1, 7, 9)]);
+            let found = outlook(&backups, &wal, &[gap(1, 7, 9)], wal.newest_with_wal());
             assert_eq!((found.needs_backup, found.gap_seen), expected, "{case}");
         }
     }
@@ -145,22 +148,49 @@ mod tests {
         let backups = [backup(1, 2, false), backup(1, 10, false), backup(1, 20, false)];
         let timelines = [(1, (2..30).collect()), (2, (4..9).collect())];
         let wal = map(&timelines, &[(2, &[(1, 4)])]);
-        let found = outlook(&backups, &wal, &[]);
+        let found = outlook(&backups, &wal, &[], Some(2));
         let expected = Outlook { reachable_until: Some(at(8)), ..Outlook::default() };
         assert_eq!(found, expected);
-        let known: Vec<_> = leading(&backups, &wal).iter().map(|it| it.start_lsn).collect();
+        let known: Vec<_> =
+            leading(&backups, &wal, Some(2)).iter().map(|it| it.start_lsn).collect();
         assert_eq!(known, [lsn(2)]);
 
         // As soon as it was promoted there is a history, and no WAL.
         let promoted = map(&timelines[..1], &[(2, &[(1, 4)])]);
-        assert_eq!(outlook(&backups, &promoted, &[]).reachable_until, Some(at(29)));
+        let found = outlook(&backups, &promoted, &[], Some(2));
+        assert_eq!(found.reachable_until, Some(at(29)));
+    }
+
+    /// A copy was promoted beside its server and thrown away; then the retention removed the backup that
+    /// it came from.
+    #[test]
+    fn a_backup_is_asked_for_only_if_it_would_lead_to_the_primarys_timeline() {
+        let wal = map(&[(1, (2..30).collect()), (2, (7..9).collect())], &[(2, &[(1, 7)])]);
+        let (first, second) = (backup(1, 2, false), backup(1, 10, false));
+        let until = |minute| Some(at(minute));
+        for (case, backups, primary, expected) in [
+            (
+                "the server's, both",
+                vec![first.clone(), second.clone()],
+                Some(1),
+                (until(29), false),
+            ),
+            ("the server's, the newer one", vec![second.clone()], Some(1), (until(29), false)),
+            ("of the copy, if it were the primary", vec![first], Some(2), (until(8), false)),
+            ("nothing leads to the copy", vec![second.clone()], Some(2), (None, true)),
+            ("nobody knows which", vec![second.clone()], None, (None, false)),
+            ("just promoted, nothing stored", vec![second], Some(3), (None, false)),
+        ] {
+            let found = outlook(&backups, &wal, &[], primary);
+            assert_eq!((found.reachable_until, found.needs_backup), expected, "{case}");
+        }
     }
 
     #[test]
     fn what_can_be_reached_is_told_of_the_newest_good_backup() {
         let wal = map(&[(1, (2..7).chain(9..20).collect())], &[]);
         let backups = [backup(1, 2, false), backup(1, 10, true)];
-        let found = outlook(&backups, &wal, &[]);
+        let found = outlook(&backups, &wal, &[], None);
         let expected = Outlook {
             reachable_until: Some(at(6)),
             broken_at: Some("000000010000000000000007".to_owned()),

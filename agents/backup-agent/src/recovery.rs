@@ -7,7 +7,7 @@ use thiserror::Error;
 use tokio_postgres::types::PgLsn;
 
 use crate::manifest::{BackupId, Commit};
-use crate::wal::{Reach, Then, WalMap};
+use crate::wal::{Moment, Reach, Rivals, Then, WalMap};
 
 /// How far the clocks of store, server and agent may be apart before a time counts as beyond the
 /// newest WAL.
@@ -60,8 +60,8 @@ impl fmt::Display for Target {
 /// Which timeline a recovery follows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TargetTimeline {
-    /// The newest of which WAL is stored; from a backup that was asked for, the newest that descends
-    /// from it.
+    /// The cluster's own; from a backup that was asked for and does not lead there, the newest that
+    /// descends from it.
     #[default]
     Latest,
     /// The backup's own.
@@ -102,29 +102,19 @@ pub struct Window {
 
 impl Window {
     /// The window of a backup along a timeline.
-    pub fn of(backup: &Commit, wal: &WalMap, timeline: TargetTimeline) -> Self {
-        let target = match timeline {
-            TargetTimeline::Latest => wal.newest_timeline(backup.timeline, backup.end_lsn),
-            TargetTimeline::Current => backup.timeline,
-            TargetTimeline::Number(number) => number,
-        };
+    pub fn of(backup: &Commit, wal: &WalMap, timeline: u32) -> Self {
         Self {
             backup_id: backup.backup_id.clone(),
             suspect: backup.suspect.is_some(),
             from_lsn: backup.end_lsn,
-            from: backup.finished_at,
-            reach: wal.reach(backup, target),
+            from: backup.reaches_from(),
+            reach: wal.reach(backup, timeline),
         }
     }
 
     /// Whether the WAL that makes the backup consistent is there.
     pub fn is_consistent(&self) -> bool {
         self.reach.as_ref().is_some_and(|reach| reach.until_lsn >= self.from_lsn)
-    }
-
-    /// The timeline of the recovery; 0 if there is none.
-    fn timeline(&self) -> u32 {
-        self.reach.as_ref().map_or(0, |reach| reach.timeline)
     }
 
     /// Whether a recovery can stop there, as far as the repository tells.
@@ -209,31 +199,50 @@ pub enum Unreachable {
         /// What there is.
         windows: Vec<Window>,
     },
-    /// It can be reached, but not on the newest timeline.
+    /// It can be reached, but not on the cluster's own timeline.
     #[error(
-        "{target} cannot be reached on timeline {newest}, which is the newest. What was left when \
+        "{target} cannot be reached on timeline {own}, which is the newest. What was left when \
          it began is restored only with --target-timeline:\n{}", lines(.windows)
     )]
     LeftBehind {
         /// What was asked for.
         target: String,
-        /// The newest timeline of which WAL is stored.
-        newest: u32,
+        /// The cluster's own timeline.
+        own: u32,
         /// What there is.
         windows: Vec<Window>,
     },
+    /// The time is one of what was left behind.
+    #[error(
+        "{target} is after timeline {left} was left for the one that leads to timeline {own}, and before \
+         that began. With --target-timeline {left} the recovery ends with what was there at that time, \
+         with --target-timeline {own} without what was left behind"
+    )]
+    Between {
+        /// What was asked for.
+        target: String,
+        /// The timeline that was left.
+        left: u32,
+        /// The one that would be followed.
+        own: u32,
+    },
+    /// Nobody can tell which timeline is the cluster's own.
+    #[error(transparent)]
+    Rivals(#[from] Rivals),
 }
 
 /// Chooses the backup for a target: the newest from which it can be reached, so that the least
 /// WAL is replayed. Where a restore point or a transaction lies is not known in advance, so for
 /// them it is the oldest. A suspect backup is taken only by name.
 ///
-/// What another timeline has left, by a failover or by a restore to an earlier moment, is nobody's
-/// database any more, however new the backups of it are: it too is taken only by name.
+/// What the cluster's own timeline has left, by a failover or by a restore to an earlier moment, is
+/// nobody's database any more, however new the backups of it are: it too is taken only by name. A
+/// target before the own timeline began is recovered to on the timeline on which it lies, so that the
+/// history of what comes of it tells what happened.
 ///
 /// # Errors
 ///
-/// The repository proves that the target cannot be reached.
+/// The repository proves that the target cannot be reached, or does not tell what is meant.
 pub fn choose<'a>(
     backups: &'a [Commit],
     wal: &WalMap,
@@ -248,15 +257,18 @@ pub fn choose<'a>(
             vec![found.ok_or_else(|| Unreachable::Unknown(id.clone()))?]
         }
     };
-    let windows: Vec<Window> =
-        considered.iter().map(|backup| Window::of(backup, wal, timeline)).collect();
-    let newest = wal.newest_with_wal().unwrap_or_default();
-    let is_free = asked.is_none() && timeline == TargetTimeline::Latest;
-    let covers = |window: &&Window| window.covers(target);
-    let is_left = |window: &Window| is_free && window.timeline() < newest;
-    let mut fit = considered.iter().zip(&windows).filter(|(backup, window)| {
-        covers(window) && !is_left(window) && (asked.is_some() || backup.suspect.is_none())
-    });
+    let own = match timeline {
+        TargetTimeline::Latest => own(wal, asked.and(considered.first().copied()))?,
+        TargetTimeline::Current | TargetTimeline::Number(_) => None,
+    };
+    let windows = considered.iter().map(|backup| window(backup, wal, target, timeline, own));
+    let windows: Vec<Window> = windows.collect::<Result<_, _>>()?;
+    let is_left =
+        |backup: &Commit| asked.is_none() && own.is_some_and(|own| !wal.leads(backup, own));
+    let covering = considered.iter().zip(&windows).filter(|(_, window)| window.covers(target));
+    let mut fit = covering
+        .clone()
+        .filter(|(backup, _)| !is_left(backup) && (asked.is_some() || backup.suspect.is_none()));
     let chosen = match target {
         Target::Name(_) | Target::Xid(_) => {
             let is_whole = |(_, window): &(&&Commit, &Window)| window.covers(&Target::End);
@@ -269,14 +281,56 @@ pub fn choose<'a>(
     }
     let target = target.to_string();
     let (left, others): (Vec<_>, Vec<_>) =
-        windows.iter().filter(covers).partition(|window| is_left(window));
-    Err(if !others.is_empty() {
-        Unreachable::Suspect { target, windows }
-    } else if !left.is_empty() {
-        Unreachable::LeftBehind { target, newest, windows }
-    } else {
-        Unreachable::Target { target, windows }
+        covering.map(|(backup, _)| *backup).partition(|backup| is_left(backup));
+    Err(match own {
+        _ if !others.is_empty() => Unreachable::Suspect { target, windows },
+        Some(own) if !left.is_empty() => Unreachable::LeftBehind { target, own, windows },
+        _ => Unreachable::Target { target, windows },
     })
+}
+
+/// The cluster's own timeline, as far as that makes a difference to a backup that was asked for.
+fn own(wal: &WalMap, asked: Option<&Commit>) -> Result<Option<u32>, Rivals> {
+    let own = wal.own(None);
+    let Some(backup) = asked else { return own };
+    let mut led_to = wal.candidates(None).into_iter().filter(|it| wal.leads(backup, *it));
+    match (led_to.next(), led_to.next()) {
+        (Some(_), Some(_)) => own,
+        (only, _) => Ok(only),
+    }
+}
+
+/// What a backup can be recovered to, along the timeline on which the target lies.
+fn window(
+    backup: &Commit,
+    wal: &WalMap,
+    target: &Target,
+    timeline: TargetTimeline,
+    own: Option<u32>,
+) -> Result<Window, Unreachable> {
+    let followed = match timeline {
+        TargetTimeline::Current => return Ok(Window::of(backup, wal, backup.timeline)),
+        TargetTimeline::Number(number) => return Ok(Window::of(backup, wal, number)),
+        TargetTimeline::Latest => wal.followed(backup, own),
+    };
+    let window = Window::of(backup, wal, followed);
+    let is_left = own.is_some_and(|own| !wal.leads(backup, own));
+    let earlier = match target {
+        Target::Immediate => backup.timeline,
+        Target::Lsn(lsn) => wal.on_the_way(followed, *lsn),
+        Target::Time(at) if !is_left && window.covers(target) => match wal.moment(followed, *at) {
+            Moment::OnTheWay => followed,
+            Moment::Before(earlier) => earlier,
+            Moment::LeftBehind(left) => {
+                let (target, own) = (target.to_string(), followed);
+                return Err(Unreachable::Between { target, left, own });
+            }
+        },
+        Target::End | Target::Time(_) | Target::Name(_) | Target::Xid(_) => followed,
+    };
+    // Its last WAL may be stored as the beginning of the next one alone.
+    let earlier = Window::of(backup, wal, earlier);
+    Ok(if earlier.covers(target) { earlier } else { window })
 }
 
 fn lines(windows: &[Window]) -> String {
@@ -323,6 +377,7 @@ pub(crate) mod tests {
             wal_segment_bytes: SEGMENT,
             started_at,
             finished_at: at(u32::try_from(first).unwrap() + 2),
+            server_finished_at: None,
             timeline,
             start_lsn: lsn(first),
             end_lsn: lsn(first + 2),
@@ -383,8 +438,18 @@ pub(crate) mod tests {
                 .collect(),
             pieces: Pieces::new(),
             histories: histories.iter().map(|(timeline, it)| (*timeline, history(it))).collect(),
+            history_times: BTreeMap::new(),
             strange: Vec::new(),
         }
+    }
+
+    /// All WAL of a timeline was stored so many minutes later than the numbers of its segments say.
+    pub(crate) fn later(mut map: WalMap, timeline: u32, minutes: i64) -> WalMap {
+        let segments = map.segments.get_mut(&timeline).unwrap();
+        for wal in segments.values_mut().flatten() {
+            wal.stored_at += TimeDelta::minutes(minutes);
+        }
+        map
     }
 
     fn chosen(
@@ -492,17 +557,20 @@ pub(crate) mod tests {
     #[test]
     fn a_timeline_that_was_left_is_never_chosen_unasked() {
         let backups = [backup(1, 2, false), backup(1, 10, false), backup(1, 20, false)];
-        let histories: &[(u32, &[(u32, u64)])] = &[(2, &[(1, 4)])];
-        let wal = map(&[(1, (2..30).collect()), (2, (4..9).collect())], histories);
+        let histories: &[(u32, &[(u32, u64)])] = &[(2, &[(1, 7)])];
+        let wal = later(map(&[(1, (2..30).collect()), (2, (7..9).collect())], histories), 2, 40);
         let (latest, first) = (TargetTimeline::Latest, TargetTimeline::Number(1));
-        let live = Some((2, 2, 9));
+        let (live, before) = (Some((2, 2, 9)), Some((2, 1, 30)));
         let cases = [
             ("the end", Target::End, latest, live),
-            ("a backup alone", Target::Immediate, latest, live),
+            ("a backup alone, which ends before the branch", Target::Immediate, latest, before),
+            ("a position before the branch", Target::Lsn(lsn(6)), latest, before),
             ("a position of both", Target::Lsn(lsn(8)), latest, live),
             ("a position of what was left", Target::Lsn(lsn(25)), latest, None),
-            ("a time of both", Target::Time(at(7)), latest, live),
+            ("a time before the branch", Target::Time(at(6)), latest, before),
             ("a time of what was left", Target::Time(at(25)), latest, None),
+            ("a time between the two", Target::Time(at(40)), latest, None),
+            ("a time of what lives", Target::Time(at(47)), latest, live),
             ("a name", Target::Name("x".to_owned()), latest, live),
             ("the end of what was left", Target::End, first, Some((20, 1, 30))),
             ("a time of what was left, by number", Target::Time(at(25)), first, Some((20, 1, 30))),
@@ -510,6 +578,8 @@ pub(crate) mod tests {
         for (case, target, timeline, expected) in cases {
             assert_eq!(chosen(&backups, &wal, &target, timeline), expected, "{case}");
         }
+        let refused = choose(&backups, &wal, &Target::Time(at(25)), latest, None).unwrap_err();
+        assert!(matches!(refused, Unreachable::Between { left: 1, own: 2, .. }), "{refused}");
         let asked = Some(&backups[2].backup_id);
         let by_name = choose(&backups, &wal, &Target::End, latest, asked).unwrap();
         assert_eq!(by_name.reach.timeline, 1);
@@ -520,11 +590,35 @@ pub(crate) mod tests {
         assert_eq!(end, Some((20, 1, 30)));
     }
 
+    /// A copy was promoted beside its server, and thrown away.
+    #[test]
+    fn where_two_timelines_may_be_the_database_one_has_to_be_named() {
+        let backups = [backup(1, 2, false), backup(1, 10, false)];
+        let wal = map(&[(1, (2..30).collect()), (2, (7..9).collect())], &[(2, &[(1, 7)])]);
+        let latest = TargetTimeline::Latest;
+        for target in [Target::End, Target::Immediate, Target::Lsn(lsn(6))] {
+            let refused = choose(&backups, &wal, &target, latest, None);
+            let rivals = Rivals { newest: 2, other: 1 };
+            assert_eq!(refused, Err(Unreachable::Rivals(rivals)), "{target}");
+        }
+        let asked = |index: usize| {
+            let asked = Some(&backups[index].backup_id);
+            choose(&backups, &wal, &Target::End, latest, asked).map(|it| it.reach.timeline)
+        };
+        assert!(asked(0).is_err(), "both go on from the first");
+        assert_eq!(asked(1), Ok(1), "only the server's own");
+        for (timeline, expected) in [(1, Some((10, 1, 30))), (2, Some((2, 2, 9)))] {
+            let timeline = TargetTimeline::Number(timeline);
+            assert_eq!(chosen(&backups, &wal, &Target::End, timeline), expected);
+        }
+    }
+
     /// A standby that lacked the end of the only backup was promoted.
     #[test]
     fn a_failover_before_the_end_of_the_only_backup_leaves_nothing_to_choose() {
         let backups = [backup(1, 10, false)];
         let wal = map(&[(1, (10..15).collect()), (2, (11..14).collect())], &[(2, &[(1, 11)])]);
+        let wal = later(wal, 2, 10);
         for target in [Target::End, Target::Immediate, Target::Lsn(lsn(13))] {
             let refused = choose(&backups, &wal, &target, TargetTimeline::Latest, None);
             let message = refused.unwrap_err().to_string();
@@ -561,6 +655,21 @@ pub(crate) mod tests {
         assert_eq!(chosen(&backups, &wal, &Target::End, TargetTimeline::Latest), None);
         let before = chosen(&backups, &wal, &Target::Lsn(lsn(5)), TargetTimeline::Latest);
         assert_eq!(before, Some((2, 1, 6)));
+    }
+
+    /// The primary's clock was ahead of the agent's: a commit at minute 21 by it is in the second backup.
+    #[test]
+    fn a_backup_is_no_start_for_a_time_at_which_it_was_not_complete_by_the_servers_clock() {
+        let later = Commit { server_finished_at: Some(at(22)), ..backup(1, 10, false) };
+        let backups = [backup(1, 2, false), later];
+        let wal = map(&[(1, (2..30).collect())], &[]);
+        for (minute, expected) in [(13, 2), (21, 2), (22, 10)] {
+            let target = Target::Time(at(minute));
+            let found = chosen(&backups, &wal, &target, TargetTimeline::Latest);
+            assert_eq!(found.map(|(start, ..)| start), Some(expected), "{minute}");
+        }
+        let earlier = Commit { server_finished_at: Some(at(1)), ..backup(1, 10, false) };
+        assert_eq!(earlier.reaches_from(), earlier.finished_at);
     }
 
     #[test]

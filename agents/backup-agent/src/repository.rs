@@ -6,6 +6,7 @@
 //!     wal/<timeline>/<16 hex digits>/<segment>-<content hash>
 //!     history/<file name>-<content hash>
 //!     tombstone/<backup id>
+//!     begun
 //! ```
 //!
 //! A name below the system identifier's folder is the object's name, which is part of its key.
@@ -109,6 +110,11 @@ impl RepositoryError {
     /// Tells whether the store forbids it: Object Lock, or no permission.
     pub fn is_denied(&self) -> bool {
         matches!(self, Self::Store(error) if error.kind == StoreErrorKind::Denied)
+    }
+
+    /// Tells whether the key that sealed an object is not configured.
+    pub fn is_locked(&self) -> bool {
+        matches!(self, Self::Container(ContainerError::MissingKey { .. }))
     }
 
     /// Tells whether a key is configured under the id of another.
@@ -235,6 +241,16 @@ impl Place {
     /// The storage class that objects of a kind are given.
     pub fn class(&self, kind: Kind) -> Option<&str> {
         self.repository.class.of(kind)
+    }
+
+    /// The same place for work that must not go on elsewhere ([`ObjectStore::pinned`]).
+    ///
+    /// # Errors
+    ///
+    /// The store is a directory that is not there.
+    pub async fn pinned(mut self) -> Result<Self, RepositoryError> {
+        self.repository.store = self.repository.store.pinned().await?;
+        Ok(self)
     }
 
     /// Lists the objects whose names start with `prefix`; each with its name for a key.

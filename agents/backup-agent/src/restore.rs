@@ -26,8 +26,9 @@ use crate::members::Members;
 use crate::progress::Progress;
 use crate::recovery::{Choice, Target, TargetTimeline, Unreachable, choose};
 use crate::repository::{ObjectReader, Place, Repository, RepositoryError};
+use crate::tablespaces::refuse_later_tablespaces;
 use crate::unpack::{begin_state, read_state, unpack};
-use crate::wal::{Reach, WalError, WalMap};
+use crate::wal::{LeftBehind, Reach, WalError, WalMap};
 
 /// What is asked for.
 #[derive(Clone, Debug)]
@@ -56,6 +57,13 @@ pub struct RestoreOptions {
     pub archive_off: bool,
     /// How PostgreSQL fetches WAL.
     pub restore_command: String,
+}
+
+impl RestoreOptions {
+    /// Whether the server stays in recovery at the target, for a look.
+    pub fn pauses(&self) -> bool {
+        self.target != Target::End && self.action == "pause"
+    }
 }
 
 /// Why there is no restored directory.
@@ -117,6 +125,30 @@ pub enum RestoreError {
         path: PathBuf,
         /// The first name in it.
         found: String,
+    },
+    /// The server made a tablespace after the backup, and its place here is not empty.
+    #[error(
+        "after the backup a tablespace was made at {}, which holds {found}: perhaps a living \
+         server's. The recovery would write over it. Restore on another machine, or empty it \
+         yourself", path.display()
+    )]
+    LaterTablespaceInUse {
+        /// The location.
+        path: PathBuf,
+        /// The first name in it.
+        found: String,
+    },
+    /// A server that runs here has a tablespace that the backup has not.
+    #[error(
+        "the server in {} has a tablespace at {}, which the backup has not: the recovery would make it \
+         again there, and write over that server's files. Restore on another machine or in a \
+         container, or to a time before it was made", server.display(), path.display()
+    )]
+    LivingTablespace {
+        /// The location.
+        path: PathBuf,
+        /// The server's data directory.
+        server: PathBuf,
     },
     /// A tablespace's place is not empty, and is not the data directory's that is replaced.
     #[error(
@@ -285,6 +317,7 @@ pub async fn restore(
     let Choice { backup, reach } =
         choose(&catalog.backups, &wal, &options.target, options.timeline, asked)?;
     refuse_to_guess(&catalog, &backup.backup_id, options)?;
+    refuse_later_tablespaces(&catalog, backup, options)?;
     say(backup, &reach, &wal, options);
     let members = read_members(&place, backup).await?;
     let manifest = open_manifest(&place, backup).await?;
@@ -332,19 +365,22 @@ fn say(backup: &Commit, reach: &Reach, wal: &WalMap, options: &RestoreOptions) {
     if options.timeline != TargetTimeline::Latest {
         return;
     }
-    let newest = wal.newest_with_wal();
-    if newest > Some(reach.timeline) {
+    let followed = reach.timeline;
+    if let Ok(Some(own)) = wal.own(None)
+        && !wal.leads(backup, own)
+    {
         warn!(
-            newest,
-            followed = reach.timeline,
-            "the newest timeline is another one: what it has is not in what is restored"
+            newest = own,
+            followed, "the newest timeline is another one: what it has is not in what is restored"
         );
     }
-    for (timeline, segment) in wal.left_behind(backup, reach.timeline) {
+    let is_of_backup = |left: &LeftBehind| left.timeline >= backup.timeline;
+    for left in wal.left_behind(followed).filter(is_of_backup) {
         warn!(
-            timeline,
-            segment,
-            followed = reach.timeline,
+            timeline = left.timeline,
+            from_lsn = %left.from_lsn,
+            until_lsn = %left.until_lsn,
+            followed,
             "another timeline goes on after the one that is followed branched off it; \
              choose with --target-timeline"
         );

@@ -67,32 +67,54 @@ pub struct Decision {
     pub keep: Vec<&'static str>,
 }
 
-/// Decides for each backup, oldest first.
+/// Decides for each backup, oldest first. `primary` is the timeline that the cluster's primary writes,
+/// if one is known.
 ///
-/// A suspect backup fills nobody's place: it stays for a look while it is as young as the WAL,
-/// and as long as there is no other.
-pub fn decide(backups: &[Commit], retention: &Retention, now: DateTime<Utc>) -> Vec<Decision> {
+/// The newest backup and those of days, weeks and months are chosen among those that lead to the
+/// cluster's own timeline, and once more among all: what was left is given up by a person, not by
+/// the next backup. A suspect backup fills nobody's place: it stays for a look while it is as young
+/// as the WAL, and as long as there is no other.
+pub fn decide(
+    backups: &[Commit],
+    wal: &WalMap,
+    retention: &Retention,
+    primary: Option<u32>,
+    now: DateTime<Utc>,
+) -> Vec<Decision> {
     let window_start = ago(retention.wal, now);
     let mut oldest_first: Vec<&Commit> = backups.iter().collect();
     oldest_first.sort_by_key(|backup| backup.finished_at);
     let good: Vec<&Commit> =
         oldest_first.iter().copied().filter(|backup| backup.suspect.is_none()).collect();
 
-    let daily = newest_of_each(&good, retention.daily, |at| (at.year(), at.ordinal()));
+    let own = wal.candidates(primary);
+    let leading = own.iter().map(|timeline| leading(&good, wal, *timeline));
+    let leading: Vec<Vec<&Commit>> = leading.filter(|it| !it.is_empty()).collect();
+    let newest: Vec<&BackupId> =
+        if leading.is_empty() { vec![&good] } else { leading.iter().collect() }
+            .into_iter()
+            .filter_map(|it: &Vec<&Commit>| it.last().map(|backup| &backup.backup_id))
+            .collect();
+    let all = || leading.iter().chain([&good]);
+    let daily = newest_of_each(all(), retention.daily, |at| (at.year(), at.ordinal()));
     let weekly =
-        newest_of_each(&good, retention.weekly, |at| (at.iso_week().year(), at.iso_week().week()));
-    let monthly = newest_of_each(&good, retention.monthly, |at| (at.year(), at.month()));
-    let newest = good.last().map(|backup| &backup.backup_id);
-    // Until a backup is as old as the window, the oldest serves what there is of it.
-    let anchor = anchor(&good, window_start).or(good.first().copied());
-    let anchor = anchor.map(|backup| &backup.backup_id);
+        newest_of_each(all(), retention.weekly, |at| (at.iso_week().year(), at.iso_week().week()));
+    let monthly = newest_of_each(all(), retention.monthly, |at| (at.year(), at.month()));
+    let anchors = anchors(&good, wal, primary, window_start);
+    let starts = |id: &BackupId, is_own: bool| {
+        let starts = |(timeline, backup): &(u32, &Commit)| {
+            backup.backup_id == *id && (own.is_empty() || own.contains(timeline)) == is_own
+        };
+        anchors.iter().any(starts)
+    };
 
     let decide = |backup: &&Commit| {
         let id = &backup.backup_id;
         let young = backup.finished_at > window_start;
         let reasons = [
-            (newest == Some(id), "newest"),
-            (anchor == Some(id), "start of the WAL window"),
+            (newest.contains(&id), "newest"),
+            (starts(id, true), "start of the WAL window"),
+            (starts(id, false), "start of the WAL of a timeline that was left"),
             (good.is_empty(), "nothing better than suspect backups"),
             (backup.suspect.is_some() && young, "suspect, kept for a look"),
             (daily.contains(id), "daily"),
@@ -105,100 +127,108 @@ pub fn decide(backups: &[Commit], retention: &Retention, now: DateTime<Utc>) -> 
     oldest_first.iter().map(decide).collect()
 }
 
-/// Returns the WAL that no kept backup needs, neither to become consistent nor to reach a moment
-/// in the window. Without a backup to start from, nothing may go.
-pub fn spare_wal<'a>(
-    kept: &[Commit],
-    wal: &'a WalMap,
-    retention: &Retention,
-    now: DateTime<Utc>,
-) -> Vec<&'a WalObject> {
-    let window_start = wal_window_start(retention, now);
-    let Some(needs) = Needs::new(kept, wal.segment_bytes, window_start) else { return Vec::new() };
-    let all = wal.segments.iter().flat_map(|(timeline, segments)| {
-        segments.iter().flat_map(move |(number, objects)| {
-            objects.iter().map(move |object| (*timeline, *number, object))
-        })
-    });
-    all.filter(|(timeline, number, object)| {
-        object.stored_at < window_start && !needs.has(*timeline, *number)
-    })
-    .map(|(_, _, object)| object)
-    .collect()
-}
-
-/// Returns the pieces of segments that nothing needs, as [`spare_wal`]: the ends of timelines that
-/// were left. Those of complete segments are the receiver's to remove.
-pub fn spare_pieces<'a>(
-    kept: &[Commit],
-    wal: &'a WalMap,
-    retention: &Retention,
-    now: DateTime<Utc>,
-) -> Vec<&'a Piece> {
-    let window_start = wal_window_start(retention, now);
-    let Some(needs) = Needs::new(kept, wal.segment_bytes, window_start) else { return Vec::new() };
-    let is_spare = |piece: &&Piece| {
-        let Segment { timeline, number } = piece.segment;
-        piece.stored_at < window_start && !needs.has(timeline, number)
-    };
-    wal.pieces.values().flatten().filter(is_spare).collect()
-}
-
-/// Returns what goes with WAL that nothing needs, as [`spare_wal`]. `segment_bytes` is the cluster's
-/// `wal_segment_size`.
-pub fn spare_remnants<'a>(
-    kept: &[Commit],
-    remnants: &'a [Remnant],
-    segment_bytes: u64,
-    retention: &Retention,
-    now: DateTime<Utc>,
-) -> Vec<&'a Remnant> {
-    let window_start = wal_window_start(retention, now);
-    let Some(needs) = Needs::new(kept, segment_bytes, window_start) else { return Vec::new() };
-    let is_spare = |remnant: &&Remnant| {
-        let Segment { timeline, number } = remnant.segment;
-        remnant.stored_at < window_start && !needs.has(timeline, number)
-    };
-    remnants.iter().filter(is_spare).collect()
-}
-
-/// Whether nothing needs a segment (timeline, number), as [`spare_wal`]; it is no loss if that is
-/// missing. Without a backup to start from, everything is needed.
-pub fn is_spare(
-    kept: &[Commit],
-    segment_bytes: u64,
-    retention: &Retention,
-    now: DateTime<Utc>,
-) -> impl Fn(Segment) -> bool {
-    let needs = Needs::new(kept, segment_bytes, wal_window_start(retention, now));
-    move |Segment { timeline, number }| needs.as_ref().is_some_and(|it| !it.has(timeline, number))
-}
-
-/// Which WAL the kept backups need.
-struct Needs<'a> {
+/// Which WAL the kept backups need, to become consistent and to reach the moments in the window. Without
+/// a backup to start from, all of it.
+#[derive(Debug)]
+pub struct Needs<'a> {
     kept: &'a [Commit],
-    /// Everything from the start of this backup on is needed, on every timeline.
-    anchor: &'a Commit,
+    wal: &'a WalMap,
+    window_start: DateTime<Utc>,
+    /// From this segment on everything is needed, on every timeline.
     floor: u64,
+    /// Everything is needed on the timelines after this one.
+    timeline: u32,
 }
 
 impl<'a> Needs<'a> {
-    /// `None` without a backup to start from.
-    fn new(kept: &'a [Commit], segment_bytes: u64, window_start: DateTime<Utc>) -> Option<Self> {
+    /// Works it out. `primary` as in [`decide`].
+    pub fn new(
+        kept: &'a [Commit],
+        wal: &'a WalMap,
+        retention: &Retention,
+        primary: Option<u32>,
+        now: DateTime<Utc>,
+    ) -> Self {
+        // The backup that began the window until a moment ago can be brought back.
+        let window_start = ago(retention.wal.saturating_add(retention.delete_after), now);
         let mut good: Vec<&Commit> = kept.iter().filter(|it| it.suspect.is_none()).collect();
         good.sort_by_key(|backup| backup.finished_at);
-        let anchor = anchor(&good, window_start).or(good.first().copied())?;
-        let floor = segment_number(anchor.start_lsn, segment_bytes);
-        Some(Self { kept, anchor, floor })
+        let anchors = anchors(&good, wal, primary, window_start);
+        let anchors = anchors.iter().map(|(_, backup)| backup);
+        let floor = anchors.clone().map(|it| segment_number(it.start_lsn, wal.segment_bytes)).min();
+        // What branched off later may lead to moments in the window from elsewhere.
+        let timeline = anchors.map(|backup| backup.timeline).min();
+        let (floor, timeline) = (floor.unwrap_or(0), timeline.unwrap_or(0));
+        Self { kept, wal, window_start, floor, timeline }
     }
 
-    fn has(&self, timeline: u32, number: u64) -> bool {
+    /// Whether a segment is needed; it is no loss if one that is not is missing.
+    pub fn has(&self, segment: Segment) -> bool {
+        let Segment { timeline, number } = segment;
         let own =
             |backup: &Commit| backup.timeline == timeline && backup.segments().contains(&number);
-        // What branched off later may lead to moments in the window from elsewhere.
-        let branched_later = timeline > self.anchor.timeline;
-        number >= self.floor || branched_later || self.kept.iter().any(own)
+        number >= self.floor || timeline > self.timeline || self.kept.iter().any(own)
     }
+
+    /// Whether what belongs to a segment may go.
+    fn is_spare(&self, segment: Segment, stored_at: DateTime<Utc>) -> bool {
+        stored_at < self.window_start && !self.has(segment)
+    }
+
+    /// The complete segments that nothing needs.
+    pub fn spare_wal(&self) -> Vec<&'a WalObject> {
+        let all = self.wal.segments.iter().flat_map(|(timeline, segments)| {
+            segments.iter().flat_map(move |(number, objects)| {
+                let segment = Segment { timeline: *timeline, number: *number };
+                objects.iter().map(move |object| (segment, object))
+            })
+        });
+        all.filter(|(segment, object)| self.is_spare(*segment, object.stored_at))
+            .map(|(_, object)| object)
+            .collect()
+    }
+
+    /// The pieces of segments that nothing needs: the ends of timelines that were left. Those of complete
+    /// segments are the receiver's to remove.
+    pub fn spare_pieces(&self) -> Vec<&'a Piece> {
+        let is_spare = |piece: &&Piece| self.is_spare(piece.segment, piece.stored_at);
+        self.wal.pieces.values().flatten().filter(is_spare).collect()
+    }
+
+    /// What goes with WAL that nothing needs.
+    pub fn spare_remnants<'b>(&self, remnants: &'b [Remnant]) -> Vec<&'b Remnant> {
+        let is_spare = |remnant: &&Remnant| self.is_spare(remnant.segment, remnant.stored_at);
+        remnants.iter().filter(is_spare).collect()
+    }
+}
+
+/// The backups from which the moments of the window are reached, each with the timeline to whose WAL it
+/// leads: the cluster's own, and every other of which WAL was stored in the window. One of all, if none
+/// leads anywhere.
+fn anchors<'a>(
+    good: &[&'a Commit],
+    wal: &WalMap,
+    primary: Option<u32>,
+    window_start: DateTime<Utc>,
+) -> Vec<(u32, &'a Commit)> {
+    let own = wal.candidates(primary).first().and_then(|own| wal.last_stored(*own));
+    let since = own.map_or(window_start, |own| own.min(window_start));
+    // Until a backup is as old as the window, the oldest serves what there is of it.
+    let anchor = |good: &[&'a Commit]| anchor(good, window_start).or(good.first().copied());
+    let in_window = |timeline: &u32| wal.last_stored(*timeline) >= Some(since);
+    let timelines = wal.with_wal().into_iter().filter(in_window);
+    let anchors =
+        timelines.filter_map(|timeline| Some((timeline, anchor(&leading(good, wal, timeline))?)));
+    let anchors: Vec<_> = anchors.collect();
+    if anchors.is_empty() {
+        return anchor(good).map(|backup| (backup.timeline, backup)).into_iter().collect();
+    }
+    anchors
+}
+
+/// The backups that lead to a timeline.
+fn leading<'a>(good: &[&'a Commit], wal: &WalMap, timeline: u32) -> Vec<&'a Commit> {
+    good.iter().copied().filter(|backup| wal.leads(backup, timeline)).collect()
 }
 
 /// The newest backup that was complete before the window: it serves the window's oldest moment.
@@ -206,41 +236,38 @@ fn anchor<'a>(good: &[&'a Commit], window_start: DateTime<Utc>) -> Option<&'a Co
     good.iter().rev().find(|backup| backup.finished_at <= window_start).copied()
 }
 
-/// Since when WAL stays: the backup that began the window until a moment ago can be brought back.
-fn wal_window_start(retention: &Retention, now: DateTime<Utc>) -> DateTime<Utc> {
-    ago(retention.wal.saturating_add(retention.delete_after), now)
-}
-
 fn ago(span: Duration, now: DateTime<Utc>) -> DateTime<Utc> {
     let span = TimeDelta::from_std(span).unwrap_or(TimeDelta::MAX);
     now.checked_sub_signed(span).unwrap_or(DateTime::<Utc>::MIN_UTC)
 }
 
-/// The newest backup of each of the newest `count` periods that have one.
-fn newest_of_each<P: PartialEq>(
-    oldest_first: &[&Commit],
+/// The newest backup of each of the newest `count` periods that have one, of each list.
+fn newest_of_each<'a, P: PartialEq>(
+    lists: impl Iterator<Item = &'a Vec<&'a Commit>>,
     count: usize,
     period: impl Fn(DateTime<Utc>) -> P,
 ) -> BTreeSet<BackupId> {
     let mut kept = BTreeSet::new();
-    let mut last = None;
-    for backup in oldest_first.iter().rev() {
-        let this = period(backup.finished_at);
-        if last.as_ref() == Some(&this) {
-            continue;
+    for oldest_first in lists {
+        let mut periods = Vec::new();
+        for backup in oldest_first.iter().rev() {
+            let this = period(backup.finished_at);
+            if periods.last() == Some(&this) {
+                continue;
+            }
+            if periods.len() == count {
+                break;
+            }
+            periods.push(this);
+            kept.insert(backup.backup_id.clone());
         }
-        if kept.len() == count {
-            break;
-        }
-        last = Some(this);
-        kept.insert(backup.backup_id.clone());
     }
     kept
 }
 
 #[cfg(test)]
 mod tests {
-    use shared::pg::wal::Segment;
+    use shared::pg::wal::{HistoryEntry, Segment};
     use tokio_postgres::types::PgLsn;
 
     use super::*;
@@ -273,6 +300,7 @@ mod tests {
             wal_segment_bytes: SEGMENT,
             started_at: day(days_ago),
             finished_at: day(days_ago),
+            server_finished_at: None,
             timeline: 1,
             start_lsn: PgLsn::from(first * SEGMENT),
             end_lsn: PgLsn::from((first + 2) * SEGMENT),
@@ -303,7 +331,7 @@ mod tests {
 
     fn kept(ages: &[u32], suspect: &[u32], retention: &Retention) -> Vec<u32> {
         let backups: Vec<_> = ages.iter().map(|age| backup(*age, suspect.contains(age))).collect();
-        let decisions = decide(&backups, retention, now());
+        let decisions = decide(&backups, &WalMap::default(), retention, None, now());
         let keeps = |age: &&u32| {
             let id = backup(**age, false).backup_id;
             decisions.iter().any(|it| it.backup_id == id && !it.keep.is_empty())
@@ -337,6 +365,138 @@ mod tests {
         }
     }
 
+    /// Timeline 2 branched off in a segment, and its WAL was stored on a day; that of timeline 1 until
+    /// another day.
+    fn branched(at: u64, days: [u32; 2]) -> WalMap {
+        let mut wal = map(&[(1, 9_000..9_990)], day(days[0]));
+        wal.segments.extend(map(&[(2, at..at + 9)], day(days[1])).segments);
+        let switch_lsn = PgLsn::from(at * SEGMENT + 100);
+        let entry = HistoryEntry { timeline: 1, switch_lsn, reason: String::new() };
+        wal.histories.insert(2, vec![entry]);
+        wal
+    }
+
+    type Backups = &'static [(u32, u32)];
+    type Case = (&'static str, Backups, WalMap, Retention, Option<u32>, Backups);
+
+    /// Backups (days ago, timeline); those of timeline 1 that ended after the branch were given up.
+    #[test]
+    fn what_leads_to_the_clusters_own_timeline_stays_and_what_was_left_stays_for_the_window() {
+        let defaults = Retention::default;
+        let after = |days: u32| segment(days) + 5;
+        let short = || retention(1, 0, 0, 0);
+        let cases: [Case; 9] = [
+            (
+                "restored from the older of two, however short the window",
+                &[(3, 1), (2, 1)],
+                branched(after(3), [2, 1]),
+                short(),
+                None,
+                &[(3, 1), (2, 1)],
+            ),
+            (
+                "and backed up since",
+                &[(3, 1), (2, 1), (1, 2)],
+                branched(after(3), [2, 1]),
+                short(),
+                None,
+                &[(1, 2)],
+            ),
+            (
+                "restored, and backed up since, with the defaults",
+                &[(40, 1), (35, 1), (3, 1), (2, 1), (1, 2)],
+                branched(after(3), [2, 1]),
+                defaults(),
+                None,
+                &[(40, 1), (35, 1), (3, 1), (2, 1), (1, 2)],
+            ),
+            (
+                "restored to before the window, one backup a day would do",
+                &[(45, 1), (40, 1), (35, 1), (2, 1), (1, 2)],
+                branched(after(40), [2, 1]),
+                retention(1, 0, 0, 30),
+                None,
+                &[(40, 1), (35, 1), (1, 2)],
+            ),
+            (
+                "what was given up is out of the window",
+                &[(75, 1), (70, 1), (40, 1), (33, 2), (1, 2)],
+                branched(after(70), [38, 1]),
+                retention(1, 0, 0, 30),
+                None,
+                &[(33, 2), (1, 2)],
+            ),
+            (
+                "a copy that was thrown away, no primary",
+                &[(50, 1), (40, 1), (1, 1)],
+                branched(after(50), [1, 49]),
+                retention(1, 0, 0, 30),
+                None,
+                &[(50, 1), (40, 1), (1, 1)],
+            ),
+            (
+                "a copy that was thrown away, and the primary lives",
+                &[(50, 1), (40, 1), (1, 1)],
+                branched(after(50), [1, 49]),
+                retention(1, 0, 0, 30),
+                Some(1),
+                &[(40, 1), (1, 1)],
+            ),
+            (
+                "the copy is in the window",
+                &[(50, 1), (40, 1), (1, 1)],
+                branched(after(50), [1, 20]),
+                retention(1, 0, 0, 30),
+                Some(1),
+                &[(50, 1), (40, 1), (1, 1)],
+            ),
+            (
+                "nothing leads to the newest timeline",
+                &[(3, 1), (2, 1)],
+                branched(after(4), [2, 1]),
+                short(),
+                Some(2),
+                &[(2, 1)],
+            ),
+        ];
+        for (case, backups, wal, retention, primary, expected) in cases {
+            let of = |(days, timeline): &(u32, u32)| {
+                let mut of = backup(*days, false);
+                of.timeline = *timeline;
+                of
+            };
+            let backups: Vec<Commit> = backups.iter().map(of).collect();
+            let decided = decide(&backups, &wal, &retention, primary, now());
+            let keeps = decided.iter().filter(|it| !it.keep.is_empty()).map(|it| &it.backup_id);
+            let expected: Vec<_> = expected.iter().map(|it| of(it).backup_id).collect();
+            assert_eq!(keeps.cloned().collect::<Vec<_>>(), expected, "{case}");
+            // From each that stays to lead somewhere, all WAL does.
+            let kept: Vec<Commit> =
+                backups.iter().filter(|it| expected.contains(&it.backup_id)).cloned().collect();
+            assert_eq!(missing(&kept, &wal, &retention, primary), None, "{case}");
+        }
+    }
+
+    /// The first segment that may go, on the ways from the backups that begin the window.
+    fn missing(
+        kept: &[Commit],
+        wal: &WalMap,
+        retention: &Retention,
+        primary: Option<u32>,
+    ) -> Option<Segment> {
+        let needs = Needs::new(kept, wal, retention, primary, now());
+        let good: Vec<&Commit> = kept.iter().collect();
+        let anchors = anchors(&good, wal, primary, ago(retention.wal, now()));
+        let mut ways = anchors.into_iter().flat_map(|(timeline, backup)| {
+            let first = segment_number(backup.start_lsn, SEGMENT);
+            (first..first + 2000).map(move |number| {
+                let lsn = PgLsn::from(number * SEGMENT);
+                Segment { timeline: wal.on_the_way(timeline, lsn), number }
+            })
+        });
+        ways.find(|segment| !needs.has(*segment))
+    }
+
     #[test]
     fn nothing_but_suspect_backups_all_stay() {
         assert_eq!(kept(&[90, 80], &[90, 80], &retention(1, 0, 0, 7)), [90, 80]);
@@ -361,7 +521,8 @@ mod tests {
     }
 
     fn spare(kept: &[Commit], map: &WalMap) -> Vec<u64> {
-        let spare = spare_wal(kept, map, &retention(1, 0, 0, 30), now());
+        let retention = retention(1, 0, 0, 30);
+        let spare = Needs::new(kept, map, &retention, None, now()).spare_wal();
         spare.iter().map(|wal| u64::from_str_radix(&wal.file[16..], 16).unwrap()).collect()
     }
 
@@ -378,8 +539,8 @@ mod tests {
         let all_but = "all but the monthly's own, up to the window's first backup";
         assert_eq!(spare(&kept, &all), in_log, "{all_but}");
         let retention = retention(1, 0, 0, 30);
-        let is_spare = is_spare(&kept, SEGMENT, &retention, now());
-        let number = |number: &u64| is_spare(Segment { timeline: 1, number: *number });
+        let needs = Needs::new(&kept, &all, &retention, None, now());
+        let number = |number: &u64| !needs.has(Segment { timeline: 1, number: *number });
         let missing: Vec<u64> = (first..segment(40) + 5).filter(number).collect();
         assert_eq!(missing, expected, "{all_but}, may be missing");
     }
@@ -411,9 +572,9 @@ mod tests {
             let kept = [marked.clone(), backup(begins_window, false), backup(1, false)];
             let delete_after = Duration::from_hours(24 * delete_after);
             let retention = Retention { delete_after, ..retention(1, 0, 0, 30) };
-            let decided = decide(&kept, &retention, now());
+            let decided = decide(&kept, &all, &retention, None, now());
             assert!(decided[0].keep.is_empty() && !decided[1].keep.is_empty(), "{case}");
-            let spare = spare_wal(&kept, &all, &retention, now());
+            let spare = Needs::new(&kept, &all, &retention, None, now()).spare_wal();
             let spare = spare.iter().map(|it| u64::from_str_radix(&it.file[16..], 16).unwrap());
             assert_eq!(spare.collect::<Vec<_>>(), expected, "{case}");
         }
@@ -438,10 +599,11 @@ mod tests {
             map.pieces.insert(piece.segment, vec![piece]);
         }
         let kept = [anchor, backup(1, false)];
-        let spare = spare_pieces(&kept, &map, &retention(1, 0, 0, 30), now());
+        let retention = retention(1, 0, 0, 30);
+        let spare = Needs::new(&kept, &map, &retention, None, now()).spare_pieces();
         let numbers: Vec<u64> = spare.iter().map(|piece| piece.segment.number).collect();
         assert_eq!(numbers, [before], "old, and before everything that is kept");
-        assert!(spare_pieces(&[], &map, &retention(1, 0, 0, 30), now()).is_empty());
+        assert!(Needs::new(&[], &map, &retention, None, now()).spare_pieces().is_empty());
     }
 
     #[test]
@@ -465,9 +627,12 @@ mod tests {
                 let name = String::new();
                 let remnants = [Remnant { what, segment, name, object_bytes: 1, stored_at }];
                 let retention = retention(1, 0, 0, 30);
-                let spare = spare_remnants(&kept, &remnants, SEGMENT, &retention, now());
+                let map = map(&[], now());
+                let needs = Needs::new(&kept, &map, &retention, None, now());
+                let spare = needs.spare_remnants(&remnants);
                 assert_eq!(!spare.is_empty(), goes, "{case}, {what:?}");
-                let nothing_kept = spare_remnants(&[], &remnants, SEGMENT, &retention, now());
+                let nothing_kept = Needs::new(&[], &map, &retention, None, now());
+                let nothing_kept = nothing_kept.spare_remnants(&remnants);
                 assert!(nothing_kept.is_empty(), "{case}, {what:?}: without a backup");
             }
         }

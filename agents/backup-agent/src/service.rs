@@ -218,7 +218,8 @@ async fn expire_after(context: &Context, commit: &Commit) {
     }
     let place = context.repository.place(commit.group, commit.system_identifier);
     let expired = async {
-        let plan = expire::plan(&place, &context.config.retention, Utc::now()).await?;
+        let (retention, timeline) = (&context.config.retention, Some(commit.timeline));
+        let plan = expire::plan(&place, retention, timeline, Utc::now()).await?;
         expire::apply(&place, &plan).await?;
         Ok::<_, WalError>(())
     };
@@ -273,7 +274,8 @@ async fn observe_group(
     group: u32,
 ) -> Result<RepositoryState, WalError> {
     let repository = &context.repository;
-    let place = match followed(context, state, group).await {
+    let (followed, primary) = followed(context, state, group).await;
+    let place = match followed {
         Some(system_identifier) => Some(repository.place(group, system_identifier)),
         None => newest_place(repository, group).await?,
     };
@@ -287,12 +289,13 @@ async fn observe_group(
     // One that may not restore is none to rest on.
     observed.newest_at = good.last().map(|it| it.finished_at);
     let Some(last) = catalog.backups.last() else { return Ok(observed) };
-    let wal = newest_wal(&place, last, good.last().copied()).await?;
-    observed.outlook = outlook(&catalog.backups, &wal, &wal::gaps(&place).await?);
+    let wal = newest_wal(&place, last, good.last().copied(), primary).await?;
+    observed.outlook = outlook(&catalog.backups, &wal, &wal::gaps(&place).await?, primary);
     observed.wal_pieces = wal.pieces.values().map(Vec::len).sum::<usize>() as u64;
-    for backup in leading(&catalog.backups, &wal).into_iter().filter(|it| it.suspect.is_none()) {
+    let leading = leading(&catalog.backups, &wal, primary);
+    for backup in leading.into_iter().filter(|it| it.suspect.is_none()) {
         if has_own_wal(&place, backup).await? {
-            observed.reachable_from = Some(backup.finished_at);
+            observed.reachable_from = Some(backup.reaches_from());
             break;
         }
     }
@@ -300,16 +303,22 @@ async fn observe_group(
 }
 
 /// The system identifier of the group's primary, or what it was: a primary that is away is no other.
-async fn followed(context: &Context, state: &State, group: u32) -> Option<u64> {
+/// And the timeline that it writes, if it is there.
+async fn followed(context: &Context, state: &State, group: u32) -> (Option<u64>, Option<u32>) {
     let before = state.system_identifier(group);
-    if context.config.wal.receive
-        && let Some(known) = state.followed(group).or(before)
-    {
-        return Some(known);
+    if context.config.wal.receive {
+        match state.followed(group) {
+            Some((known, timeline)) => return (Some(known), Some(timeline)),
+            None if before.is_some() => return (before, None),
+            None => {}
+        }
     }
-    let Ok(nodes) = context.topology.nodes().await else { return before };
+    let Ok(nodes) = context.topology.nodes().await else { return (before, None) };
     let observed = topology::observe_group(&context.settings, &nodes, group).await;
-    observed.primary().ok().map(|(_, primary)| primary.system_identifier).or(before)
+    match observed.primary() {
+        Ok((_, primary)) => (Some(primary.system_identifier), Some(primary.timeline)),
+        Err(_) => (before, None),
+    }
 }
 
 /// The place with the newest backup: as long as no server has told which database cluster is the
@@ -329,18 +338,19 @@ async fn newest_place(
 }
 
 /// Lists the WAL from the start of the newest backup on, and of the newest that is good: of what is
-/// before, nothing is asked but the backups' own. If it turns out that neither leads to the newest
-/// timeline, everything is listed: an older backup does, or none.
+/// before, nothing is asked but the backups' own. If it turns out that one does not lead to the cluster's
+/// own timeline, everything is listed: an older backup does, or none.
 async fn newest_wal(
     place: &Place,
     last: &Commit,
     good: Option<&Commit>,
+    primary: Option<u32>,
 ) -> Result<WalMap, WalError> {
     let newest = [Some(last), good].into_iter().flatten();
     let newest: Vec<Commit> = newest.cloned().collect();
     let from = newest.iter().map(|it| it.start_lsn).min().unwrap_or(last.start_lsn);
     let wal = WalMap::read_since(place, last.wal_segment_bytes, from).await?;
-    if leading(&newest, &wal).len() == newest.len() {
+    if leading(&newest, &wal, primary).len() == newest.len() {
         return Ok(wal);
     }
     WalMap::read(place, last.wal_segment_bytes).await

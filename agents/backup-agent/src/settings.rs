@@ -17,7 +17,7 @@ const RECOVERY_SETTINGS: [&str; 6] = [
 
 /// What a recovery must not take from `postgresql.conf` either, and the value that it has without.
 /// PostgreSQL refuses two targets: the empty ones stand before the one that is asked for.
-const WITHOUT: [(&str, &str); 9] = [
+const WITHOUT: [(&str, &str); 8] = [
     ("recovery_target", ""),
     ("recovery_target_lsn", ""),
     ("recovery_target_name", ""),
@@ -25,9 +25,16 @@ const WITHOUT: [(&str, &str); 9] = [
     ("recovery_target_xid", ""),
     ("recovery_target_inclusive", "on"),
     ("recovery_min_apply_delay", "0"),
-    ("recovery_end_command", ""),
     ("archive_cleanup_command", ""),
 ];
+
+/// Takes the settings of a recovery out of `postgresql.auto.conf` when it has ended: a standby that is
+/// built from the new primary has a copy of that file, and would stop where the recovery did. By their
+/// names, because `ALTER SYSTEM` keeps no comments. PostgreSQL runs it in the data directory, and would
+/// not become a primary if it ended with more than 125.
+const RECOVERY_END_COMMAND: &str = "f=postgresql.auto.conf; sed -E '/^(archive_cleanup_command|\
+     hot_standby|recovery_end_command|recovery_min_apply_delay|recovery_target[a-z_]*|\
+     restore_command) = /d' $f >$f.pgmesh && sync $f.pgmesh && mv $f.pgmesh $f || :";
 
 /// What our lines stand behind, with the backup's name: no line of the backup itself has that.
 const MARKER: &str = "# Written by backup-agent for the restore of ";
@@ -94,6 +101,7 @@ fn recovery_settings(reach: &Reach, options: &RestoreOptions) -> Vec<(&'static s
         .filter(|(name, _)| is_other(name))
         .map(|(name, value)| (*name, (*value).to_owned()))
         .collect();
+    settings.push(("recovery_end_command", RECOVERY_END_COMMAND.to_owned()));
     settings.push(("restore_command", restore_command));
     // A number: `latest` would take the newest in the archive, which need not descend from this
     // backup.
@@ -101,6 +109,10 @@ fn recovery_settings(reach: &Reach, options: &RestoreOptions) -> Vec<(&'static s
     if let Some(target) = target {
         settings.push(target);
         settings.push(("recovery_target_action", options.action.clone()));
+    }
+    if !options.pauses() {
+        // With it, a recovery stops for good where the server's max_connections was raised.
+        settings.push(("hot_standby", "off".to_owned()));
     }
     if options.archive_off {
         settings.push(("archive_mode", "off".to_owned()));
@@ -153,8 +165,8 @@ recovery_target_time = ''
 recovery_target_xid = ''
 recovery_target_inclusive = 'on'
 recovery_min_apply_delay = '0'
-recovery_end_command = ''
 archive_cleanup_command = ''
+recovery_end_command = 'f=postgresql.auto.conf; sed -E ''/^(archive_cleanup_command|hot_standby|recovery_end_command|recovery_min_apply_delay|recovery_target[a-z_]*|restore_command) = /d'' $f >$f.pgmesh && sync $f.pgmesh && mv $f.pgmesh $f || :'
 restore_command = '''/o''\\''''b\\agent'' wal-fetch %f %p'
 recovery_target_timeline = '3'
 recovery_target_name = 'a\\b''c'
@@ -190,6 +202,31 @@ recovery_target_action = 'pause'
         let before = [&kept[..2], &left_out, &kept[2..]].concat().join("\n");
         let expected = format!("{}\n{OURS}", kept.join("\n"));
         assert_eq!(written(&before, &to_name(), Then::End), expected);
+    }
+
+    /// Every standby that was built from a restored primary hung.
+    #[test]
+    fn what_a_recovery_needs_is_gone_when_it_has_ended() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("postgresql.auto.conf");
+        let run = || {
+            let mut command = std::process::Command::new("/bin/sh");
+            command.args(["-c", RECOVERY_END_COMMAND]).current_dir(directory.path());
+            assert!(command.status().unwrap().success());
+        };
+        run();
+        let promote = RestoreOptions { action: "promote".to_owned(), ..to_name() };
+        let promote = RestoreOptions { archive_off: true, ..promote };
+        let text = written("hot_standby_feedback = 'on'\nwork_mem = '5MB'\n", &promote, Then::End);
+        assert!(text.contains("\nhot_standby = 'off'\n"), "{text}");
+        std::fs::write(&file, &text).unwrap();
+        run();
+        let (marker, _) = OURS.split_once('\n').unwrap();
+        let left = format!(
+            "hot_standby_feedback = 'on'\nwork_mem = '5MB'\n{marker}\narchive_mode = 'off'\n"
+        );
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), left);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 
     /// A restore that was killed while it wrote to disk left `archive_mode = 'off'` to the one that

@@ -63,6 +63,18 @@ pub async fn ensure(connection: &Connection, slot: &str) -> Result<Slot, QueryEr
     Ok(Slot { restart_lsn: row.get(0), is_new: true, was_lost })
 }
 
+/// From where a server's slot holds WAL back, or would if it were not lost; `None` without a slot, or if
+/// it has never held any.
+///
+/// # Errors
+///
+/// The server did not answer.
+pub async fn held_from(connection: &Connection, slot: &str) -> Result<Option<PgLsn>, QueryError> {
+    let ask = "SELECT coalesce(restart_lsn, 'FFFFFFFF/FFFFFFFF') FROM pg_replication_slots \
+               WHERE slot_name = $1 AND (restart_lsn IS NOT NULL OR wal_status = 'lost')";
+    Ok(connection.query(ask, &[&slot]).await?.first().map(|row| row.get(0)))
+}
+
 /// Ends the connection that uses a slot, and tells whether there was one: of a replica that was
 /// responsible before, and was stopped or cut off. The server would notice by itself only after
 /// `wal_sender_timeout`, 60 s by default.

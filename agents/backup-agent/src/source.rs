@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use shared::pg::{Connection, Node, QueryError};
 use shared::topology::{Group, GroupError, NodeState, Role};
 use thiserror::Error;
@@ -136,6 +137,15 @@ impl RunLock {
         let ask = "SELECT current_setting('archive_mode') <> 'off' OR EXISTS \
                    (SELECT FROM pg_replication_slots WHERE slot_name = $1 AND active)";
         Ok(self.connection.query_one(ask, &[&slot]).await?.get(0))
+    }
+
+    /// What the primary's clock says.
+    ///
+    /// # Errors
+    ///
+    /// No answer.
+    pub async fn now(&self) -> Result<DateTime<Utc>, QueryError> {
+        Ok(self.connection.query_one("SELECT clock_timestamp()", &[]).await?.get(0))
     }
 
     /// Ends the current WAL segment, so that it is archived now and not when it is full.

@@ -9,7 +9,9 @@ pub mod newest;
 pub mod piece;
 mod put;
 pub mod ranges;
+mod rekey;
 pub mod remnant;
+mod timelines;
 mod times;
 
 use std::collections::BTreeMap;
@@ -33,6 +35,8 @@ use crate::repository::{Place, RepositoryError};
 pub use absence::{Absence, absence};
 pub use map::{Reach, Then, WalMap};
 pub use put::{Stored, push, store, store_and_compare};
+pub use rekey::{locked, readable, rekey};
+pub use timelines::{LeftBehind, Moment, Rivals};
 
 /// Hexadecimal digits of the content's hash in an object's name: 64 bits. It makes names
 /// unique by content, so that a store that ignores `If-None-Match` cannot lose one of two.
@@ -129,7 +133,7 @@ pub enum WalError {
         source: Box<WalError>,
     },
     /// A history file does not read.
-    #[error("read {name} from the repository: {reason}")]
+    #[error("read {name}: {reason}")]
     History {
         /// The file.
         name: String,
@@ -147,6 +151,12 @@ impl WalError {
     pub fn is_gone(&self) -> bool {
         matches!(self, Self::Repository(RepositoryError::Store(error))
             if error.kind == StoreErrorKind::NotFound)
+    }
+
+    /// Whether the key that sealed an object is not configured.
+    #[must_use]
+    pub fn is_locked(&self) -> bool {
+        matches!(self, Self::Repository(error) if error.is_locked())
     }
 
     /// Whether an object is there and is not what it should be.
@@ -349,6 +359,7 @@ fn read_history(name: &str, text: &[u8]) -> Result<Vec<HistoryEntry>, WalError> 
 fn object(info: shared::store::ObjectInfo) -> Option<WalObject> {
     let (_, last) = info.key.rsplit_once('/')?;
     let (file, hash) = last.rsplit_once('-')?;
+    let hash = if file.ends_with(".history") { rekey::untagged(hash) } else { hash };
     Some(WalObject {
         file: file.to_owned(),
         hash: hash.to_owned(),

@@ -13,7 +13,7 @@ use crate::listing::heading;
 use crate::progress::Progress;
 use crate::quantities::{bytes, time};
 use crate::repository::{Place, RepositoryError};
-use crate::retention::{self, Retention};
+use crate::retention::{Needs, Retention};
 use crate::wal::piece::{self, Piece};
 use crate::wal::ranges::{Next, Range, ranges};
 use crate::wal::{self, WalError, WalMap, WalObject, newest, remnant};
@@ -33,8 +33,8 @@ async fn read(place: &Place, retention: &Retention) -> Result<(WalMap, Vec<Range
     let backups = if catalog.unreadable.is_empty() { catalog.backups } else { Vec::new() };
     let mut map = WalMap::read(place, segment_bytes).await?;
     map.strange.extend(remnant::strange(place, segment_bytes).await?);
-    let is_spare = retention::is_spare(&backups, segment_bytes, retention, Utc::now());
-    let ranges = ranges(&map, &wal::gaps(place).await?, is_spare);
+    let needs = Needs::new(&backups, &map, retention, None, Utc::now());
+    let ranges = ranges(&map, &wal::gaps(place).await?, |segment| !needs.has(segment));
     Ok((map, ranges))
 }
 

@@ -6,7 +6,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -27,11 +27,18 @@ pub(super) struct Directory {
     base: PathBuf,
     /// `base` and the prefix: where keys start.
     root: PathBuf,
+    /// The device and inode that `base` has to be.
+    pinned: Option<(u64, u64)>,
 }
 
 impl Directory {
     pub(super) fn new(base: &Path, prefix: &str) -> Self {
-        Self { base: base.to_owned(), root: base.join(prefix) }
+        Self { base: base.to_owned(), root: base.join(prefix), pinned: None }
+    }
+
+    pub(super) async fn pinned(&self) -> Result<Self, StoreError> {
+        let found = self.blocking("find", "", |store, _| store.base()).await?;
+        Ok(Self { pinned: Some(found), ..self.clone() })
     }
 
     pub(super) fn location(&self) -> String {
@@ -269,15 +276,32 @@ impl Directory {
         Ok(self.root.join(key))
     }
 
+    /// The device and inode of `base`, which has to be a directory.
+    fn base(&self) -> io::Result<(u64, u64)> {
+        match fs::metadata(&self.base) {
+            Ok(metadata) if metadata.is_dir() => Ok((metadata.dev(), metadata.ino())),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => {
+                let base = self.base.display();
+                Err(io::Error::new(
+                    io::ErrorKind::NotFound,
+                    format!("repository directory {base} does not exist; mount or create it first"),
+                ))
+            }
+        }
+    }
+
+    /// Refuses where `base` is not there, or is another directory than it was: what lies under a
+    /// mount that went away.
     fn require_base(&self) -> io::Result<()> {
-        if self.base.is_dir() {
+        let found = self.base()?;
+        if self.pinned.is_none_or(|pinned| pinned == found) {
             return Ok(());
         }
         let base = self.base.display();
-        Err(io::Error::new(
-            io::ErrorKind::NotFound,
-            format!("repository directory {base} does not exist; mount or create it first"),
-        ))
+        Err(io::Error::other(format!(
+            "repository directory {base} is another directory than before; is it mounted?"
+        )))
     }
 
     async fn blocking<T: Send + 'static>(

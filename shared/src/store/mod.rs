@@ -220,6 +220,19 @@ impl ObjectStore {
         Ok(Self(variant))
     }
 
+    /// The same store for work that must not go on elsewhere: from now on, what is not where it is
+    /// now is refused. Only a directory can be exchanged for another one, by a mount that goes away.
+    ///
+    /// # Errors
+    ///
+    /// The directory is not there.
+    pub async fn pinned(&self) -> Result<Self, StoreError> {
+        Ok(Self(match &self.0 {
+            Variant::Directory(directory) => Variant::Directory(directory.pinned().await?),
+            Variant::S3(s3) => Variant::S3(s3.clone()),
+        }))
+    }
+
     /// Says where this is, for people: `s3://bucket/prefix at server`, or a path.
     pub fn location(&self) -> String {
         match &self.0 {

@@ -379,7 +379,8 @@ impl Replication {
             match Message::parse(&mut self.buffer).map_err(|e| self.broken(e))? {
                 Some(Message::NoticeResponse(body)) => {
                     let warning = ServerMessage::new(body.fields()).map_err(|e| self.broken(e))?;
-                    if warning.severity == "WARNING" {
+                    // One about a file comes twice: when sizes are estimated, and when it is sent.
+                    if warning.severity == "WARNING" && !self.warnings.contains(&warning) {
                         self.warning_count += 1;
                         if self.warnings.len() < WARNINGS_MAX {
                             self.warnings.push(warning);

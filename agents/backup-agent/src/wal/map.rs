@@ -1,10 +1,12 @@
 //! The map of a place's WAL, and what a recovery reaches on it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, Utc};
 use shared::pg::wal::{HistoryEntry, Segment, WalFile, segment_number};
+use shared::telemetry::chain;
 use tokio_postgres::types::PgLsn;
+use tracing::warn;
 
 use super::piece::{self, Pieces};
 use super::{WalError, WalObject, find, object, read, read_history, stem};
@@ -22,6 +24,8 @@ pub struct WalMap {
     pub pieces: Pieces,
     /// Per timeline, where it comes from.
     pub histories: BTreeMap<u32, Vec<HistoryEntry>>,
+    /// When the histories were stored, where all was read.
+    pub history_times: BTreeMap<u32, DateTime<Utc>>,
     /// Names of objects among the complete segments that are none.
     pub strange: Vec<String>,
 }
@@ -75,6 +79,7 @@ impl WalMap {
         }
         map.histories = histories(place).await?;
         map.ask_ends(place).await?;
+        map.ask_histories(place).await?;
         Ok(map)
     }
 
@@ -252,7 +257,7 @@ impl WalMap {
     /// The same segment on the timeline before, if `segment` is the one in which its timeline
     /// began, and how many bytes the two have in common.
     pub fn parent(&self, segment: Segment) -> Option<(Segment, u64)> {
-        let entry = self.histories.get(&segment.timeline)?.last()?;
+        let entry = self.began(segment.timeline)?;
         let begins_here = segment_number(entry.switch_lsn, self.segment_bytes) == segment.number;
         let parent = Segment { timeline: entry.timeline, ..segment };
         begins_here.then_some((parent, u64::from(entry.switch_lsn) % self.segment_bytes))
@@ -274,12 +279,6 @@ impl WalMap {
         })
     }
 
-    /// The newest timeline of which WAL is stored.
-    pub fn newest_with_wal(&self) -> Option<u32> {
-        let complete = self.segments.keys().copied().max();
-        complete.max(self.pieces.keys().map(|segment| segment.timeline).max())
-    }
-
     /// The numbers of the segments of a timeline of which anything is stored, not in order.
     pub fn numbers(&self, timeline: u32) -> impl Iterator<Item = u64> {
         let complete = self.segments.get(&timeline).into_iter().flat_map(BTreeMap::keys).copied();
@@ -294,36 +293,16 @@ impl WalMap {
         Some((number * self.segment_bytes + covered).into())
     }
 
-    /// The newest timeline of which WAL or a history is stored.
-    pub fn newest_stored(&self) -> Option<u32> {
-        let histories = self.histories.keys().copied().max();
-        let complete = self.segments.keys().copied().max();
-        histories.max(complete).max(self.pieces.keys().map(|segment| segment.timeline).max())
-    }
-
-    /// The newest timeline that a recovery which started on `timeline` at `lsn` can follow.
-    pub fn newest_timeline(&self, timeline: u32, lsn: PgLsn) -> u32 {
-        let follows = |candidate: &u32| self.branch(*candidate, timeline, lsn);
-        self.histories.keys().copied().filter(follows).max().unwrap_or(timeline).max(timeline)
-    }
-
-    /// Tells whether `candidate` branched off `timeline` at or after `lsn`.
-    fn branch(&self, candidate: u32, timeline: u32, lsn: PgLsn) -> bool {
-        let history = self.histories.get(&candidate).map_or(&[][..], Vec::as_slice);
-        history.iter().any(|entry| entry.timeline == timeline && entry.switch_lsn >= lsn)
-    }
-
     /// Follows the WAL of a backup along the timeline `target` as far as it goes without a gap.
     ///
     /// `None` if `target` does not branch off the backup's timeline after the backup's end: what
     /// branched off before knows nothing of what the backup may hold.
     pub fn reach(&self, backup: &Commit, target: u32) -> Option<Reach> {
-        let Commit { timeline, start_lsn: lsn, end_lsn, .. } = *backup;
-        if target != timeline && !self.branch(target, timeline, end_lsn) {
+        if !self.leads(backup, target) {
             return None;
         }
-        let history = self.histories.get(&target).map_or(&[][..], Vec::as_slice);
-        let mut number = segment_number(lsn, self.segment_bytes);
+        let history = self.way(target);
+        let mut number = segment_number(backup.start_lsn, self.segment_bytes);
         let mut until = None;
         loop {
             // The segment in which a timeline ends is read from the timeline after it, which
@@ -356,21 +335,6 @@ impl WalMap {
         }
     }
 
-    /// Timelines of a backup that go on after the one that leads to `target` branched off them: the
-    /// newest segment of each. After a failover there is none; after a restore to an earlier
-    /// moment there is what was left behind, or a server that lives on beside the copy.
-    pub fn left_behind(&self, backup: &Commit, target: u32) -> Vec<(u32, String)> {
-        let history = self.histories.get(&target).map_or(&[][..], Vec::as_slice);
-        let on_the_way = history.iter().filter(|entry| entry.timeline >= backup.timeline);
-        let goes_on = on_the_way.filter_map(|entry| {
-            let (number, _) = self.segments.get(&entry.timeline)?.last_key_value()?;
-            let switched_in = segment_number(entry.switch_lsn, self.segment_bytes);
-            let segment = Segment { timeline: entry.timeline, number: *number };
-            (*number > switched_in).then(|| (entry.timeline, segment.name(self.segment_bytes)))
-        });
-        goes_on.collect()
-    }
-
     /// Tells whether nothing is stored after a segment, which is not complete, on the way to
     /// `target`.
     fn is_beyond(&self, target: u32, history: &[HistoryEntry], segment: Segment) -> bool {
@@ -395,22 +359,37 @@ pub(super) async fn pieces_since(
     piece::list_since(place, segment_bytes, &first).await
 }
 
-/// Reads every timeline history in the repository.
+/// Reads every timeline history in the repository that a configured key opens.
 pub(super) async fn histories(place: &Place) -> Result<BTreeMap<u32, Vec<HistoryEntry>>, WalError> {
-    let mut histories = BTreeMap::new();
+    let (mut histories, mut locked) = (BTreeMap::new(), BTreeMap::new());
+    let mut known = BTreeSet::new();
     for wal in place.list("history/", None, None).await?.into_iter().filter_map(object) {
         // The size of a segment does not matter to the name of a history file.
         let Ok(WalFile::History { timeline }) = WalFile::parse(&wal.file, 1 << 20) else {
             continue;
         };
+        // Once more, sealed with another key.
+        if known.contains(&(timeline, wal.hash.clone())) {
+            continue;
+        }
         let mut text = Vec::new();
-        read(place, &wal, |chunk| {
+        let take = |chunk: &[u8]| {
             text.extend_from_slice(chunk);
             Ok(())
-        })
-        .await?;
+        };
+        match read(place, &wal, take).await {
+            Err(error) if error.is_locked() => {
+                locked.insert(timeline, error);
+                continue;
+            }
+            read => read?,
+        }
         let history = read_history(&wal.name, &text)?;
         histories.insert(timeline, history);
+        known.insert((timeline, wal.hash));
+    }
+    for (timeline, error) in locked.iter().filter(|(it, _)| !histories.contains_key(it)) {
+        warn!(timeline, error = %chain(error), "history left out: what is on its timeline leads nowhere");
     }
     Ok(histories)
 }

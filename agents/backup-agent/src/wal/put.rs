@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use shared::store::StoreErrorKind;
 
-use super::{CHUNK_BYTES, Packed, WalError, WalObject, find, kind, object, read, stem};
+use super::{CHUNK_BYTES, Packed, WalError, WalObject, find, kind, object, read, rekey, stem};
 use crate::container::{ContainerError, Kind};
 use crate::repository::{Place, RepositoryError};
 use crate::same_key;
@@ -122,12 +122,18 @@ async fn store_object(
         Err(WalError::Conflict { name: file.clone(), found: others.join(", ") })
     };
     conflict(before)?;
-    if let Some(same) = before.first() {
-        read_back(place, same).await?;
-        return Ok((Stored::Before, None));
-    }
-    let name = format!("{}{hash}", stem(&file));
     let kind = kind(&file);
+    let mut name = format!("{}{hash}", stem(&file));
+    for same in before {
+        match read_back(place, same).await {
+            Ok(()) => return Ok((Stored::Before, None)),
+            // The key was given up, and this history is still needed.
+            Err(error) if kind == Kind::History && error.is_locked() => {
+                name = format!("{}{hash}{}", stem(&file), rekey::tag(place.keys()));
+            }
+            Err(error) => return Err(error),
+        }
+    }
     let (object, _) = content.seal(place.keys(), &place.identity(kind, &name), CHUNK_BYTES)?;
     let stored = match place.put_sealed(kind, &name, object.clone()).await {
         Ok(()) => Stored::Now,
@@ -138,7 +144,7 @@ async fn store_object(
     let after = find(place, &file).await?;
     conflict(&after)?;
     if stored == Stored::Before {
-        for same in &after {
+        for same in after.iter().filter(|it| it.name == name) {
             read_back(place, same).await?;
         }
     }

@@ -57,11 +57,7 @@ pub enum Next {
 /// The ranges of all timelines, oldest timeline first. `gaps` are those that were recorded; `is_spare`
 /// tells the segments that nothing needs.
 pub fn ranges(map: &WalMap, gaps: &[Gap], is_spare: impl Fn(Segment) -> bool) -> Vec<Range> {
-    let mut timelines: Vec<u32> = map.segments.keys().copied().collect();
-    timelines.extend(map.pieces.keys().map(|segment| segment.timeline));
-    timelines.sort_unstable();
-    timelines.dedup();
-    let ranges = timelines.into_iter().flat_map(|timeline| of_timeline(map, timeline, gaps));
+    let ranges = map.with_wal().into_iter().flat_map(|timeline| of_timeline(map, timeline, gaps));
     let mut ranges: Vec<_> = ranges.collect();
     for range in &mut ranges {
         let Next::Gap { until_lsn, .. } = range.next else { continue };
@@ -152,8 +148,8 @@ fn gap(before: &Range, until_lsn: PgLsn, gaps: &[Gap]) -> Next {
 
 /// The first timeline that branched off in a range or at its end.
 fn branch(map: &WalMap, range: &Range) -> Option<Next> {
-    map.histories.iter().find_map(|(timeline, history)| {
-        let left = history.last().filter(|entry| entry.timeline == range.timeline)?;
+    map.histories.keys().find_map(|timeline| {
+        let left = map.began(*timeline).filter(|entry| entry.timeline == range.timeline)?;
         (range.from_lsn <= left.switch_lsn)
             .then_some(Next::Timeline { timeline: *timeline, switch_lsn: left.switch_lsn })
     })

@@ -7,10 +7,10 @@ use std::collections::BTreeSet;
 
 use chrono::{DateTime, Utc};
 use futures_util::stream::{self, StreamExt, TryStreamExt};
-use shared::pg::wal::{Segment, segment_number};
+use shared::pg::wal::{SEGMENT_BYTES_MIN, Segment, WalFile, segment_number};
 
 use super::piece::cover;
-use super::{WalMap, kind};
+use super::{WalMap, kind, object};
 use crate::container::Kind;
 use crate::repository::{Place, RepositoryError};
 
@@ -48,6 +48,31 @@ impl WalMap {
                     piece.stored_at = piece.stored_at.min(at);
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Asks when each timeline's history was stored, as [`WalMap::ask_ends`].
+    ///
+    /// # Errors
+    ///
+    /// The store could not be asked.
+    pub(super) async fn ask_histories(&mut self, place: &Place) -> Result<(), RepositoryError> {
+        for wal in place.list("history/", None, None).await?.into_iter().filter_map(object) {
+            // The size of a segment does not matter to the name of a history file.
+            let Ok(WalFile::History { timeline }) = WalFile::parse(&wal.file, SEGMENT_BYTES_MIN)
+            else {
+                continue;
+            };
+            let sealed_at = match place.sealed_at(Kind::History, &wal.name).await {
+                Ok(at) => at,
+                Err(error) if error.is_transient() => return Err(error),
+                Err(_) => None,
+            };
+            let at = sealed_at.map_or(wal.stored_at, |at| wal.stored_at.min(at));
+            // A second one is of another key, and was sealed later.
+            let at = self.history_times.get(&timeline).map_or(at, |known| at.min(*known));
+            self.history_times.insert(timeline, at);
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use tokio_postgres::types::PgLsn;
 pub struct HistoryEntry {
     /// The timeline that was left.
     pub timeline: u32,
-    /// The first position that belongs to the timeline after it.
+    /// The first position that does not belong to it any more.
     pub switch_lsn: PgLsn,
     /// Why, in the server's words.
     pub reason: String,
@@ -25,18 +25,13 @@ pub enum HistoryError {
         /// What it says.
         text: String,
     },
-    /// The timelines or positions do not grow.
-    #[error(
-        "timeline history line {line}: timeline {timeline} at {switch_lsn} \
-         is not after the line before"
-    )]
+    /// The timelines do not grow.
+    #[error("timeline history line {line}: timeline {timeline} is not after the line before")]
     Order {
         /// The line, from 1.
         line: usize,
         /// The timeline on it.
         timeline: u32,
-        /// The position on it.
-        switch_lsn: PgLsn,
     },
 }
 
@@ -44,6 +39,11 @@ pub enum HistoryError {
 ///
 /// Source: `readTimeLineHistory` in `src/backend/access/transam/timeline.c`; lines that begin
 /// with `#` and blank lines are left out, as there.
+///
+/// Positions may fall from line to line: a recovery that followed timeline 2 and stopped before 2
+/// branched off 1 writes a history in which 2 ends before it began. PostgreSQL looks positions up from
+/// the last line back, so that every timeline before such a line ends there too. Here they all do:
+/// the first entry whose `switch_lsn` is greater than a position is the one it belongs to.
 ///
 /// # Errors
 ///
@@ -59,12 +59,14 @@ pub fn parse_history(text: &str) -> Result<Vec<HistoryEntry>, HistoryError> {
         let entry =
             parse_entry(text).ok_or_else(|| HistoryError::Line { line, text: text.to_owned() })?;
         if let Some(before) = entries.last()
-            && (entry.timeline <= before.timeline || entry.switch_lsn < before.switch_lsn)
+            && entry.timeline <= before.timeline
         {
-            let HistoryEntry { timeline, switch_lsn, .. } = entry;
-            return Err(HistoryError::Order { line, timeline, switch_lsn });
+            return Err(HistoryError::Order { line, timeline: entry.timeline });
         }
         entries.push(entry);
+    }
+    for next in (1..entries.len()).rev() {
+        entries[next - 1].switch_lsn = entries[next - 1].switch_lsn.min(entries[next].switch_lsn);
     }
     Ok(entries)
 }
@@ -108,6 +110,25 @@ mod tests {
         assert_eq!(parse_history("").unwrap(), []);
     }
 
+    /// A recovery to a moment before the timeline that it followed had begun.
+    #[test]
+    fn a_timeline_ends_where_one_after_it_was_left() {
+        for (case, text, expected) in [
+            ("one that never was", "1\t0/50\n2\t0/30\n", &[(1, "0/30"), (2, "0/30")][..]),
+            (
+                "the one in the middle",
+                "1\t0/20\n2\t0/50\n3\t0/30\n4\t0/60\n",
+                &[(1, "0/20"), (2, "0/30"), (3, "0/30"), (4, "0/60")],
+            ),
+            ("all", "1\t0/20\n2\t0/50\n3\t0/10\n", &[(1, "0/10"), (2, "0/10"), (3, "0/10")]),
+        ] {
+            let found = parse_history(text).unwrap();
+            let found: Vec<_> = found.iter().map(|it| (it.timeline, it.switch_lsn)).collect();
+            let expected: Vec<_> = expected.iter().map(|it| (it.0, lsn(it.1))).collect();
+            assert_eq!(found, expected, "{case}");
+        }
+    }
+
     #[test]
     fn a_history_that_does_not_read_is_refused_with_its_line() {
         for (text, expected) in [
@@ -122,11 +143,7 @@ mod tests {
             ),
             (
                 "2\t0/1\n2\t0/2\n",
-                "timeline history line 2: timeline 2 at 0/2 is not after the line before",
-            ),
-            (
-                "1\t0/2\n2\t0/1\n",
-                "timeline history line 2: timeline 2 at 0/1 is not after the line before",
+                "timeline history line 2: timeline 2 is not after the line before",
             ),
         ] {
             assert_eq!(parse_history(text).unwrap_err().to_string(), expected);

@@ -1,0 +1,106 @@
+//! Timeline histories and the keys that seal them. A history never expires and is needed as long as
+//! there is WAL after it; a key is to be given up some day. So a history is stored once more with each
+//! key that writes, beside the one that is there: nothing that is stored is ever changed.
+
+use std::collections::BTreeMap;
+
+use super::{HASH_DIGITS, WalError, WalObject, object, read, stem};
+use crate::container::Kind;
+use crate::keys::KeyRing;
+use crate::repository::{Place, RepositoryError};
+
+/// What a history's name ends with where it is not the first of its content: it tells keys apart.
+pub(super) fn tag(keys: &KeyRing) -> String {
+    let (id, _) = keys.writing();
+    let mut tag = hex::encode(blake3::hash(id.as_bytes()).as_bytes());
+    tag.truncate(8);
+    tag
+}
+
+/// The content's hash in a name, without the key's tag.
+pub(super) fn untagged(hash: &str) -> &str {
+    hash.get(..HASH_DIGITS).unwrap_or(hash)
+}
+
+/// Of the objects of a file that is to be read, only one of those that differ in nothing but their
+/// key: the first whose key is configured.
+///
+/// # Errors
+///
+/// The store could not be asked.
+pub async fn readable(
+    place: &Place,
+    mut found: Vec<WalObject>,
+) -> Result<Vec<WalObject>, RepositoryError> {
+    if found.len() < 2 || found.iter().any(|it| it.hash != found[0].hash) {
+        return Ok(found);
+    }
+    for at in 0..found.len() {
+        match place.sealed_at(super::kind(&found[at].file), &found[at].name).await {
+            Err(error) if error.is_locked() => {}
+            Err(error) => return Err(error),
+            Ok(_) => return Ok(vec![found.swap_remove(at)]),
+        }
+    }
+    found.truncate(1);
+    Ok(found)
+}
+
+/// Stores every timeline history that can be read with the key that writes, unless it is there: so
+/// the others can be given up.
+///
+/// # Errors
+///
+/// The repository failed, or a history is damaged.
+pub async fn rekey(place: &Place) -> Result<(), WalError> {
+    let mut histories = BTreeMap::<_, Vec<WalObject>>::new();
+    for wal in place.list("history/", None, None).await?.into_iter().filter_map(object) {
+        if wal.file.ends_with(".history") {
+            histories.entry((wal.file.clone(), wal.hash.clone())).or_default().push(wal);
+        }
+    }
+    for ((file, hash), objects) in histories {
+        let mut is_there = false;
+        for wal in &objects {
+            is_there = is_there || place.has_same_key(Kind::History, &wal.name).await?;
+        }
+        if is_there {
+            continue;
+        }
+        let mut text = Vec::new();
+        let found = readable(place, objects).await?;
+        let take = |chunk: &[u8]| {
+            text.extend_from_slice(chunk);
+            Ok(())
+        };
+        match read(place, &found[0], take).await {
+            Ok(()) => {}
+            // The server may have it.
+            Err(error) if error.is_locked() => continue,
+            Err(error) => return Err(error),
+        }
+        let name = format!("{}{hash}{}", stem(&file), tag(place.keys()));
+        match place.put(Kind::History, &name, &text, 1).await {
+            Ok(_) | Err(RepositoryError::Conflict { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// The histories that no configured key opens, and why.
+///
+/// # Errors
+///
+/// The store could not be asked.
+pub async fn locked(place: &Place) -> Result<Vec<RepositoryError>, RepositoryError> {
+    let mut files = BTreeMap::<_, Option<RepositoryError>>::new();
+    for wal in place.list("history/", None, None).await?.into_iter().filter_map(object) {
+        if !wal.file.ends_with(".history") || matches!(files.get(&wal.file), Some(None)) {
+            continue;
+        }
+        let opened = place.sealed_at(Kind::History, &wal.name).await;
+        files.insert(wal.file, opened.err().filter(RepositoryError::is_locked));
+    }
+    Ok(files.into_values().flatten().collect())
+}
