@@ -1,8 +1,10 @@
 //! The admin server: `/livez`, `/readyz`, `/metrics`, `/status`, and `/` where an agent has a page.
 //!
-//! It must answer while the agent is busy and cannot be tied up by a slow client: each
-//! connection serves one request, within [`CONNECTION_LIMIT`] from its first byte to its last,
-//! and at most [`CONNECTIONS_MAX`] are served at a time; the others wait in the kernel's queue.
+//! It must answer while the agent is busy and cannot be tied up by a slow client: each connection
+//! serves one request, which is there within [`REQUEST_LIMIT`] and answered within
+//! [`CONNECTION_LIMIT`], and at most [`CONNECTIONS_MAX`] are served at a time; the others wait in the
+//! kernel's queue. While more than half are taken, those whose request is not there within
+//! [`CROWDED_LIMIT`] make room: so silent clients hold up the others for moments.
 
 use std::fmt;
 use std::io;
@@ -26,13 +28,19 @@ use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::metrics;
 
-/// Longest life of a connection. Answers are small and made from memory, so this is for the
-/// network alone; it is above Prometheus' default scrape timeout of 10 s.
+/// A request must be there so long after its connection: a client sends it at once, and it is small.
+pub const REQUEST_LIMIT: Duration = Duration::from_secs(2);
+
+/// The same while more than half of the connections are taken.
+pub const CROWDED_LIMIT: Duration = Duration::from_millis(100);
+
+/// An answer must be read so long after its first byte. Answers are small and made from memory, so
+/// this is for the network alone; it is above Prometheus' default scrape timeout of 10 s.
 pub const CONNECTION_LIMIT: Duration = Duration::from_secs(15);
 
 /// Most connections served at a time: a few scrapers, the container's health check and a person.
@@ -173,8 +181,15 @@ impl Listener for Bounded {
         };
         // axum's own `accept` tries again after an error, for example too many open files.
         let (stream, address) = Listener::accept(&mut self.listener).await;
-        let limit = Box::pin(sleep(CONNECTION_LIMIT));
-        (BoundedStream { stream, limit, _slot: slot }, address)
+        let stream = BoundedStream {
+            stream,
+            ends_at: Instant::now() + REQUEST_LIMIT,
+            next_look: Box::pin(sleep(CROWDED_LIMIT)),
+            is_answered: false,
+            slots: Arc::clone(&self.slots),
+            _slot: slot,
+        };
+        (stream, address)
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
@@ -185,14 +200,24 @@ impl Listener for Bounded {
 /// A connection that fails once its time is up, and gives its slot back when it is dropped.
 struct BoundedStream {
     stream: TcpStream,
-    limit: Pin<Box<Sleep>>,
+    ends_at: Instant,
+    /// When to see whether its time is up, or others need its slot.
+    next_look: Pin<Box<Sleep>>,
+    /// Whether the request was there: only then is anything written.
+    is_answered: bool,
+    slots: Arc<Semaphore>,
     _slot: OwnedSemaphorePermit,
 }
 
 impl BoundedStream {
     fn check_limit(&mut self, context: &mut Context<'_>) -> io::Result<()> {
-        if self.limit.as_mut().poll(context).is_ready() {
-            return Err(io::ErrorKind::TimedOut.into());
+        while self.next_look.as_mut().poll(context).is_ready() {
+            let now = Instant::now();
+            let is_crowded = self.slots.available_permits() < CONNECTIONS_MAX / 2;
+            if self.ends_at <= now || (is_crowded && !self.is_answered) {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.next_look.as_mut().reset(self.ends_at.min(now + CROWDED_LIMIT));
         }
         Ok(())
     }
@@ -215,6 +240,9 @@ impl AsyncWrite for BoundedStream {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        if !std::mem::replace(&mut self.is_answered, true) {
+            self.ends_at = Instant::now() + CONNECTION_LIMIT;
+        }
         self.check_limit(context)?;
         Pin::new(&mut self.stream).poll_write(context, bytes)
     }
@@ -364,15 +392,37 @@ mod tests {
     }
 
     /// Without a limit, silent clients would take every slot for good.
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn silent_clients_lose_their_slots() {
         let server = server().await;
         let mut silent = Vec::new();
-        for _ in 0..CONNECTIONS_MAX {
-            silent.push(TcpStream::connect(server.address).await.unwrap());
+        for index in 0..5 * CONNECTIONS_MAX {
+            let mut stream = TcpStream::connect(server.address).await.unwrap();
+            if index % 2 == 0 {
+                stream.write_all(b"GET /metrics HTTP/1.1\r\n").await.unwrap();
+            }
+            silent.push(stream);
         }
+        let asked_at = Instant::now();
         let (head, _) = get(server.address, "/livez").await;
         assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+        assert!(asked_at.elapsed() < REQUEST_LIMIT, "{:?}", asked_at.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_slow_has_a_while_if_nobody_needs_the_slot() {
+        let server = server().await;
+        let mut slow = TcpStream::connect(server.address).await.unwrap();
+        slow.write_all(b"GET /livez HTTP/1.1\r\n").await.unwrap();
+        sleep(10 * CROWDED_LIMIT).await;
+        slow.write_all(b"Host: agent\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        slow.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        let mut silent = TcpStream::connect(server.address).await.unwrap();
+        let connected_at = Instant::now();
+        assert!(!matches!(silent.read(&mut [0]).await, Ok(1..)));
+        assert!(connected_at.elapsed() < 2 * REQUEST_LIMIT, "{:?}", connected_at.elapsed());
     }
 
     #[tokio::test]

@@ -24,6 +24,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
+use crate::monitor::wrong;
 use crate::scene::write;
 
 /// Longest wait for what should follow within seconds.
@@ -319,6 +320,38 @@ async fn many_at_once_are_one_message() {
         let line = format!("agent patient-{number}: it cannot do its work: it has a cold (ready, ");
         assert!(text.contains(&line), "{text}");
     }
+}
+
+/// A rolling update changes one check many times: that is no reason to wake anybody when it is over.
+#[tokio::test]
+async fn what_changes_while_it_is_silenced_does_not_flap_afterwards() {
+    if postgres_is_missing() {
+        return;
+    }
+    let ward = Ward::new(2).await;
+    let monitor = ward.monitor("one", &ward.state_directory(), &ward.webhook(ONE_BY_ONE));
+    let silence = ["silence", "--for", "1h", "--component", "patient-0", "--comment", "x"];
+    monitor.command(&silence).await;
+    let _agent = monitor.run().await;
+    for sick in [true, false].repeat(4) {
+        ward.all_are_sick(sick);
+        eventually("the change counts", LIMIT, async || {
+            let status = serde_json::from_str(&monitor.get("status").await).unwrap();
+            wrong(&status).contains("agent patient-0 ready warning") == sick
+        })
+        .await;
+        // For the other one, too.
+        sleep(Duration::from_millis(500)).await;
+    }
+    let listed = monitor.command(&["silences", "--json"]).await;
+    let listed: Value = serde_json::from_str(&listed.stdout).unwrap();
+    monitor.command(&["unsilence", listed[0]["id"].as_str().unwrap()]).await;
+    eventually("the other one flaps", LIMIT, async || {
+        ward.receiver.told("patient-1").last().is_some_and(|it| it.starts_with("flapping"))
+    })
+    .await;
+    sleep(QUIET).await;
+    assert!(ward.receiver.told("patient-0").is_empty(), "{:?}", ward.receiver.taken());
 }
 
 /// A real Alertmanager takes, groups and resolves what it is sent, beside a peer that is dead; what is

@@ -16,7 +16,7 @@ use crate::check::{Reading, Status};
 const FALL: u32 = 2;
 /// So many in a row that are better make it better.
 const RISE: u32 = 3;
-/// So many changes …
+/// So many changes, from getting worse to getting better or back, …
 const FLAPPING_CHANGES: usize = 6;
 /// … within so long are flapping, until there are fewer than half of them.
 const FLAPPING_WINDOW: Duration = Duration::from_mins(10);
@@ -48,9 +48,9 @@ pub struct Settled {
     /// differed least.
     #[serde(skip)]
     streak: Option<(bool, u32, Reading)>,
-    /// When what would count without flapping changed, the newest last.
+    /// When what would count without flapping began to get worse (`true`) or better, the newest last.
     #[serde(skip)]
-    changes: VecDeque<Duration>,
+    changes: VecDeque<(Duration, bool)>,
     /// What would count without flapping.
     #[serde(skip)]
     damped: Status,
@@ -105,6 +105,11 @@ impl Settled {
         change
     }
 
+    /// What has changed so far is not flapping: somebody has declared a maintenance.
+    pub fn calm(&mut self) {
+        self.changes.clear();
+    }
+
     /// Returns the reading that counts from now on, if another does.
     fn damp(&mut self, reading: &Reading, now: Now) -> Option<Reading> {
         let streak = self.streak.take();
@@ -128,7 +133,10 @@ impl Settled {
             return None;
         }
         self.damped = counts.status;
-        self.changes.push_back(now.boot);
+        // A restart has many steps down and up again: it is one change for the worse, and one for the better.
+        if self.changes.back().is_none_or(|(_, was_worse)| *was_worse != is_worse) {
+            self.changes.push_back((now.boot, is_worse));
+        }
         if self.changes.len() > FLAPPING_CHANGES {
             self.changes.pop_front();
         }
@@ -136,7 +144,7 @@ impl Settled {
     }
 
     fn settle(&mut self, now: Now) -> Option<Change> {
-        while self.changes.front().is_some_and(|it| *it + FLAPPING_WINDOW < now.boot) {
+        while self.changes.front().is_some_and(|(at, _)| *at + FLAPPING_WINDOW < now.boot) {
             self.changes.pop_front();
         }
         let was_flapping = self.is_flapping;
@@ -216,6 +224,24 @@ mod tests {
         assert!((600..620).contains(&calm_from), "{calm_from}");
         assert!(counted[flapping_from..calm_from].chars().all(|it| it == 'C'));
         assert!(counted[calm_from..].chars().all(|it| it == 'o'));
+    }
+
+    #[test]
+    fn a_way_down_with_many_steps_is_one_change() {
+        let restart = "wwccwwwooo";
+        assert!(!run(&format!("o{}", restart.repeat(2))).contains(char::is_uppercase));
+        assert!(run(&format!("o{}", restart.repeat(3))).contains(char::is_uppercase));
+    }
+
+    #[test]
+    fn what_changes_in_maintenance_does_not_flap() {
+        let mut settled = Settled::new(reading('o'), at(0).boot, at(0));
+        for (second, letter) in (1..).zip("ccooo".repeat(6).chars()) {
+            settled.take(reading(letter), at(second).boot, at(second));
+            settled.calm();
+            assert!(!settled.is_flapping, "{second}");
+        }
+        assert_eq!(settled.status, Status::Ok);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::fleet::Fleet;
-use crate::view::{GroupView, LagState, NodeView, SplitBrain};
+use crate::view::{GroupView, LagState, MostWal, NodeView, SplitBrain};
 
 /// Between two looks.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -86,6 +86,8 @@ pub enum Event {
     PrimaryUnknown {
         /// The last one, and how far it had written.
         last: Option<Place>,
+        /// The standby that has most of that.
+        most: Option<MostWal>,
         /// Whether several are there.
         are_several: bool,
     },
@@ -147,7 +149,8 @@ impl GroupAlarms {
             self.headless = self.headless.saturating_add(1);
             let is_due = was_seen || NEVER_SEEN_AFTER <= self.headless;
             if is_due && !std::mem::replace(&mut self.is_headless, true) {
-                events.push(Event::PrimaryUnknown { last: self.primary.clone(), are_several });
+                let (last, most) = (self.primary.clone(), group.most_wal.clone());
+                events.push(Event::PrimaryUnknown { last, most, are_several });
             }
             return;
         }
@@ -258,14 +261,19 @@ impl Event {
                 let (nodes, silent) = (nodes.join(", "), silent.join(", "));
                 info!(group, nodes, silent, "two primaries no longer seen");
             }
-            Self::PrimaryUnknown { last, are_several } => {
+            Self::PrimaryUnknown { last, most, are_several } => {
                 let next = match last {
                     _ if *are_several => CHOOSE,
                     Some(_) => PROMOTE,
                     None => FIND,
                 };
                 let last = list(last.as_slice());
-                warn!(group, last, next, "primary unknown: no lag can be told");
+                let most = most.as_ref().map(|it| (it.standby.as_str(), it.lacks_bytes));
+                let (most_wal, lacks_bytes) = most.unzip();
+                warn!(
+                    group,
+                    last, most_wal, lacks_bytes, next, "primary unknown: no lag can be told"
+                );
             }
             Self::PrimaryKnown(Place { node, position }) => {
                 info!(group, node, timeline = position, "primary known");
@@ -326,7 +334,12 @@ mod tests {
         let not_diverged = || Event::NotDiverged("postgres-2".to_owned());
         let rivals = || vec![primary.clone(), silent.clone()];
         let one = Event::OnePrimary { nodes: names(), silent: vec!["postgres-3".to_owned()] };
-        let unknown = || Event::PrimaryUnknown { last: Some(primary.clone()), are_several: false };
+        let most = well().most_wal;
+        let unknown = || Event::PrimaryUnknown {
+            last: Some(primary.clone()),
+            most: most.clone(),
+            are_several: false,
+        };
         let not_asked = |group: &mut GroupView| {
             headless(group);
             group.nodes[2].up = None;
@@ -397,7 +410,9 @@ mod tests {
     #[test]
     fn where_no_primary_was_seen_there_may_be_one_elsewhere() {
         let [primary, standby] = [0, 1].map(|index| place(&group(|_| ()).nodes[index]));
-        let never = |are_several| Event::PrimaryUnknown { last: None, are_several };
+        let most = group(|_| ()).most_wal;
+        let never =
+            |are_several| Event::PrimaryUnknown { last: None, most: most.clone(), are_several };
         let looks = |change: fn(&mut GroupView), count: u32| -> Vec<_> {
             (0..count).map(|_| group(change)).collect()
         };

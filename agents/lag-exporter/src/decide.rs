@@ -7,11 +7,13 @@ use crate::group::{Group, NodeMemory};
 use crate::lag::{self, Standby};
 use crate::line::Line;
 use crate::observation::{Details, Position, Sample};
+use crate::past::{Pasts, Run, Whose};
 use crate::quorum::quorum;
 use crate::senders::{sender_views, slot_view};
 use crate::split::{Reign, fresh};
 use crate::view::{
-    Clock, DetailsView, GroupView, Lag, LagState, LagView, NodeState, NodeView, Quorum, Role, Rpo,
+    Clock, DetailsView, GroupView, Lag, LagState, LagView, MostWal, NodeState, NodeView, Quorum,
+    Role, Rpo,
 };
 
 /// Details older than this say nothing about now: several times the interval between them.
@@ -26,12 +28,15 @@ pub fn view(group: &Group, now: Duration) -> GroupView {
     let uncontested = line.filter(|line| servers(writers(&fresh, line)) <= 1);
     // An age on a leader's disk means nothing without the leader.
     let measures = |line: &&Line| !line.is_of_standby || line.is_fresh(now, stale_after);
-    let context = Context { line: uncontested.filter(measures), now, stale_after };
+    let line_measured = uncontested.filter(measures);
+    let context = Context { line: line_measured, pasts: &group.pasts, now, stale_after };
     let primary = context.line.filter(|line| line.is_fresh(now, stale_after));
     let source = primary.and_then(|line| line.source.as_ref());
     let source = source.and_then(|it| group.nodes.get_key_value(&it.name));
     let source = source.filter(|(_, node)| node.reign.is_some());
-    let quorum = source.and_then(|(_, node)| context.details(node)).map_or(Quorum::Unknown, quorum);
+    let details = source.and_then(|(_, node)| Some((node, context.details(node)?)));
+    let sync_wait = details.and_then(|(node, details)| node.sync_wait(details));
+    let quorum = details.map_or(Quorum::Unknown, |(_, details)| quorum(details, sync_wait));
     let is_remembered = |node: &NodeMemory| {
         node.left_at.is_none_or(|left_at| now < left_at + group.limits.forget_after)
     };
@@ -48,7 +53,10 @@ pub fn view(group: &Group, now: Duration) -> GroupView {
         timeline: line.map(|line| line.timeline),
         split_brain: group.rivals.verdict(&reigns, now, stale_after),
         quorum,
+        sync_waiting: details.and_then(|(_, it)| it.sync_waits).map(|it| it.sessions),
+        sync_wait,
         rpo: source.map_or(Rpo::Unknown, |_| context.rpo(group)),
+        most_wal: context.most_wal(group),
         wal_written_bytes: line.map_or(0, |line| line.written_bytes),
         wal_bytes_per_second: primary.and_then(|line| line.rate.bytes_per_second()),
         history: line.and_then(|line| line.ring.reach(now)),
@@ -75,6 +83,7 @@ fn servers<'a>(reigns: impl Iterator<Item = &'a Reign>) -> u32 {
 struct Context<'a> {
     /// What lag is measured on; `None` if it cannot be.
     line: Option<&'a Line>,
+    pasts: &'a Pasts,
     now: Duration,
     stale_after: Duration,
 }
@@ -105,8 +114,8 @@ impl Context<'_> {
         let state = match (node.fresh(self.now, self.stale_after), self.line) {
             (Some(Sample { position: Position::Primary { .. }, .. }), _) => return None,
             (Some(_), Some(line)) => {
-                let standby = self.standby(node)?;
-                let lag = lag::lag(standby, line, self.stale_after);
+                let standby = self.standby(name, node, line)?;
+                let lag = lag::lag(standby, line, self.now, self.stale_after);
                 // What the leader itself has not received, nobody here knows.
                 let leads = line.is_of_standby && line.source_name().as_deref() == Some(name);
                 let unknown = LagView { receive: Lag::default(), receive_bytes: None, ..lag };
@@ -119,15 +128,18 @@ impl Context<'_> {
         Some(lag::none(state))
     }
 
-    fn standby(self, node: &NodeMemory) -> Option<Standby<'_>> {
+    fn standby<'b>(self, name: &str, node: &'b NodeMemory, line: &Line) -> Option<Standby<'b>> {
         let sample = node.fresh(self.now, self.stale_after)?;
         let Position::Standby(position) = &sample.position else { return None };
+        let timeline = position.timeline.and(node.timeline);
+        let whose = |timeline| self.pasts.whose(name, Run::of(sample, timeline), line.timeline);
         Some(Standby {
             sample,
             position,
             received_before: node.received_before,
-            timeline: position.timeline.and(node.timeline),
-            ahead_on: node.ahead_on,
+            primary_has_more: node.primary_has_more,
+            timeline,
+            whose: timeline.map_or(Whose::Unclear, whose),
             bytes_per_second: node.replay_pace.bytes_per_second(),
         })
     }
@@ -139,7 +151,7 @@ impl Context<'_> {
         let mut lower = Some(Duration::MAX);
         let mut is_undecided = false;
         for (name, node) in &group.nodes {
-            match self.received(node, line) {
+            match self.received(name, node, line) {
                 Ok(Some((received, lag))) => {
                     lower = lower.min(lag.receive.lower);
                     if best.as_ref().is_none_or(|(most, ..)| *most < received) {
@@ -166,15 +178,41 @@ impl Context<'_> {
         }
     }
 
+    /// Which standby that answers has most of what the primary was last seen to have.
+    fn most_wal(self, group: &Group) -> Option<MostWal> {
+        let line = self.line.filter(|line| !line.is_of_standby)?;
+        let end = line.ring.newest()?.lsn;
+        let mut most: Option<(u64, &String)> = None;
+        for (name, node) in &group.nodes {
+            let tells = node.sample.is_some_and(|it| match it.position {
+                Position::Standby(position) => position.receive_lsn.is_some(),
+                Position::Primary { .. } => true,
+            });
+            match self.received(name, node, line) {
+                Ok(Some((received, _))) if tells => most = most.max(Some((received, name))),
+                Ok(None)
+                | Err(LagState::Diverged | LagState::OtherCluster | LagState::Unreachable) => {}
+                Ok(Some(_)) | Err(_) => return None,
+            }
+        }
+        let (received, name) = most?;
+        Some(MostWal { standby: name.clone(), lacks_bytes: end.saturating_sub(received) })
+    }
+
     /// How far a standby has received the line, and its lag; `None` of a primary.
-    fn received(self, node: &NodeMemory, line: &Line) -> Result<Option<(u64, LagView)>, LagState> {
+    fn received(
+        self,
+        name: &str,
+        node: &NodeMemory,
+        line: &Line,
+    ) -> Result<Option<(u64, LagView)>, LagState> {
         if node.fresh(self.now, self.stale_after).is_none() {
             let is_asked = node.up.is_some();
             return Err(if is_asked { LagState::Unreachable } else { LagState::Unknown });
         }
-        let Some(standby) = self.standby(node) else { return Ok(None) };
+        let Some(standby) = self.standby(name, node, line) else { return Ok(None) };
         let received = lag::positions(standby, line)?.receive;
-        Ok(Some((received, lag::lag(standby, line, self.stale_after))))
+        Ok(Some((received, lag::lag(standby, line, self.now, self.stale_after))))
     }
 
     /// The details of a node that answers, unless they are too old.

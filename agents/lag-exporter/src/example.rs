@@ -9,8 +9,8 @@ use crate::observation::{
     Archiver, Conflicts, Receiver, ReceiverStatus, ReplayPause, Stage, WalStatus,
 };
 use crate::view::{
-    CatchUp, Clock, DetailsView, GroupView, Lag, LagState, LagView, NodeState, NodeView, Quorum,
-    Role, Rpo, Runway, SenderKind, SenderView, SlotView, SplitBrain, SyncCount,
+    CatchUp, Clock, DetailsView, GroupView, Lag, LagState, LagView, MostWal, NodeState, NodeView,
+    Quorum, Role, Rpo, Runway, SenderKind, SenderView, SlotView, SplitBrain, SyncCount,
 };
 
 /// A group with a primary, a standby that is behind and one that does not answer.
@@ -145,11 +145,14 @@ pub(crate) fn example() -> Snapshot {
         timeline: Some(3),
         split_brain: SplitBrain::No,
         quorum: Quorum::Met(SyncCount { wanted: 1, present: 1 }),
+        sync_waiting: Some(2),
+        sync_wait: seconds(0),
         rpo: Rpo::Loss {
             standby: "postgres-2".to_owned(),
             lag: Lag { lower: seconds(0), estimate: seconds(0), upper: seconds(900) },
             bytes: Some(0),
         },
+        most_wal: Some(MostWal { standby: "postgres-2".to_owned(), lacks_bytes: 0 }),
         wal_written_bytes: 1234,
         wal_bytes_per_second: Some(1024.5),
         history: seconds(3_600_000),

@@ -320,7 +320,12 @@ mod tests {
                 started_at: DateTime::UNIX_EPOCH,
             },
             clock_ahead: chrono::TimeDelta::zero(),
-            position: Position::Primary { timeline: 1, flush_lsn: PgLsn::from(5), fork_lsn: None },
+            position: Position::Primary {
+                timeline: 1,
+                flush_lsn: PgLsn::from(5),
+                insert_lsn: PgLsn::from(5),
+                fork_lsn: None,
+            },
         };
         assert!(fleet.record(&node, Learnt::Sample(Ok(sample()))), "a seed is wanted");
         let refused =

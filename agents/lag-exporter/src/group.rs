@@ -3,14 +3,17 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 
 use crate::decide;
 use crate::history::SavedGroup;
 use crate::leader;
 use crate::line::{Change, Line, Offer, Replayed, Source};
-use crate::observation::{Details, Position, Report, Sample, Stage, StandbyPosition};
+use crate::observation::{
+    Details, Position, Report, Sample, Stage, StandbyPosition, before_page_header,
+};
 use crate::pace::Pace;
+use crate::past::{Pasts, Run};
 use crate::ring::{Ring, micros};
 use crate::senders::HeldBack;
 use crate::split::{Reign, Rivals};
@@ -19,6 +22,9 @@ use crate::view::GroupView;
 /// The pace at which a standby replays is that of this time: short, for it changes at once when
 /// replay is resumed.
 const REPLAY_WINDOW: Duration = Duration::from_secs(15);
+
+/// A clock that is off by more was set, or will be: what a primary remembers by it has no age.
+const SEED_CLOCK_MAX: TimeDelta = TimeDelta::seconds(1);
 
 /// What the decisions need to know besides what the servers say.
 #[derive(Clone, Copy, Debug)]
@@ -41,6 +47,7 @@ pub struct Group {
     /// The history of WAL that the lag is measured on; `None` until a primary was seen.
     pub(crate) line: Option<Line>,
     pub(crate) rivals: Rivals,
+    pub(crate) pasts: Pasts,
 }
 
 /// What is remembered about one node.
@@ -51,15 +58,21 @@ pub(crate) struct NodeMemory {
     pub(crate) sample: Option<Sample>,
     /// How far a standby had received, a sample before.
     pub(crate) received_before: Option<u64>,
+    /// Whether the primary had flushed just as much as a standby has received, and begun to write more.
+    pub(crate) primary_has_more: bool,
     /// The newest timeline of which the server had WAL, since it started.
     pub(crate) timeline: Option<u32>,
-    /// The timeline on which it had replayed more than the primary had written later on.
-    pub(crate) ahead_on: Option<u32>,
+    /// How far it had replayed when all that it had on its disk at its start was replayed.
+    streams_since: Option<u64>,
+    /// Whether it has replayed what it streamed.
+    has_streamed: bool,
     /// What it was when it last told, in recovery, both its timeline and how far it had replayed.
     replayed: Option<Replayed>,
     pub(crate) replay_pace: Pace,
     pub(crate) reign: Option<Reign>,
     pub(crate) details: Option<Box<Details>>,
+    /// Which statement waits for standbys the longest, and when it was first seen to.
+    sync_wait: Option<(DateTime<Utc>, Duration)>,
     pub(crate) held_back: HeldBack,
     /// Whether the last question was refused.
     is_refused: bool,
@@ -74,12 +87,15 @@ impl NodeMemory {
             fresh_connect: None,
             sample: None,
             received_before: None,
+            primary_has_more: false,
             timeline: None,
-            ahead_on: None,
+            streams_since: None,
+            has_streamed: false,
             replayed: None,
             replay_pace: Pace::over(REPLAY_WINDOW),
             reign: None,
             details: None,
+            sync_wait: None,
             held_back: HeldBack::default(),
             is_refused: false,
             left_at: None,
@@ -113,7 +129,15 @@ impl NodeMemory {
             _ => None,
         };
         self.timeline = self.timeline.max(position.timeline);
+        // Streaming begins where the WAL on the disk ends, after that is replayed.
+        let streams = self.sample.is_some_and(|before| match before.position {
+            Position::Standby(before) => before.receive_lsn.is_some(),
+            Position::Primary { .. } => false,
+        });
         if let Some(lsn) = position.replay_lsn.map(u64::from) {
+            if streams {
+                self.has_streamed |= *self.streams_since.get_or_insert(lsn) < lsn;
+            }
             self.replay_pace.push(sample.answered_at, lsn);
             if let Some(timeline) = position.timeline.and(self.timeline) {
                 let Sample { asked_at, answered_at, .. } = *sample;
@@ -127,7 +151,16 @@ impl NodeMemory {
         // They were asked for right after the positions.
         let end_lsn = self.sample.and_then(|sample| sample.position.lsn());
         self.held_back.push(details.answered_at, end_lsn, details.slots.as_deref());
+        let oldest = details.sync_waits.and_then(|it| it.oldest);
+        let known = self.sync_wait.filter(|(known, _)| Some(*known) == oldest);
+        self.sync_wait = known.or(oldest.map(|it| (it, details.answered_at)));
         self.details = Some(details);
+    }
+
+    /// For how long a commit has surely waited for standbys; `None` if that is not told.
+    pub(crate) fn sync_wait(&self, details: &Details) -> Option<Duration> {
+        let since = |(_, since): (_, Duration)| details.asked_at.saturating_sub(since);
+        details.sync_waits.map(|_| self.sync_wait.map(since).unwrap_or_default())
     }
 
     /// Takes in that a question was not answered.
@@ -140,16 +173,14 @@ impl NodeMemory {
         self.up = Some(false);
     }
 
-    /// Compares what it had replayed with what the primary said later.
-    fn compare(&mut self, timeline: u32, source: &Source) {
+    /// Whether it had replayed more than the primary said later that it has.
+    fn is_ahead(&self, timeline: u32, source: &Source) -> bool {
         let is_ahead = self.replayed.is_some_and(|it| {
             it.timeline == timeline
                 && it.answered_at <= source.asked_at
                 && source.flush_lsn < it.lsn
         });
-        if is_ahead && self.reign.is_none() {
-            self.ahead_on = Some(timeline);
-        }
+        is_ahead && self.reign.is_none()
     }
 
     fn reigns(&mut self, sample: &Sample, timeline: u32, flush_lsn: u64) {
@@ -170,12 +201,20 @@ impl NodeMemory {
 impl Group {
     /// A group of which nothing is known.
     pub fn new(number: u32, limits: Limits) -> Self {
-        Self { number, limits, nodes: BTreeMap::new(), line: None, rivals: Rivals::default() }
+        Self {
+            number,
+            limits,
+            nodes: BTreeMap::new(),
+            line: None,
+            rivals: Rivals::default(),
+            pasts: Pasts::default(),
+        }
     }
 
     /// Takes up what another process knew, before the first report; says whether it could.
     pub fn restore(&mut self, saved: SavedGroup) -> bool {
-        let SavedGroup { system_identifier, timeline, forks, entries, .. } = saved;
+        let SavedGroup { system_identifier, timeline, forks, pasts, entries, .. } = saved;
+        self.pasts = pasts;
         let ring = Ring::from_entries(entries);
         let line = ring.map(|ring| Line::new(system_identifier, timeline, ring, forks));
         let could = line.is_some();
@@ -191,6 +230,7 @@ impl Group {
             system_identifier: line.system_identifier,
             timeline: line.timeline,
             forks: line.forks.clone(),
+            pasts: self.pasts.clone(),
             entries: line.ring.entries().to_vec(),
         })
     }
@@ -230,8 +270,13 @@ impl Group {
             Report::Sample(sample) => return self.record_sample(name, sample),
             Report::Details(details) => node.learn(details),
             Report::Seed(seed) => {
+                let is_right = node.sample.is_some_and(|it| it.clock_ahead.abs() <= SEED_CLOCK_MAX);
                 if let Some(line) = &mut self.line {
-                    line.plant(name, &seed);
+                    if is_right {
+                        line.plant(name, &seed);
+                    } else {
+                        line.leave_unplanted(name);
+                    }
                 }
             }
             Report::SeedRefused => {
@@ -248,7 +293,8 @@ impl Group {
     /// The primary that should be asked for a [`crate::observation::Seed`], or none. Once it is
     /// recorded, no longer; one without files is as good as any.
     pub fn wants_seed(&self) -> Option<&str> {
-        let line = self.line.as_ref().filter(|line| line.wants_seed && !line.is_of_standby)?;
+        let wants = |line: &&Line| line.wants_seed && !line.is_of_standby && !line.ring.is_empty();
+        let line = self.line.as_ref().filter(wants)?;
         line.source.as_ref().map(|source| source.name.as_str())
     }
 
@@ -272,25 +318,36 @@ impl Group {
         node.forget_unless(identity.system_identifier, identity.started_at);
         (node.up, node.is_refused) = (Some(true), false);
         let replayed = node.replayed;
-        let offer = |timeline, flush_lsn, fork_lsn| Offer {
+        let run = |timeline| Run::of(&sample, timeline);
+        let offer = |timeline, flush_lsn, inserted, fork_lsn| Offer {
             name,
             sample: &sample,
             timeline,
             flush_lsn,
+            inserted,
             fork_lsn,
             replayed,
         };
         let offer = match sample.position {
             Position::Standby(position) => {
                 node.follows(&sample, &position);
+                let received = position.receive_lsn.map(u64::from);
+                let source = self.line.as_ref().and_then(|line| line.source.as_ref());
+                node.primary_has_more =
+                    source.is_some_and(|it| it.has_more && Some(it.flush_lsn) == received);
                 let timeline = node.timeline;
+                if let Some(timeline) = position.timeline.and(timeline) {
+                    self.pasts.follows(name, run(timeline), node.has_streamed);
+                }
                 let leads = timeline.zip(leader::leads(self, name, &sample));
-                leads.map(|(timeline, received)| offer(timeline, received, None))
+                leads.map(|(timeline, received)| offer(timeline, received, received, None))
             }
-            Position::Primary { timeline, flush_lsn, fork_lsn } => {
+            Position::Primary { timeline, flush_lsn, insert_lsn, fork_lsn } => {
+                let inserted = before_page_header(insert_lsn.into(), identity.wal_segment_bytes);
                 let (flush_lsn, fork_lsn) = (flush_lsn.into(), fork_lsn.map(u64::from));
                 node.reigns(&sample, timeline, flush_lsn);
-                Some(offer(timeline, flush_lsn, fork_lsn))
+                self.pasts.writes(name, run(timeline));
+                Some(offer(timeline, flush_lsn, inserted, fork_lsn))
             }
         };
         let change = offer.and_then(|offer| self.follow(offer));
@@ -312,8 +369,11 @@ impl Group {
         let is_primary = !line.is_of_standby;
         if let Some(source) = line.source.as_ref().filter(|it| is_primary && it.name == offer.name)
         {
-            for node in self.nodes.values_mut() {
-                node.compare(offer.timeline, source);
+            let nodes = self.nodes.iter();
+            for (name, node) in nodes.filter(|(_, it)| it.is_ahead(offer.timeline, source)) {
+                if let Some(sample) = &node.sample {
+                    self.pasts.strays(name, Run::of(sample, offer.timeline));
+                }
             }
         }
         change

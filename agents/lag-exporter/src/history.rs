@@ -12,6 +12,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::past::Pasts;
 use crate::ring::{Entry, Micros, micros};
 use crate::timelines::Fork;
 
@@ -33,6 +34,9 @@ pub struct SavedGroup {
     pub timeline: u32,
     /// Where it left older ones.
     pub forks: Vec<Fork>,
+    /// Whose WAL its nodes have. A file of an older version has none.
+    #[serde(default)]
+    pub pasts: Pasts,
     /// The positions.
     #[serde(with = "steps")]
     pub entries: Vec<Entry>,
@@ -215,9 +219,11 @@ mod steps {
 
 #[cfg(test)]
 mod tests {
+    use chrono::DateTime;
     use proptest::prelude::*;
 
     use super::*;
+    use crate::past::Run;
 
     const PLACE: Place<'_> = Place { cluster: "demo", boot_id: "8d0a" };
     const NOW: Duration = Duration::from_secs(1000);
@@ -230,8 +236,16 @@ mod tests {
             system_identifier: u64::MAX,
             timeline: 3,
             forks: vec![fork],
+            pasts: pasts(),
             entries,
         }
+    }
+
+    fn pasts() -> Pasts {
+        let started_at = DateTime::from_timestamp_micros(1_700_000_000_123_456).unwrap();
+        let mut pasts = Pasts::default();
+        pasts.writes("a", Run { system_identifier: u64::MAX, timeline: 3, started_at });
+        pasts
     }
 
     fn groups() -> Vec<SavedGroup> {

@@ -140,6 +140,7 @@ mod tests {
     use super::*;
     use crate::group::Limits;
     use crate::history::SavedGroup;
+    use crate::past::Pasts;
     use crate::ring::{Entry, micros};
 
     const HISTORY: Duration = Duration::from_hours(1);
@@ -184,7 +185,14 @@ mod tests {
             let moment = micros(clock::now()) - micros(age);
             let entry = Entry { lsn: 5, written_by: moment, not_passed_at: moment };
             let (system_identifier, timeline) = (7, 1);
-            SavedGroup { group, system_identifier, timeline, forks: vec![], entries: vec![entry] }
+            SavedGroup {
+                group,
+                system_identifier,
+                timeline,
+                forks: vec![],
+                pasts: Pasts::default(),
+                entries: vec![entry],
+            }
         };
         let fleet = fleet();
         fleet.restore(vec![saved(0, HISTORY / 2), saved(1, HISTORY / 2), saved(2, HISTORY * 2)]);

@@ -5,6 +5,7 @@ use std::time::Duration;
 use crate::line::Line;
 use crate::observation::{PAGE_BYTES, ReplayPause, Sample, StandbyPosition};
 use crate::pace::float;
+use crate::past::Whose;
 use crate::ring::Behind;
 use crate::timelines::{Kinship, kinship, shared_part};
 use crate::view::{CatchUp, Lag, LagState, LagView};
@@ -22,10 +23,13 @@ pub struct Standby<'a> {
     pub position: &'a StandbyPosition,
     /// How far it had received when it was asked before that.
     pub received_before: Option<u64>,
+    /// Whether the primary was seen to have flushed just as much as it had received, and to have
+    /// begun to write more.
+    pub primary_has_more: bool,
     /// The newest timeline of which it surely has WAL; `None` unless that was told with the positions.
     pub timeline: Option<u32>,
-    /// The timeline on which it had replayed more than the primary had written later on.
-    pub ahead_on: Option<u32>,
+    /// Whose WAL of that timeline it has.
+    pub whose: Whose,
     /// Bytes that it replays per second.
     pub bytes_per_second: Option<f64>,
 }
@@ -44,13 +48,17 @@ pub fn none(state: LagState) -> LagView {
 }
 
 /// Decides how far `standby` is behind `line`.
-pub fn lag(standby: Standby<'_>, line: &Line, stale_after: Duration) -> LagView {
+///
+/// A standby does not go back, so what it was behind then it is not behind by more than the time
+/// since: an upper bound is that of `now`.
+pub fn lag(standby: Standby<'_>, line: &Line, now: Duration, stale_after: Duration) -> LagView {
     let Positions { replay, replay_at_most, receive } = match positions(standby, line) {
         Ok(positions) => positions,
         Err(state) => return none(state),
     };
     let Sample { asked_at, answered_at, .. } = *standby.sample;
-    let behind = |lsn| said(line.ring.behind(lsn, asked_at, answered_at), stale_after);
+    let since = now.saturating_sub(answered_at);
+    let behind = |lsn| said(line.ring.behind(lsn, asked_at, answered_at), since, stale_after);
     let end = line.ring.position(asked_at).filter(|_| line.is_fresh(asked_at, stale_after));
     let bytes = |lsn: u64| end.map(|end| end.saturating_sub(lsn));
     let (state, mut replay_lag) = behind(replay);
@@ -59,12 +67,19 @@ pub fn lag(standby: Standby<'_>, line: &Line, stale_after: Duration) -> LagView 
         replay_lag.lower = replay_lag.lower.map(|lower| lower.min(at_least));
     }
     let replay_bytes = bytes(replay);
+    let (receive_state, mut receive_lag) = behind(receive);
+    // Until its receiver starts, it does not say what else is on its disk since an earlier run.
+    let may_have_more =
+        standby.position.receive_lsn.is_none() && receive_state != LagState::CaughtUp;
+    if may_have_more {
+        receive_lag = Lag { upper: receive_lag.upper, ..Lag::default() };
+    }
     LagView {
         state,
         replay: replay_lag,
-        receive: behind(receive).1,
+        receive: receive_lag,
         replay_bytes,
-        receive_bytes: bytes(receive),
+        receive_bytes: bytes(receive).filter(|_| !may_have_more),
         catch_up: catch_up(standby, line, state, replay_bytes),
     }
 }
@@ -76,7 +91,7 @@ pub struct Positions {
     pub replay: u64,
     /// The same, unless what it has received beyond that may be part of a single record.
     pub replay_at_most: u64,
-    /// How far it has the line's WAL on its disk.
+    /// How far it has the line's WAL on its disk; at least, if it does not say what it received.
     pub receive: u64,
 }
 
@@ -86,7 +101,7 @@ pub struct Positions {
 ///
 /// The state of a standby whose lag has no number.
 pub fn positions(standby: Standby<'_>, line: &Line) -> Result<Positions, LagState> {
-    let Standby { sample, position, timeline, ahead_on, .. } = standby;
+    let Standby { sample, position, timeline, whose, .. } = standby;
     if sample.identity.system_identifier != line.system_identifier {
         return Err(LagState::OtherCluster);
     }
@@ -96,10 +111,9 @@ pub fn positions(standby: Standby<'_>, line: &Line) -> Result<Positions, LagStat
     match kinship(&line.forks, line.timeline, timeline, replayed) {
         Kinship::Diverged => return Err(LagState::Diverged),
         Kinship::Newer => return Err(LagState::PrimaryUnknown),
-        Kinship::Unclear => return Err(LagState::Unknown),
-        // A server sends nothing that is not on its disk. So this primary has lost WAL.
-        Kinship::Shared if ahead_on == Some(line.timeline) => return Err(LagState::Diverged),
-        Kinship::Shared => {}
+        Kinship::Shared if whose == Whose::ItsOwn => return Err(LagState::Diverged),
+        Kinship::Shared if whose == Whose::Primarys => {}
+        Kinship::Shared | Kinship::Unclear => return Err(LagState::Unknown),
     }
     let (replay, replay_at_most) = visible(standby, replayed);
     let received = position.receive_lsn.map_or(replay, u64::from);
@@ -113,33 +127,39 @@ pub fn positions(standby: Standby<'_>, line: &Line) -> Result<Positions, LagStat
 /// A primary with an open transaction and nothing to do writes whole pages only, so what is on
 /// the standby's disk may end within a record. It cannot be replayed, and no commit is in it,
 /// but the position stays before the record. The signs: the received WAL ends at a page, the startup
-/// process waits for WAL, and the WAL ended there a sample ago. Without the last it may as well be a
-/// startup process that was stopped while it waited, and looks as if it still did. Without the
-/// second, as when replay is paused or the link is cut, it may be so and may not.
-fn visible(Standby { position, received_before, .. }: Standby<'_>, replayed: u64) -> (u64, u64) {
+/// process waits for WAL, the WAL ended there a sample ago, and the primary has begun to write more
+/// than it has flushed. Without the last two it may as well be a startup process that was stopped
+/// while it waited, and looks as if it still did. Without the second, as when replay is paused or the link is cut, it may be so and may not.
+fn visible(standby: Standby<'_>, replayed: u64) -> (u64, u64) {
+    let Standby { position, received_before, primary_has_more, .. } = standby;
     match position.receive_lsn.map(u64::from) {
         Some(received)
             if received.is_multiple_of(PAGE_BYTES)
                 && (replayed..=replayed + PARTIAL_RECORD_BYTES_MAX).contains(&received) =>
         {
-            let is_partial =
-                position.startup_waits == Some(true) && received_before == Some(received);
+            let is_partial = position.startup_waits == Some(true)
+                && received_before == Some(received)
+                && primary_has_more;
             (if is_partial { received } else { replayed }, received)
         }
         _ => (replayed, replayed),
     }
 }
 
-fn said(behind: Behind, stale_after: Duration) -> (LagState, Lag) {
+/// What that means `since` the standby was asked.
+fn said(behind: Behind, since: Duration, stale_after: Duration) -> (LagState, Lag) {
     let unknown = Lag::default();
+    let by_now = |upper| Some(upper + since);
     match behind {
         Behind::Unknown => (LagState::PrimaryUnknown, unknown),
-        Behind::Nothing(upper) if upper <= stale_after => {
+        Behind::Nothing { upper, seen } if seen + since <= stale_after => {
             let zero = Some(Duration::ZERO);
-            (LagState::CaughtUp, Lag { lower: zero, estimate: zero, upper: Some(upper) })
+            (LagState::CaughtUp, Lag { lower: zero, estimate: zero, upper: by_now(upper) })
         }
-        Behind::Nothing(upper) => (LagState::PrimaryUnknown, Lag { upper: Some(upper), ..unknown }),
-        Behind::By(lag) => (LagState::Ok, lag),
+        Behind::Nothing { upper, .. } => {
+            (LagState::PrimaryUnknown, Lag { upper: by_now(upper), ..unknown })
+        }
+        Behind::By(lag) => (LagState::Ok, Lag { upper: lag.upper.and_then(by_now), ..lag }),
         Behind::More(lower) => (LagState::BeyondHistory, Lag { lower: Some(lower), ..unknown }),
     }
 }

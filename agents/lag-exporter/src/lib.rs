@@ -20,6 +20,7 @@ pub mod lag;
 pub mod leader;
 pub mod line;
 pub mod pace;
+pub mod past;
 pub mod quorum;
 pub mod ring;
 pub mod seed;

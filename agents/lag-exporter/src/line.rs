@@ -53,6 +53,8 @@ pub struct Source {
     pub asked_at: Duration,
     /// How far it had written then.
     pub flush_lsn: u64,
+    /// Whether it had begun to write more than that.
+    pub has_more: bool,
 }
 
 /// A sample of a primary, or of a standby leader.
@@ -66,6 +68,8 @@ pub struct Offer<'a> {
     pub timeline: u32,
     /// How far it has written, or received.
     pub flush_lsn: u64,
+    /// Where its WAL ends, also that which is not on its disk.
+    pub inserted: u64,
     /// Where that timeline began, if it says so.
     pub fork_lsn: Option<u64>,
     /// What it was when it was last seen in recovery.
@@ -256,19 +260,21 @@ impl Line {
         self.timeline = timeline;
     }
 
-    fn push(&mut self, Offer { name, sample, flush_lsn, .. }: Offer<'_>, history: Duration) {
+    fn push(&mut self, offer: Offer<'_>, history: Duration) {
+        let Offer { name, sample, flush_lsn, inserted, .. } = offer;
         self.wants_seed |= self.ring.is_empty();
         if self.source.is_some() {
             let before = self.ring.newest().map_or(flush_lsn, |newest| newest.lsn);
             self.written_bytes += flush_lsn.saturating_sub(before);
         }
-        self.ring.push(flush_lsn, sample.asked_at, sample.answered_at, history);
+        self.ring.push(flush_lsn, inserted, sample.asked_at, sample.answered_at, history);
         self.rate.push(sample.answered_at, flush_lsn);
         self.source = Some(Source {
             name: name.to_owned(),
             started_at: sample.identity.started_at,
             asked_at: sample.asked_at,
             flush_lsn,
+            has_more: flush_lsn < inserted,
         });
     }
 }

@@ -111,9 +111,12 @@ pub enum Position {
         /// From `pg_walfile_name(pg_current_wal_lsn())`: the control file names the old timeline
         /// until the first checkpoint after a promotion.
         timeline: u32,
-        /// `pg_current_wal_flush_lsn()`. Neither the insert position, which jumps over page
-        /// headers, nor the write position, which a crash may take back.
+        /// `pg_current_wal_flush_lsn()`. Neither the insert position nor the write position, which a
+        /// crash may take back.
         flush_lsn: PgLsn,
+        /// `pg_current_wal_insert_lsn()`, read before that: it jumps over page headers, see
+        /// [`before_page_header`]. What is beyond `flush_lsn` no standby has yet.
+        insert_lsn: PgLsn,
         /// Where `timeline` left its parent: exactly what the history file says, and any role may
         /// ask it. After a promotion `pg_last_wal_replay_lsn()` stays where replay ended, until the
         /// server restarts. `None` without a promotion since then; where nothing was streamed
@@ -160,6 +163,16 @@ pub struct StandbyPosition {
 
 /// `XLOG_BLCKSZ`: WAL goes to disk in pages of this many bytes.
 pub const PAGE_BYTES: u64 = 8192;
+
+/// Where the WAL before an insert position ends: at the start of a page the position is after the
+/// header that the page will have, which the flush position is not.
+///
+/// Source: `XLogBytePosToRecPtr` in `xlog.c`; the sizes of `XLogPageHeaderData`, and of
+/// `XLogLongPageHeaderData` at the start of a segment.
+pub fn before_page_header(lsn: u64, wal_segment_bytes: u64) -> u64 {
+    let header = if lsn % wal_segment_bytes < PAGE_BYTES { 40 } else { 24 };
+    if lsn % PAGE_BYTES == header { lsn - header } else { lsn }
+}
 
 /// Whether replay is paused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -249,7 +262,9 @@ pub struct Details {
     /// `synchronous_commit`, as it is set for this role: with `off` and `local` commits wait for
     /// nobody either, unless a session says otherwise.
     pub synchronous_commit: Option<String>,
-    /// `pg_stat_replication`, every row.
+    /// Sessions whose commit waits for standbys; `None` if the role may not see it.
+    pub sync_waits: Option<SyncWaits>,
+    /// `pg_stat_replication`, every row; `None` too if the role may not see it.
     pub senders: Option<Vec<Sender>>,
     /// `pg_replication_slots`, every row.
     pub slots: Option<Vec<Slot>>,
@@ -259,6 +274,16 @@ pub struct Details {
     pub archiver: Option<Archiver>,
     /// What only a standby has. `None` on a primary too.
     pub standby: Option<StandbyDetails>,
+}
+
+/// Sessions whose `wait_event` is `SyncRep`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SyncWaits {
+    /// So many.
+    pub sessions: u32,
+    /// The least `state_change`, by the server's clock. Only compared for equality: the statement
+    /// may have run for long before it began to wait.
+    pub oldest: Option<DateTime<Utc>>,
 }
 
 /// What only a standby has.
@@ -303,6 +328,8 @@ pub struct Sender {
     pub sync_priority: u32,
     /// `sync_state`: `async`, `potential`, `sync` or `quorum`.
     pub sync_state: String,
+    /// `pid`.
+    pub pid: i32,
 }
 
 /// A row of `pg_replication_slots`.
@@ -434,4 +461,24 @@ pub struct CheckpointAge {
     pub timeline: u32,
     /// `clock_timestamp() - checkpoint_time`, which is when it began, cut to whole seconds.
     pub age: TimeDelta,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_insert_position_at_the_start_of_a_page_is_after_its_header() {
+        const SEGMENT: u64 = 16 << 20;
+        for (lsn, expected) in [
+            (3 * SEGMENT + 40, 3 * SEGMENT),
+            (3 * SEGMENT + 24, 3 * SEGMENT + 24),
+            (3 * SEGMENT + 48, 3 * SEGMENT + 48),
+            (3 * SEGMENT + PAGE_BYTES + 24, 3 * SEGMENT + PAGE_BYTES),
+            (3 * SEGMENT + PAGE_BYTES + 40, 3 * SEGMENT + PAGE_BYTES + 40),
+            (3 * SEGMENT + PAGE_BYTES, 3 * SEGMENT + PAGE_BYTES),
+        ] {
+            assert_eq!(before_page_header(lsn, SEGMENT), expected, "{lsn:X}");
+        }
+    }
 }

@@ -15,7 +15,7 @@ use tokio_postgres::types::{FromSql, PgLsn};
 
 use crate::observation::{
     Archiver, CheckpointAge, Conflicts, Identity, Position, Receiver, ReceiverStatus, ReplayPause,
-    Sender, Slot, StandbyDetails, StandbyPosition, WalFileAge, WalStatus,
+    Sender, Slot, StandbyDetails, StandbyPosition, SyncWaits, WalFileAge, WalStatus,
 };
 
 /// [`Identity`].
@@ -38,6 +38,7 @@ pub(crate) const POSITION: &str = "
            CASE WHEN NOT now.in_recovery
                THEN ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int
            END,
+           CASE WHEN NOT now.in_recovery THEN pg_current_wal_insert_lsn() END,
            CASE WHEN NOT now.in_recovery THEN pg_current_wal_flush_lsn() END,
            now.receive_lsn,
            now.replay_lsn,
@@ -88,13 +89,18 @@ pub(crate) fn general(server_version: u32) -> String {
                     substring(receiver.conninfo FROM
                         '(?:^| )application_name=(.*?) fallback_application_name='),
                     substring(receiver.conninfo FROM
-                        '(?:^| )fallback_application_name=(.*?)(?: [a-z_]+=|$)'))
+                        '(?:^| )fallback_application_name=(.*?)(?: [a-z_]+=|$)')),
+                waiting.sessions, waiting.oldest
            FROM pg_stat_archiver AS archiver
           CROSS JOIN (
                 SELECT sum(confl_tablespace)::bigint, sum(confl_lock)::bigint,
                        sum(confl_snapshot)::bigint, sum(confl_bufferpin)::bigint,
                        sum(confl_deadlock)::bigint, {logical_slot}::bigint
                   FROM pg_stat_database_conflicts) AS conflicts
+           LEFT JOIN (
+                SELECT count(*)::bigint, min(state_change)
+                  FROM pg_stat_activity WHERE wait_event = 'SyncRep'
+                ) AS waiting (sessions, oldest) ON pg_has_role('pg_read_all_stats', 'USAGE')
            LEFT JOIN pg_stat_wal_receiver AS receiver ON true"
     )
 }
@@ -113,7 +119,8 @@ pub(crate) const SENDERS: &str = "
            extract(epoch FROM sender.replay_lag)::float8,
            sender.reply_time,
            sender.sync_priority,
-           sender.sync_state
+           sender.sync_state,
+           sender.pid
       FROM pg_stat_replication AS sender";
 
 /// `pg_replication_slots`: a server has `max_replication_slots` rows at most.
@@ -206,6 +213,7 @@ pub(crate) struct PositionRow<'a> {
     pub(crate) in_recovery: bool,
     pub(crate) clock: DateTime<Utc>,
     timeline: Option<i32>,
+    insert_lsn: Option<PgLsn>,
     flush_lsn: Option<PgLsn>,
     receive_lsn: Option<PgLsn>,
     replay_lsn: Option<PgLsn>,
@@ -223,6 +231,7 @@ impl<'a> PositionRow<'a> {
             in_recovery: columns.take()?,
             clock: columns.take()?,
             timeline: columns.take()?,
+            insert_lsn: columns.take()?,
             flush_lsn: columns.take()?,
             receive_lsn: columns.take()?,
             replay_lsn: columns.take()?,
@@ -240,6 +249,7 @@ impl<'a> PositionRow<'a> {
             return Ok(Position::Primary {
                 timeline: unsigned(timeline, "timeline")?,
                 flush_lsn: self.flush_lsn.ok_or(AnswerError::Range("no flush LSN"))?,
+                insert_lsn: self.insert_lsn.ok_or(AnswerError::Range("no insert LSN"))?,
                 fork_lsn: self.receive_lsn.and(self.replay_lsn),
             });
         }
@@ -275,6 +285,7 @@ pub(crate) struct General {
     pub(crate) conflicts: Conflicts,
     pub(crate) archiver: Archiver,
     pub(crate) standby: Option<StandbyDetails>,
+    pub(crate) sync_waits: Option<SyncWaits>,
 }
 
 impl General {
@@ -316,7 +327,18 @@ impl General {
             application_name: columns.take()?,
         };
         let standby = in_recovery.then_some(standby);
-        Ok(Self { synchronous_standby_names, synchronous_commit, conflicts, archiver, standby })
+        let sessions: Option<i64> = columns.take()?;
+        let oldest = columns.take()?;
+        let sync_waits = sessions.map(|it| unsigned(it, "a count")).transpose()?;
+        let sync_waits = sync_waits.map(|sessions| SyncWaits { sessions, oldest });
+        Ok(Self {
+            synchronous_standby_names,
+            synchronous_commit,
+            conflicts,
+            archiver,
+            standby,
+            sync_waits,
+        })
     }
 }
 
@@ -356,7 +378,13 @@ pub(crate) fn sender(row: &Row) -> Result<Sender, AnswerError> {
         reply_age: reply_at.map(|at| now - at),
         sync_priority: unsigned(sync_priority.unwrap_or(0), "sync_priority")?,
         sync_state: text(columns.take()?),
+        pid: columns.take()?,
     })
+}
+
+/// The walsenders, unless the role may not see more of one than its process.
+pub(crate) fn seen(senders: Vec<Sender>) -> Option<Vec<Sender>> {
+    senders.iter().all(|it| !it.state.is_empty()).then_some(senders)
 }
 
 /// Reads a row of [`slots`].
@@ -455,6 +483,7 @@ mod tests {
             in_recovery: false,
             clock: "2026-03-01T12:00:10Z".parse().unwrap(),
             timeline: Some(3),
+            insert_lsn: lsn("1/C0"),
             flush_lsn: lsn("1/A0"),
             receive_lsn: None,
             replay_lsn: None,
@@ -471,6 +500,7 @@ mod tests {
         PositionRow {
             in_recovery: true,
             timeline: None,
+            insert_lsn: None,
             flush_lsn: None,
             receive_lsn: lsn("1/A0"),
             replay_lsn: lsn("1/90"),
@@ -484,8 +514,12 @@ mod tests {
 
     #[test]
     fn a_primary_says_where_its_timeline_began_if_it_was_promoted() {
-        let position =
-            |fork_lsn| Position::Primary { timeline: 3, flush_lsn: lsn("1/A0").unwrap(), fork_lsn };
+        let position = |fork_lsn| Position::Primary {
+            timeline: 3,
+            flush_lsn: lsn("1/A0").unwrap(),
+            insert_lsn: lsn("1/C0").unwrap(),
+            fork_lsn,
+        };
         for (case, row, expected) in [
             ("never a standby", primary(), None),
             ("after a crash", PositionRow { replay_lsn: lsn("1/50"), ..primary() }, None),
@@ -565,6 +599,14 @@ mod tests {
         assert!(general(170_002).contains("confl_active_logicalslot"));
         assert!(slots(160_001).contains("NULL::timestamptz"));
         assert!(slots(170_002).contains("inactive_since"));
+    }
+
+    #[test]
+    fn walsenders_of_which_only_the_process_is_shown_are_not_known() {
+        let sender = |state: &str| Sender { state: state.to_owned(), ..Sender::default() };
+        assert_eq!(seen(Vec::new()), Some(Vec::new()));
+        assert_eq!(seen(vec![sender("streaming")]), Some(vec![sender("streaming")]));
+        assert_eq!(seen(vec![sender("streaming"), sender("")]), None);
     }
 
     #[test]

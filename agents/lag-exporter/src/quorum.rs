@@ -1,13 +1,17 @@
-//! Whether as many standbys are connected as commits wait for.
+//! Whether as many standbys are connected as commits wait for, and whether these go on.
 
 use std::iter::Peekable;
 use std::str::Chars;
+use std::time::Duration;
 
 use thiserror::Error;
 
 use crate::observation::{Details, Sender};
-use crate::senders::alive;
+use crate::senders::{Alive, alive};
 use crate::view::{Quorum, SyncCount};
+
+/// A commit that has waited for so long hangs: no standby that is well needs it.
+const HANGS_AFTER: Duration = Duration::from_secs(3);
 
 /// What `synchronous_standby_names` says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -157,15 +161,19 @@ fn quoted(chars: &mut Peekable<Chars<'_>>) -> Option<String> {
 /// that catch up do not count, nor those that have not yet told what is on their disk. Source:
 /// `SyncRepGetCandidateStandbys` in `syncrep.c`. The server does count a dead connection beside the
 /// one that a standby made anew, but no commit is confirmed on it.
-pub fn quorum(details: &Details) -> Quorum {
+///
+/// One that is connected need not confirm: it may hang, or not replay what `remote_apply` waits
+/// for. So a session that is seen to wait decides, and `sync_wait` is for how long one surely has.
+pub fn quorum(details: &Details, sync_wait: Option<Duration>) -> Quorum {
     let (Some(names), Some(senders)) = (&details.synchronous_standby_names, &details.senders)
     else {
         return Quorum::Unknown;
     };
-    if matches!(details.synchronous_commit.as_deref(), Some("off" | "local")) {
+    let hangs = sync_wait >= Some(HANGS_AFTER);
+    if !hangs && matches!(details.synchronous_commit.as_deref(), Some("off" | "local")) {
         return Quorum::NotWanted;
     }
-    let counts = |it: &&&Sender| {
+    let counts = |it: &&Sender| {
         let streams = matches!(it.state.as_str(), "streaming" | "stopping");
         it.sync_priority > 0 && streams && it.flush_lsn.is_some()
     };
@@ -173,16 +181,26 @@ pub fn quorum(details: &Details) -> Quorum {
         Err(_) => Quorum::Unknown,
         Ok(None) => Quorum::NotWanted,
         Ok(Some(SyncStandbys { count: wanted, .. })) => {
-            let present = alive(senders).values().filter(counts).count();
-            let present = u32::try_from(present).unwrap_or(u32::MAX);
-            let count = SyncCount { wanted, present };
-            if present >= wanted { Quorum::Met(count) } else { Quorum::Missed(count) }
+            let Alive { surely, perhaps } = alive(senders);
+            let count = |senders: &[&Sender]| {
+                let count = senders.iter().copied().filter(counts).count();
+                u32::try_from(count).unwrap_or(u32::MAX)
+            };
+            let present = count(&surely);
+            let (all, count) = (present + count(&perhaps), SyncCount { wanted, present });
+            match () {
+                () if hangs || all < wanted => Quorum::Missed(count),
+                () if wanted <= present => Quorum::Met(count),
+                () => Quorum::Unknown,
+            }
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use chrono::TimeDelta;
+
     use super::*;
 
     #[test]
@@ -256,7 +274,17 @@ mod tests {
             reply_age: None,
             sync_priority,
             sync_state: String::new(),
+            pid: 7,
         }
+    }
+
+    /// Two of one name and address, one of which replied so many seconds before the other.
+    fn twins(apart: i64) -> Vec<Sender> {
+        let replied = |seconds| Sender {
+            reply_age: Some(TimeDelta::seconds(seconds)),
+            ..sender("streaming", 1)
+        };
+        vec![replied(1 + apart), replied(1)]
     }
 
     #[test]
@@ -280,19 +308,17 @@ mod tests {
                 Some(vec![Sender { flush_lsn: None, ..sender("streaming", 1) }]),
                 missed(1, 0),
             ),
-            (
-                "it connected anew",
-                Some("ANY 2 (s1, s2)"),
-                Some(vec![sender("streaming", 1), sender("streaming", 1)]),
-                missed(2, 1),
-            ),
+            ("it connected anew", Some("ANY 2 (s1, s2)"), Some(twins(60)), missed(2, 1)),
+            ("two of one name, or one anew", Some("ANY 2 (*)"), Some(twins(9)), Quorum::Unknown),
+            ("one of two of one name", Some("*"), Some(twins(9)), met(1, 1)),
+            ("three of two of one name", Some("ANY 3 (*)"), Some(twins(9)), missed(3, 1)),
             ("not read", Some("a b"), Some(two()), Quorum::Unknown),
             ("not told", None, Some(two()), Quorum::Unknown),
             ("senders not told", Some("*"), None, Quorum::Unknown),
         ] {
             let synchronous_standby_names = names.map(str::to_owned);
             let details = Details { synchronous_standby_names, senders, ..Details::default() };
-            assert_eq!(quorum(&details), expected, "{name}");
+            assert_eq!(quorum(&details, None), expected, "{name}");
         }
     }
 
@@ -312,7 +338,28 @@ mod tests {
                 senders: Some(Vec::new()),
                 ..Details::default()
             };
-            assert_eq!(quorum(&details), expected, "{synchronous_commit:?}");
+            assert_eq!(quorum(&details, None), expected, "{synchronous_commit:?}");
+        }
+    }
+
+    #[test]
+    fn a_session_that_is_seen_to_wait_hangs() {
+        let count = SyncCount { wanted: 1, present: 1 };
+        for (waited, synchronous_commit, expected) in [
+            (None, "on", Quorum::Met(count)),
+            (Some(0), "on", Quorum::Met(count)),
+            (Some(12), "on", Quorum::Missed(count)),
+            (Some(12), "off", Quorum::Missed(count)),
+            (Some(0), "off", Quorum::NotWanted),
+        ] {
+            let details = Details {
+                synchronous_standby_names: Some("*".to_owned()),
+                synchronous_commit: Some(synchronous_commit.to_owned()),
+                senders: Some(vec![sender("streaming", 1)]),
+                ..Details::default()
+            };
+            let found = quorum(&details, waited.map(Duration::from_secs));
+            assert_eq!(found, expected, "{waited:?} {synchronous_commit}");
         }
     }
 }

@@ -35,9 +35,14 @@ pub struct Entry {
 pub enum Behind {
     /// Nothing is known.
     Unknown,
-    /// Nothing was written after it, as far as was known then. It may have been since the primary
-    /// was asked: this is the upper bound.
-    Nothing(Duration),
+    /// Nothing was written after it, as far as was known then.
+    Nothing {
+        /// It may have been since the primary was asked, or not be on its disk yet: no longer ago
+        /// than this.
+        upper: Duration,
+        /// So long ago the primary was seen to have no more on its disk.
+        seen: Duration,
+    },
     /// The oldest WAL after it is this old.
     By(Lag),
     /// The oldest WAL after it is older than this, and by how much is not known.
@@ -51,6 +56,11 @@ pub struct Ring {
     entries: Vec<Entry>,
     /// How many entries were left when they were last looked through.
     thinned: usize,
+    /// Where WAL ended that was not all on the disk, when the primary was last asked, and when that
+    /// was.
+    unflushed: Option<(u64, Micros)>,
+    /// When the primary was asked, the last time but one and the last.
+    seen: [Option<Micros>; 2],
 }
 
 impl Ring {
@@ -62,7 +72,7 @@ impl Ring {
                 && pair[0].not_passed_at <= pair[1].not_passed_at
                 && pair[0].not_passed_at <= pair[1].written_by
         });
-        ordered.then_some(Self { entries, thinned: 0 })
+        ordered.then_some(Self { entries, ..Self::default() })
     }
 
     /// The entries, oldest first.
@@ -88,22 +98,46 @@ impl Ring {
     /// Takes in that the primary's flush position was `lsn` at a moment between `asked_at` and
     /// `answered_at`, and forgets what is further back than `history`.
     ///
+    /// WAL ended at `inserted`. What is beyond `lsn` may hold a commit already, unless somebody
+    /// waits for the flush, so `lsn` was passed before. But `inserted` was not: once the primary has
+    /// flushed that far, that is an entry as well.
+    ///
     /// A position before the newest one means that the primary lost the rest: it crashed within a
     /// record. What was written there since is another WAL, so the old ages are forgotten.
-    pub fn push(&mut self, lsn: u64, asked_at: Duration, answered_at: Duration, history: Duration) {
+    pub fn push(
+        &mut self,
+        lsn: u64,
+        inserted: u64,
+        asked_at: Duration,
+        answered_at: Duration,
+        history: Duration,
+    ) {
         if self.newest().is_some_and(|newest| lsn < newest.lsn) {
             self.rewind(lsn);
         }
-        self.append(lsn, micros(asked_at), micros(answered_at));
+        let (asked_at, answered_at) = (micros(asked_at), micros(answered_at));
+        if let Some((end, at)) = self.unflushed.take().filter(|(end, _)| *end <= lsn) {
+            self.append(end, at, answered_at);
+        }
+        if inserted <= lsn {
+            self.append(lsn, asked_at, answered_at);
+        } else {
+            if !self.is_empty() {
+                self.append(lsn, Micros::MIN, answered_at);
+            }
+            self.unflushed = Some((inserted, asked_at));
+        }
+        self.seen = [self.seen[1], Some(asked_at)];
         if self.thinned + THIN_EVERY <= self.entries.len() {
-            self.expire(micros(answered_at) - micros(history));
-            self.thin(micros(answered_at));
+            self.expire(answered_at - micros(history));
+            self.thin(answered_at);
             self.thinned = self.entries.len();
         }
     }
 
     /// Forgets what was written after `lsn`, for it is not part of the primary's WAL any more.
     pub fn rewind(&mut self, lsn: u64) {
+        self.unflushed = None;
         let kept = self.entries.partition_point(|entry| entry.lsn <= lsn);
         let lost = self.entries.get(kept).copied();
         self.entries.truncate(kept);
@@ -174,9 +208,15 @@ impl Ring {
             });
         };
         let upper = span(answered_at - entry.not_passed_at);
-        let Some(next) = next.filter(|next| next.written_by <= asked_at) else {
-            return Behind::Nothing(upper);
-        };
+        if next.is_none_or(|next| asked_at < next.written_by) {
+            let [before, last] = self.seen;
+            let seen = if next.is_none() { last } else { before.filter(|at| *at <= asked_at) };
+            let seen = span(answered_at - seen.unwrap_or(Micros::MIN).max(entry.not_passed_at));
+            let unflushed = self.unflushed.filter(|(end, _)| next.is_none() && *end <= lsn);
+            let upper = unflushed.map_or(upper, |(_, at)| span(answered_at - at));
+            return Behind::Nothing { upper, seen };
+        }
+        let Some(next) = next else { return Behind::Unknown };
         let lower = span(asked_at - next.written_by);
         let written_at = between(entry, next, lsn);
         let estimate = span(midpoint(asked_at, answered_at) - written_at).clamp(lower, upper);
@@ -269,7 +309,7 @@ mod tests {
     fn ring(samples: &[(u64, u64, u64)]) -> Ring {
         let mut ring = Ring::default();
         for (asked_at, answered_at, lsn) in samples {
-            ring.push(*lsn, ms(*asked_at), ms(*answered_at), HISTORY);
+            ring.push(*lsn, *lsn, ms(*asked_at), ms(*answered_at), HISTORY);
         }
         ring
     }
@@ -277,6 +317,36 @@ mod tests {
     fn by(lower: u64, estimate: u64, upper: u64) -> Behind {
         let [lower, estimate, upper] = [lower, estimate, upper].map(|it| Some(ms(it)));
         Behind::By(Lag { lower, estimate, upper })
+    }
+
+    fn nothing(upper: Duration) -> Behind {
+        Behind::Nothing { upper, seen: upper }
+    }
+
+    #[test]
+    fn what_is_not_flushed_may_hold_a_commit() {
+        let mut ring = Ring::default();
+        let second = |second: u64| (ms(second * 1000), ms(second * 1000 + 10));
+        let mut ask = |at: u64, flushed: u64, inserted: u64| {
+            let (asked_at, answered_at) = second(at);
+            ring.push(flushed, inserted, asked_at, answered_at, HISTORY);
+            let behind = |lsn| ring.behind(lsn, ms(at * 1000 + 500), ms(at * 1000 + 500));
+            (behind(flushed), behind(inserted))
+        };
+        let nothing = |upper, seen| Behind::Nothing { upper: ms(upper), seen: ms(seen) };
+        assert_eq!(
+            ask(0, 100, 150),
+            (Behind::Unknown, Behind::Unknown),
+            "since when, nobody knows"
+        );
+        assert_eq!(ask(1, 200, 200), (nothing(500, 500), nothing(500, 500)));
+        assert_eq!(ask(2, 200, 250), (nothing(1500, 500), nothing(500, 500)));
+        assert_eq!(ask(5, 200, 260), (nothing(4500, 500), nothing(500, 500)));
+        assert_eq!(ask(6, 240, 270), (nothing(5500, 500), nothing(500, 500)));
+        assert_eq!(ask(7, 300, 400), (nothing(1500, 500), nothing(500, 500)));
+        let entries = ring.entries().iter().map(|it| (it.lsn, it.not_passed_at / 1_000_000));
+        let expected = [(150, 0), (200, 1), (240, 1), (270, 6), (300, 6)];
+        assert_eq!(entries.collect::<Vec<_>>(), expected);
     }
 
     #[test]
@@ -289,11 +359,11 @@ mod tests {
             ("halfway", 200, 9000, by(9000 - 2010, 9005 - 1505, 9010 - 1000)),
             ("idle for a while", 300, 9000, by(9000 - 4010, 9005 - 3000, 9010 - 3000)),
             ("a quarter", 400, 9000, by(9000 - 4010, 9005 - 3253 + 1, 9010 - 3000)),
-            ("the newest", 700, 9000, Behind::Nothing(ms(9010 - 4000))),
-            ("newer than that", 800, 9000, Behind::Nothing(ms(9010 - 4000))),
-            ("no proof that it was behind then", 300, 4009, Behind::Nothing(ms(4019 - 3000))),
+            ("the newest", 700, 9000, nothing(ms(9010 - 4000))),
+            ("newer than that", 800, 9000, nothing(ms(9010 - 4000))),
+            ("no proof that it was behind then", 300, 4009, nothing(ms(4019 - 3000))),
             ("proof", 300, 4010, by(0, 1015, 1020)),
-            ("it had it before we asked", 700, 3500, Behind::Nothing(ms(0))),
+            ("it had it before we asked", 700, 3500, nothing(ms(0))),
         ] {
             let found = ring.behind(lsn, ms(asked_at), ms(asked_at + 10));
             let rounded = match found {
@@ -350,7 +420,7 @@ mod tests {
         }
         // A server that comes back with less.
         let mut back = ring(&samples);
-        back.push(400, ms(5000), ms(5010), HISTORY);
+        back.push(400, 400, ms(5000), ms(5010), HISTORY);
         assert_eq!(back.entries(), [first, second, entry(400, 3010, 5000)]);
         // A new primary: nobody wrote beyond the fork before it was promoted.
         for (fork, expected) in [
@@ -404,7 +474,7 @@ mod tests {
         let mut ring = Ring::default();
         for second in 0..4 * 86_400 {
             let at = ms(second * 1000);
-            ring.push(second * 500, at, at + ms(1), HISTORY);
+            ring.push(second * 500, second * 500, at, at + ms(1), HISTORY);
         }
         let now = micros(ms(4 * 86_400_000));
         let count = ring.entries().len();
@@ -423,7 +493,7 @@ mod tests {
         let mut ring = Ring::default();
         for sample in 0..2_000_000_u64 {
             let at = Duration::from_micros(sample * 50);
-            ring.push(sample, at, at, HISTORY);
+            ring.push(sample, sample, at, at, HISTORY);
         }
         assert!(ring.entries().len() < 1500, "{} entries", ring.entries().len());
     }
@@ -432,7 +502,7 @@ mod tests {
     #[derive(Clone, Copy, Debug)]
     enum Step {
         Write { after: u64, bytes: u64 },
-        AskPrimary { after: u64, before_read: u64, after_read: u64 },
+        AskPrimary { after: u64, before_read: u64, after_read: u64, flushes: bool },
         AskStandby { after: u64, before_read: u64, after_read: u64, share: u64 },
     }
 
@@ -440,9 +510,14 @@ mod tests {
         let after = || prop_oneof![4 => 0..50_u64, 4 => 0..2000_u64, 1 => 0..400_000_u64];
         let trip = || prop_oneof![4 => 0..5_u64, 1 => 0..1500_u64];
         let write = (after(), 0..5000_u64).prop_map(|(after, bytes)| Step::Write { after, bytes });
-        let primary = (after(), trip(), trip()).prop_map(|(after, before_read, after_read)| {
-            Step::AskPrimary { after, before_read, after_read }
-        });
+        let primary = (after(), trip(), trip(), any::<bool>()).prop_map(
+            |(after, before_read, after_read, flushes)| Step::AskPrimary {
+                after,
+                before_read,
+                after_read,
+                flushes,
+            },
+        );
         let standby = (after(), trip(), trip(), 0..=1000_u64).prop_map(
             |(after, before_read, after_read, share)| Step::AskStandby {
                 after,
@@ -474,7 +549,7 @@ mod tests {
         #[test]
         fn the_truth_is_within_the_bounds(steps in steps()) {
             let (mut ring, mut truth, mut now) = (Ring::default(), Truth(Vec::new()), 1_u64);
-            let mut asked = Vec::new();
+            let (mut asked, mut flush) = (Vec::new(), 0);
             for step in steps {
                 match step {
                     Step::Write { after, bytes } => {
@@ -482,17 +557,20 @@ mod tests {
                         let lsn = truth.flush() + bytes;
                         truth.0.push((now, lsn));
                     }
-                    Step::AskPrimary { after, before_read, after_read } => {
+                    Step::AskPrimary { after, before_read, after_read, flushes } => {
+                        if flushes {
+                            flush = truth.flush();
+                        }
                         let asked_at = now + after;
                         now = asked_at + before_read + after_read;
-                        ring.push(truth.flush(), ms(asked_at), ms(now), HISTORY);
+                        ring.push(flush, truth.flush(), ms(asked_at), ms(now), HISTORY);
                     }
                     Step::AskStandby { after, before_read, after_read, share } => {
                         let asked_at = now + after;
                         let read_at = asked_at + before_read;
                         now = read_at + after_read;
                         // Anything from a fresh copy to one that has everything.
-                        let lsn = truth.flush() * share / 1000;
+                        let lsn = flush * share / 1000;
                         asked.push((lsn, asked_at, now, truth.lag(lsn, read_at)));
                     }
                 }
@@ -502,7 +580,9 @@ mod tests {
                         (ms(*lag), ring.behind(*lsn, ms(*asked_at), ms(*answered_at)));
                     match behind {
                         Behind::Unknown => prop_assert!(ring.is_empty()),
-                        Behind::Nothing(upper) => prop_assert!(lag <= upper, "{lag:?} {behind:?}"),
+                        Behind::Nothing { upper, .. } => {
+                            prop_assert!(lag <= upper, "{lag:?} {behind:?}");
+                        }
                         Behind::More(lower) => prop_assert!(lower <= lag, "{lag:?} {behind:?}"),
                         Behind::By(Lag { lower, estimate, upper }) => {
                             prop_assert!(lower <= Some(lag) && Some(lag) <= upper, "{lag:?} {behind:?}");

@@ -13,11 +13,11 @@ use crate::group::{Group, Limits};
 use crate::line::Change;
 use crate::observation::{
     Details, Identity, PAGE_BYTES, Position, Receiver, ReceiverStatus, ReplayPause, Report, Sample,
-    Seed, Sender, Slot, Stage, StandbyPosition, WalFileAge, WalStatus,
+    Seed, Sender, Slot, Stage, StandbyPosition, SyncWaits, WalFileAge, WalStatus,
 };
 use crate::view::{
-    CatchUp, GroupView, Lag, LagState, LagView, NodeView, Quorum, Role, Rpo, Runway, SplitBrain,
-    SyncCount,
+    CatchUp, GroupView, Lag, LagState, LagView, MostWal, NodeView, Quorum, Role, Rpo, Runway,
+    SplitBrain, SyncCount,
 };
 
 /// Milliseconds from one state of the world to the next: 20 commits a second.
@@ -67,7 +67,11 @@ struct Server {
     tells_timeline: bool,
     mode: Mode,
     flush: u64,
+    /// So much more a primary has begun to write.
+    unflushed: u64,
     replay: u64,
+    /// Whether a receiver was started since the server was.
+    tells_received: bool,
     /// What it says of `RecoveryWalStream` where that is asked.
     startup_waits: bool,
     clock_ahead: i64,
@@ -79,6 +83,7 @@ impl Server {
             return Position::Primary {
                 timeline: self.timeline,
                 flush_lsn: PgLsn::from(self.flush),
+                insert_lsn: PgLsn::from(self.flush + self.unflushed),
                 fork_lsn: self
                     .history
                     .last()
@@ -93,7 +98,7 @@ impl Server {
             message_age: Some(Duration::ZERO),
         };
         Position::Standby(StandbyPosition {
-            receive_lsn: Some(PgLsn::from(self.flush)),
+            receive_lsn: self.tells_received.then_some(PgLsn::from(self.flush)),
             replay_lsn: Some(PgLsn::from(self.replay)),
             replay_pause: match self.mode {
                 Mode::Paused => ReplayPause::Paused,
@@ -180,7 +185,9 @@ impl World {
             tells_timeline: true,
             mode: Mode::Follows,
             flush: 1 << 24,
+            unflushed: 0,
             replay: 1 << 24,
+            tells_received: true,
             startup_waits: true,
             clock_ahead: 0,
         };
@@ -273,12 +280,13 @@ impl World {
             let Lag { lower, estimate, upper } = *lag;
             let line = view.timeline.and_then(|timeline| self.lines.get(&timeline));
             let missed = line.and_then(|line| line.iter().find(|(_, lsn)| lsn > replay));
-            let truth = ms(missed.map_or(0, |(at, _)| asked_at.saturating_sub(*at)));
+            let since = |at: u64| ms(missed.map_or(0, |(missed, _)| at.saturating_sub(*missed)));
+            let (truth, truth_now) = (since(*asked_at), since(self.now + ROUND_TRIP));
             let context = format!("{} at {}: {truth:?} {state:?} {lag:?}", server.name, self.now);
             assert!(lower.is_none_or(|lower| lower <= truth), "{context}");
             // A standby leader may be behind itself.
             let is_relative = view.standby_leader.is_some();
-            assert!(is_relative || upper.is_none_or(|upper| truth <= upper), "{context}");
+            assert!(is_relative || upper.is_none_or(|upper| truth_now <= upper), "{context}");
             assert!(estimate.is_none_or(|it| lower <= Some(it) && Some(it) <= upper), "{context}");
             let numbers = (lower.is_some(), estimate.is_some(), upper.is_some());
             let expected: &[_] = match state {
@@ -340,6 +348,14 @@ impl World {
     /// Says what was written on the first timeline.
     fn wrote(&mut self, written: &[(u64, u64)]) {
         self.lines.insert(1, written.to_vec());
+    }
+
+    /// Another process takes up what this one knows.
+    fn restart_agent(&mut self) {
+        let saved = self.group.saved().unwrap();
+        self.group = Group::new(0, LIMITS);
+        self.set_members();
+        assert!(self.group.restore(saved));
     }
 
     fn details(&mut self, name: &str, details: Details) {
@@ -529,33 +545,56 @@ fn every_phase_of_the_experiment_has_the_right_number() {
 /// has then ends within a record, which it cannot replay.
 #[test]
 fn a_record_that_ends_beyond_the_page_is_no_lag() {
-    let case = |beyond_page: u64, unreplayed: u64, startup_waits: bool| {
+    let case = |beyond_page: u64, unreplayed: u64, startup_waits: bool, unflushed: u64| {
         let mut world = World::running();
         world.writes = false;
         world.run(seconds(2));
         let committed = world.primary().flush;
         let flush = committed.next_multiple_of(PAGE_BYTES) + beyond_page;
-        world.server("a").flush = flush;
+        let a = world.server("a");
+        (a.flush, a.unflushed) = (flush, unflushed);
         let c = world.server("c");
         (c.flush, c.replay) = (flush, flush);
         let b = world.server("b");
         (b.flush, b.replay) = (flush, committed - unreplayed);
         (b.mode, b.startup_waits) = (Mode::StartupStopped, startup_waits);
-        if beyond_page > 0 || !startup_waits {
+        if beyond_page > 0 || !startup_waits || unflushed == 0 {
             let now = world.now;
             world.lines.get_mut(&1).unwrap().push((now, flush));
         }
         world.run(seconds(10));
         about(world.lag("b").replay).unwrap()
     };
-    for (name, beyond_page, unreplayed, startup_waits, expected) in [
-        ("the three signs", 0, 0, true, 0),
-        ("it does not wait for WAL", 0, 0, false, 10),
-        ("not at a page", 100, 0, true, 10),
-        ("longer than a record", 0, 300_000, true, 27),
+    for (name, beyond_page, unreplayed, startup_waits, unflushed, expected) in [
+        ("all signs", 0, 0, true, 100, 0),
+        ("it does not wait for WAL", 0, 0, false, 100, 10),
+        ("not at a page", 100, 0, true, 100, 10),
+        ("longer than a record", 0, 300_000, true, 100, 27),
+        ("the primary has ended its record", 0, 0, true, 0, 10),
     ] {
-        let found = case(beyond_page, unreplayed, startup_waits);
+        let found = case(beyond_page, unreplayed, startup_waits, unflushed);
         assert!(found.abs_diff(expected) <= 1, "{name}: {found}");
+    }
+}
+
+/// With `synchronous_commit = off`.
+#[test]
+fn a_commit_that_is_not_flushed_is_within_the_bounds() {
+    let mut world = World::running();
+    world.writes = false;
+    world.run(seconds(2));
+    for _ in 0..3 {
+        world.server("a").unflushed = COMMIT_BYTES;
+        let (now, end) = (world.now, world.primary().flush + COMMIT_BYTES);
+        world.lines.get_mut(&1).unwrap().push((now, end));
+        world.run(seconds(10));
+        let LagView { state, replay, .. } = world.lag("b");
+        assert_eq!((state, replay.lower), (LagState::CaughtUp, Some(ms(0))));
+        assert!((10..13).contains(&replay.upper.unwrap().as_secs()), "{replay:?}");
+        let a = world.server("a");
+        (a.flush, a.unflushed) = (end, 0);
+        world.run(seconds(3));
+        assert!(world.lag("b").replay.upper < Some(ms(3000)));
     }
 }
 
@@ -574,7 +613,7 @@ fn a_position_at_a_page_counts_once_it_has_stayed_there() {
         world.group.view(ms(at + 1)).nodes[1].lag.clone().unwrap().state
     };
     let server = world.server("a");
-    server.flush = page;
+    (server.flush, server.unflushed) = (page, 100);
     let primary = server.sample(now + 1000);
     world.group.record("a", Report::Sample(primary));
     let states = [
@@ -712,8 +751,19 @@ fn a_seed_gives_positions_before_the_start_an_age() {
     };
     world.group.record("b", Report::Seed(seed.clone()));
     assert_eq!(world.group.wants_seed(), Some("a"), "only the source knows");
+    // Nothing is taken by a clock that is wrong.
+    let saved = world.group.saved().unwrap();
+    let mut off = Group::new(0, LIMITS);
+    let sample = world.server("a").clone().sample(world.now);
+    off.set_members(&["a".to_owned()], ms(world.now));
+    let sample = Sample { clock_ahead: TimeDelta::seconds(120), ..sample };
+    off.record("a", Report::Sample(sample));
+    off.record("a", Report::Seed(seed.clone()));
+    let entries = |group: &Group| group.saved().unwrap().entries.len();
+    assert_eq!((off.wants_seed(), entries(&off)), (None, saved.entries.len()));
     world.group.record("a", Report::Seed(seed));
     assert_eq!(world.group.wants_seed(), None);
+    assert!(saved.entries.len() < entries(&world.group));
     world.run(seconds(1));
     let LagView { state, replay, .. } = world.lag("b");
     assert_eq!(state, LagState::Ok);
@@ -847,6 +897,31 @@ fn what_was_received_beyond_the_fork_does_not_count() {
     assert!(receive_bytes > Some(350_000), "{receive_bytes:?}");
 }
 
+/// Its replay is delayed or slow, and until it is through with its disk no receiver starts.
+#[test]
+fn what_a_standby_had_received_before_its_restart_is_not_said_to_be_lost() {
+    let mut world = World::running();
+    world.server("c").answers = false;
+    world.server("b").mode = Mode::Paused;
+    world.run(seconds(20));
+    let b = world.server("b");
+    (b.mode, b.tells_received, b.started) = (Mode::Stuck, false, b.started + 100);
+    world.run(seconds(3));
+    let LagView { state, replay, receive, receive_bytes, replay_bytes, .. } = world.lag("b");
+    assert_eq!((state, about(replay)), (LagState::Ok, Some(23)));
+    assert_eq!((receive.lower, receive.estimate, receive_bytes), (None, None, None));
+    assert!(receive.upper > Some(ms(seconds(22))) && replay_bytes > Some(400_000));
+    let Rpo::Loss { lag, bytes, .. } = world.view().rpo else { panic!("no loss") };
+    assert_eq!((lag, bytes), (receive, None));
+    // It has all there is: then nothing is missing on its disk either.
+    let flush = world.primary().flush;
+    world.writes = false;
+    (world.server("b").flush, world.server("b").replay) = (flush, flush);
+    world.run(seconds(3));
+    let LagView { state, receive, receive_bytes, .. } = world.lag("b");
+    assert_eq!((state, about(receive), receive_bytes), (LagState::CaughtUp, Some(0), Some(0)));
+}
+
 /// Timeline 2 is left by nobody: 3 began on 1, as 2 did, but elsewhere.
 #[test]
 fn a_dead_branch_is_no_part_of_the_history() {
@@ -901,11 +976,52 @@ fn a_primary_that_went_back_makes_its_standby_diverged() {
     world.run(seconds(5));
     assert_eq!(world.lag("b").state, LagState::Diverged);
     assert_eq!(world.view().rpo, Rpo::NoStandby);
-    // But to build it anew does.
+    // Nor that this agent is started anew, with what it knew.
+    world.restart_agent();
+    world.server("b").mode = Mode::Stuck;
+    world.run(seconds(5));
+    assert_eq!(world.lag("b").state, LagState::Diverged);
+    // Once it was restarted, it may have been rebuilt or not.
+    world.server("b").started += 100;
+    world.run(seconds(20));
+    assert_eq!(world.lag("b").state, LagState::Unknown);
+    assert_eq!(world.view().rpo, Rpo::Unknown);
+    // It has if it replays what it streams.
     let (flush, b) = (world.primary().flush, world.server("b"));
-    (b.flush, b.replay, b.started) = (flush, flush, b.started + 100);
-    world.run(seconds(2));
+    (b.flush, b.replay, b.started, b.mode) = (flush, flush, b.started + 100, Mode::Follows);
+    world.run(seconds(4));
     assert_eq!(world.lag("b").state, LagState::CaughtUp);
+    world.run(seconds(4));
+    assert_eq!(world.lag("b").state, LagState::CaughtUp);
+}
+
+/// Two were promoted, and each wrote its own timeline 2.
+#[test]
+fn who_wrote_the_primarys_timeline_as_well_has_no_number_until_it_is_rebuilt() {
+    for is_saved in [false, true] {
+        let mut world = World::running();
+        world.server("a").answers = false;
+        world.promote("b", true);
+        let history = world.server("b").history.clone();
+        let c = world.server("c");
+        (c.is_primary, c.timeline, c.history) = (true, 2, history);
+        world.run(seconds(3));
+        assert!(matches!(world.view().split_brain, SplitBrain::Confirmed(_)));
+        // It is made a standby without a rewind: it says what any standby does.
+        let c = world.server("c");
+        (c.is_primary, c.mode, c.replay) = (false, Mode::Stuck, c.flush);
+        c.started += 100;
+        if is_saved {
+            world.restart_agent();
+        }
+        world.run(seconds(20));
+        assert_eq!(world.lag("c").state, LagState::Unknown, "{is_saved}");
+        assert_eq!(world.view().rpo, Rpo::Unknown, "{is_saved}");
+        let (flush, c) = (world.primary().flush, world.server("c"));
+        (c.flush, c.replay, c.started, c.mode) = (flush, flush, c.started + 100, Mode::Follows);
+        world.run(seconds(10));
+        assert_eq!(world.lag("c").state, LagState::CaughtUp, "{is_saved}");
+    }
 }
 
 #[test]
@@ -1012,9 +1128,22 @@ fn what_would_be_lost_is_what_the_best_standby_has_not_received() {
     let Rpo::Loss { standby, lag, bytes } = world.view().rpo else { panic!("no loss") };
     assert_eq!((standby.as_str(), about(lag)), ("b", Some(40)));
     assert!(bytes.unwrap().abs_diff(800 * COMMIT_BYTES) <= 20 * COMMIT_BYTES, "{bytes:?}");
+    // The primary dies: what it was last seen to have stays known.
+    let (flush, lost) = (world.primary().flush, bytes.unwrap());
+    world.writes = false;
+    world.server("a").answers = false;
+    world.run(seconds(10));
+    let MostWal { standby, lacks_bytes } = world.view().most_wal.unwrap();
+    assert_eq!((standby.as_str(), world.view().rpo), ("b", Rpo::Unknown));
+    assert!((lost..=flush).contains(&lacks_bytes), "{lacks_bytes} of {lost}");
+    world.server("b").tells_received = false;
+    world.run(seconds(2));
+    assert_eq!(world.view().most_wal, None, "it may have more");
+    world.server("a").answers = true;
     world.server("b").answers = false;
     world.run(seconds(10));
     assert_eq!(world.view().rpo, Rpo::NoStandby);
+    assert_eq!(world.view().most_wal, None);
     assert_eq!(World::new().view().rpo, Rpo::Unknown);
 }
 
@@ -1042,6 +1171,48 @@ fn a_standby_says_when_it_will_have_caught_up() {
 }
 
 #[test]
+fn only_a_statement_that_is_seen_to_wait_twice_hangs() {
+    let mut world = World::running();
+    let sender = |name: &str| Sender {
+        application_name: name.to_owned(),
+        state: "streaming".to_owned(),
+        flush_lsn: Some(1.into()),
+        sync_priority: 1,
+        ..Sender::default()
+    };
+    let count = SyncCount { wanted: 1, present: 1 };
+    let (met, missed) = (Quorum::Met(count), Quorum::Missed(count));
+    // Which statement waits the longest, by when it began.
+    for (case, waits, expected, waited) in [
+        ("not told", None, met, None),
+        ("none", Some(None), met, Some(0)),
+        ("a long one at its commit", Some(Some(1)), met, Some(0)),
+        ("another", Some(Some(2)), met, Some(0)),
+        ("the same again", Some(Some(2)), missed, Some(10_000)),
+        ("and again", Some(Some(2)), missed, Some(20_000)),
+        ("none any more", Some(None), met, Some(0)),
+        ("the same, a while later", Some(Some(2)), met, Some(0)),
+    ] {
+        world.run(seconds(10));
+        let sync_waits = waits.map(|it| SyncWaits {
+            sessions: it.map_or(0, |_| 1),
+            oldest: it.map(|it| DateTime::from_timestamp(it, 0).unwrap()),
+        });
+        let details = Details {
+            synchronous_standby_names: Some("b".to_owned()),
+            senders: Some(vec![sender("b")]),
+            sync_waits,
+            ..Details::default()
+        };
+        world.details("a", details);
+        let view = world.view();
+        assert_eq!(view.quorum, expected, "{case}");
+        assert_eq!(view.sync_wait, waited.map(ms), "{case}");
+        assert_eq!(view.sync_waiting, sync_waits.map(|it| it.sessions), "{case}");
+    }
+}
+
+#[test]
 fn a_group_shows_its_nodes_with_what_they_said() {
     let mut world = World::running();
     world.server("b").clock_ahead = -30_000;
@@ -1058,6 +1229,7 @@ fn a_group_shows_its_nodes_with_what_they_said() {
         reply_age: None,
         sync_priority: 1,
         sync_state: "sync".to_owned(),
+        pid: 7,
     };
     let slot = Slot {
         name: "b".to_owned(),

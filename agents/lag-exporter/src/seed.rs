@@ -1,7 +1,9 @@
 //! What a primary remembers of the time before it was first asked: the file times of its WAL
 //! segments, and its last checkpoint.
 //!
-//! All by the primary's clock, which tells ages rightly unless it was set in between. What is from
+//! All by the primary's clock, which tells ages rightly unless it was set in between: none is taken
+//! of a clock that is off now ([`crate::group::Group::record`]). One that was off then and was put
+//! right since cannot be told, and gives false ages, bounds too. What is from
 //! before the server was started is left out: the directory may be a copy, whose files have the
 //! time of the copy or of another clock. So are segments of an older timeline, which were received
 //! or restored. The rest this server wrote itself: who recovers from an archive or a primary
@@ -191,7 +193,7 @@ mod tests {
             seed.current_segment = segment_name(2, PgLsn::from(end * SEGMENT), SEGMENT);
             seed.files = files;
             let mut ring = Ring::default();
-            ring.push(end * SEGMENT + 5, ASKED, ANSWERED, Duration::from_hours(72));
+            ring.push(end * SEGMENT + 5, end * SEGMENT + 5, ASKED, ANSWERED, Duration::from_hours(72));
             prop_assert!(ring.prepend(entries(&seed)));
             // A standby that ends within segment `index`: the WAL after it was written between
             // the moments when that segment began and when it was full and synced.

@@ -1,6 +1,5 @@
 //! Who receives WAL from a server, and what it holds back for them.
 
-use std::cmp::Reverse;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
@@ -11,8 +10,16 @@ use crate::observation::{Sender, Slot, WalStatus};
 use crate::pace::float;
 use crate::view::{Runway, SenderKind, SenderView, SlotView};
 
+/// A connection that replied so much earlier than another of the same standby is dead: one that
+/// lives replies each 10 s (`wal_receiver_status_interval`), or when it is asked to, which is after
+/// half of `wal_sender_timeout`.
+const DEAD_AFTER: TimeDelta = TimeDelta::seconds(35);
 /// How long is looked back at what a slot holds back: a burst of a minute is not the end of it.
 const RUNWAY_WINDOW: Duration = Duration::from_mins(5);
+/// What nobody uses is moved on by nobody: the pace of WAL just now ends it.
+const UNUSED_WINDOW: Duration = Duration::from_secs(30);
+/// What is held back longer than whoever uses the slot ever let it be, and for so long, is no step.
+const STUCK_WINDOW: Duration = Duration::from_mins(1);
 /// Between two looks, at least: so that there are not too many.
 const POINTS_APART: Duration = Duration::from_secs(5);
 
@@ -31,36 +38,60 @@ pub fn kind(sender: &Sender) -> SenderKind {
     }
 }
 
-/// The walsenders by name and address.
-type Senders<'a> = BTreeMap<(&'a str, Option<&'a str>), &'a Sender>;
+/// The walsenders with somebody at the other end.
+#[derive(Debug, Default)]
+pub struct Alive<'a> {
+    /// Of each name and address the one that replied last.
+    pub surely: Vec<&'a Sender>,
+    /// Those of the same name and address that replied shortly before.
+    pub perhaps: Vec<&'a Sender>,
+}
 
 /// Leaves out the connections that are dead: somebody who connects anew may for a while be there
-/// twice, until the server misses the old connection. Then the one that replied last is taken.
-pub fn alive(senders: &[Sender]) -> Senders<'_> {
-    let mut freshest = Senders::new();
-    let freshness = |it: &Sender| Reverse(it.reply_age.unwrap_or(TimeDelta::MAX));
+/// twice, until the server misses the old connection. But two standbys may share a name and an
+/// address as well; then both go on to reply.
+pub fn alive(senders: &[Sender]) -> Alive<'_> {
+    let freshness = |it: &&Sender| it.reply_age.unwrap_or(TimeDelta::MAX);
+    let mut groups: BTreeMap<_, Vec<&Sender>> = BTreeMap::new();
     for sender in senders {
-        let whose = (sender.application_name.as_str(), sender.client_address.as_deref());
-        let known = freshest.entry(whose).or_insert(sender);
-        if freshness(known) < freshness(sender) {
-            *known = sender;
-        }
+        groups.entry(whose(sender)).or_default().push(sender);
     }
-    freshest
+    let mut alive = Alive::default();
+    for mut group in groups.into_values() {
+        group.sort_by_key(freshness);
+        let Some((first, others)) = group.split_first() else { continue };
+        let replies = |it: &&&Sender| match (first.reply_age, it.reply_age) {
+            (Some(first), Some(age)) => age - first <= DEAD_AFTER,
+            _ => false,
+        };
+        alive.surely.push(first);
+        alive.perhaps.extend(others.iter().filter(replies));
+    }
+    alive
+}
+
+/// Name and address.
+fn whose(sender: &Sender) -> (&str, Option<&str>) {
+    (sender.application_name.as_str(), sender.client_address.as_deref())
 }
 
 /// Gives each of the walsenders a name of its own. Names that several addresses share get the
-/// address as well.
+/// address as well, and those that share both the process.
 pub fn sender_views(senders: &[Sender]) -> Vec<SenderView> {
-    let freshest = alive(senders);
-    let mut addresses: BTreeMap<&str, u32> = BTreeMap::new();
-    for (name, _) in freshest.keys() {
-        *addresses.entry(name).or_default() += 1;
-    }
-    let view = |((name, address), sender): (&(&str, Option<&str>), &&Sender)| SenderView {
-        name: match addresses.get(name) {
-            Some(2..) => format!("{name}@{}", address.unwrap_or("local")),
-            _ => (*name).to_owned(),
+    let Alive { surely, perhaps } = alive(senders);
+    let mut all = [surely, perhaps].concat();
+    all.sort_by_key(|it| (whose(it), it.pid));
+    let view = |sender: &&Sender| SenderView {
+        name: {
+            let (name, address) = whose(sender);
+            let named = all.iter().filter(|it| whose(it).0 == name).count();
+            let twins = all.iter().filter(|it| whose(it) == (name, address)).count();
+            let address = address.unwrap_or("local");
+            match (named, twins) {
+                (..=1, _) => name.to_owned(),
+                (_, ..=1) => format!("{name}@{address}"),
+                _ => format!("{name}@{address}/{}", sender.pid),
+            }
         },
         kind: kind(sender),
         state: sender.state.clone(),
@@ -70,12 +101,15 @@ pub fn sender_views(senders: &[Sender]) -> Vec<SenderView> {
         replay_lag: sender.replay_lag,
         reply_age_seconds: sender.reply_age.map(TimeDelta::as_seconds_f64),
     };
-    freshest.iter().map(view).collect()
+    all.iter().map(view).collect()
 }
 
-/// What the slots of a server held back, in bytes, over the last minutes.
+/// A moment, and what a slot held back then, in bytes.
+type Point = (Duration, u64);
+
+/// What the slots of a server held back over the last minutes.
 #[derive(Debug, Default)]
-pub struct HeldBack(BTreeMap<String, VecDeque<(Duration, u64)>>);
+pub struct HeldBack(BTreeMap<String, VecDeque<Point>>);
 
 impl HeldBack {
     /// Takes in where WAL ended at a moment, and where the slots stood.
@@ -100,7 +134,8 @@ impl HeldBack {
     ///
     /// Whoever uses a slot may confirm in large steps, between which all slots look alike: so the
     /// least of the first half of the time is compared with the least of the second. While it is
-    /// used, less than `confirmed_by` bytes is such a step, however long it takes.
+    /// used, less than `confirmed_by` bytes is such a step, however long it takes. That is slow to
+    /// tell when more is written than before, so where it is no step what grew of late counts too.
     pub fn growth(&self, slot: &Slot, confirmed_by: u64) -> Option<f64> {
         let points = self.0.get(&slot.name)?;
         let (from, to) = (points.front()?.0, points.back()?.0);
@@ -109,12 +144,35 @@ impl HeldBack {
             return None;
         }
         let step = if slot.active { confirmed_by } else { 0 };
-        let points = || points.iter().map(|(at, bytes)| (*at, (*bytes).max(step)));
-        let (first, second): (Vec<_>, Vec<_>) = points().partition(|it| it.0 < from + watched / 2);
-        let least = |half: Vec<(Duration, u64)>| half.into_iter().min_by_key(|(_, bytes)| *bytes);
-        let ((since, before), (until, after)) = (least(first)?, least(second)?);
-        Some((float(after) - float(before)) / until.saturating_sub(since).as_secs_f64())
+        let points: Vec<_> = points.iter().map(|(at, bytes)| (*at, (*bytes).max(step))).collect();
+        let (first, second) = split(&points, from + watched / 2);
+        let least = |half: &[Point]| half.iter().copied().min_by_key(|(_, bytes)| *bytes);
+        let growth = slope(least(first)?, least(second)?);
+        let (before, recent) = split(
+            &points,
+            to.saturating_sub(if slot.active { STUCK_WINDOW } else { UNUSED_WINDOW }),
+        );
+        let counts = !slot.active || (from + 3 * STUCK_WINDOW <= to && exceeds(recent, before));
+        let ends = recent.first().zip(recent.last()).filter(|(first, last)| counts && first < last);
+        let lately = ends.map(|(first, last)| slope(*first, *last));
+        Some(lately.map_or(growth, |lately| growth.max(lately)))
     }
+}
+
+/// What was before a moment, and what was from then on.
+fn split(points: &[Point], moment: Duration) -> (&[Point], &[Point]) {
+    points.split_at(points.partition_point(|(at, _)| *at < moment))
+}
+
+/// Whether the least of `recent` is more than the most of `before`.
+fn exceeds(recent: &[Point], before: &[Point]) -> bool {
+    let bytes = |(_, bytes): &Point| *bytes;
+    recent.iter().map(bytes).min() > before.iter().map(bytes).max()
+}
+
+/// In bytes a second.
+fn slope((since, before): Point, (until, after): Point) -> f64 {
+    (float(after) - float(before)) / until.saturating_sub(since).as_secs_f64()
 }
 
 /// Shows a slot of a server whose WAL ends at `end_lsn`, if what it holds back grows by so many
@@ -132,7 +190,11 @@ pub fn slot_view(slot: &Slot, end_lsn: Option<u64>, growth: Option<f64>) -> Slot
         name: slot.name.clone(),
         logical: slot.logical,
         active: slot.active,
-        retained_bytes: slot.restart_lsn.and_then(|lsn| retained(lsn.into())),
+        // What is lost is held back no longer, though the position stays while somebody asks for it.
+        retained_bytes: slot
+            .restart_lsn
+            .filter(|_| slot.wal_status != Some(WalStatus::Lost))
+            .and_then(|lsn| retained(lsn.into())),
         safe_wal_bytes,
         wal_status: slot.wal_status,
         inactive_for: slot.inactive_for,
@@ -165,6 +227,7 @@ mod tests {
             reply_age: reply_age.map(TimeDelta::seconds),
             sync_priority: 0,
             sync_state: "async".to_owned(),
+            pid: 7,
         }
     }
 
@@ -212,6 +275,19 @@ mod tests {
                     sender("a", Some("10.0.0.1"), None),
                 ],
                 expect(&[("a", Some(0.0))]),
+            ),
+            (
+                "two that share an address",
+                vec![
+                    Sender { pid: 9, ..sender("a", Some("10.0.0.1"), Some(1)) },
+                    Sender { pid: 8, ..sender("a", Some("10.0.0.1"), Some(9)) },
+                    sender("b", Some("10.0.0.1"), Some(9)),
+                ],
+                expect(&[
+                    ("a@10.0.0.1/8", Some(9.0)),
+                    ("a@10.0.0.1/9", Some(1.0)),
+                    ("b", Some(9.0)),
+                ]),
             ),
             (
                 "two that nobody named",
@@ -296,6 +372,44 @@ mod tests {
     }
 
     #[test]
+    fn a_load_that_begins_ends_a_slot_sooner() {
+        const MIB: u64 = 1 << 20;
+        const PACE: u64 = 2 * MIB;
+        let slot = |name: &str, active, restart_lsn: u64, safe: u64| Slot {
+            name: name.to_owned(),
+            logical: false,
+            active,
+            restart_lsn: Some(restart_lsn.into()),
+            wal_status: Some(WalStatus::Reserved),
+            safe_wal_bytes: Some(safe.cast_signed()),
+            inactive_for: None,
+            xmin_age: None,
+        };
+        let mut held_back = HeldBack::default();
+        for second in (0..=396_u64).step_by(12) {
+            let written = second.saturating_sub(300) * PACE;
+            let (end, safe) = (1000 * MIB + written, 400 * MIB - written);
+            let in_steps = end - written % (100 * MIB);
+            let slots = [
+                slot("unused", false, 1000 * MIB, safe),
+                slot("stuck", true, 1000 * MIB, safe),
+                slot("in steps", true, in_steps, safe),
+            ];
+            held_back.push(Duration::from_secs(second), Some(end.into()), Some(&slots));
+            let truth = Duration::from_secs(safe / PACE);
+            let growth = |slot: &Slot| held_back.growth(slot, 32 * MIB);
+            let is_told = |slot: &Slot| match slot_view(slot, None, growth(slot)).runway {
+                Runway::Lasts(runway) => runway.abs_diff(truth) <= Duration::from_secs(1),
+                _ => false,
+            };
+            let [unused, stuck, in_steps] = slots.each_ref().map(is_told);
+            assert_eq!(unused, 324 <= second, "unused, at {second}");
+            assert_eq!(stuck, 384 <= second, "stuck, at {second}");
+            assert!(!in_steps, "in steps, at {second}");
+        }
+    }
+
+    #[test]
     fn a_slot_lasts_until_what_may_still_be_written_is_written() {
         let slot = |wal_status, safe_wal_bytes| Slot {
             name: "s".to_owned(),
@@ -320,7 +434,8 @@ mod tests {
         ] {
             let view = slot_view(&slot(Some(wal_status), safe), Some(5000), rate);
             assert_eq!(view.runway, expected, "{name}");
-            assert_eq!(view.retained_bytes, Some(4000), "{name}");
+            let retained = (wal_status != WalStatus::Lost).then_some(4000);
+            assert_eq!(view.retained_bytes, retained, "{name}");
         }
         let nothing = Slot { restart_lsn: None, ..slot(None, None) };
         let view = slot_view(&nothing, Some(5000), Some(1.0));

@@ -239,7 +239,7 @@ impl<'a> Session<'a> {
         let slots = slots.and_then(|rows| each(&rows, query::slot));
         let (general, senders, slots) = (
             self.part(0, "settings and statistics", general)?,
-            self.part(1, "pg_stat_replication", senders)?,
+            self.part(1, "pg_stat_replication", senders)?.and_then(query::seen),
             self.part(2, "pg_replication_slots", slots)?,
         );
         let mut details =
@@ -250,6 +250,7 @@ impl<'a> Session<'a> {
             details.conflicts = Some(general.conflicts);
             details.archiver = Some(general.archiver);
             details.standby = general.standby;
+            details.sync_waits = general.sync_waits;
         }
         Ok(details)
     }

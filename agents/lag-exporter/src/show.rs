@@ -1,5 +1,6 @@
 //! `show`: every node in one table, for a person who was just woken up.
 
+use std::fmt::Write as _;
 use std::io::{self, IsTerminal};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -19,7 +20,8 @@ use crate::observation::{ReplayPause, WalStatus};
 use crate::service::Watcher;
 use crate::session::{ANSWER_TIMEOUT, CONNECT_TIMEOUT};
 use crate::view::{
-    GroupView, Lag, LagState, NodeView, Quorum, Role, Rpo, Runway, SlotView, SplitBrain,
+    GroupView, Lag, LagState, MostWal, NodeView, Quorum, Role, Rpo, Runway, SlotView, SplitBrain,
+    SyncCount,
 };
 
 /// How long a running agent may take to answer; it answers from memory.
@@ -259,15 +261,22 @@ fn group_notes(group: &GroupView, notes: &mut Vec<String>) {
     } else if group.primary.is_none() && group.primaries > 1 {
         add("several primaries write one timeline, so no lag can be told".to_owned());
     } else if group.primary.is_none() {
-        add("NO PRIMARY answers, so no lag can be told".to_owned());
+        let mut note = "NO PRIMARY answers: lag is behind what was last seen of it".to_owned();
+        if let Some(MostWal { standby, lacks_bytes }) = &group.most_wal {
+            let lacks = bytes_text(*lacks_bytes);
+            write!(note, "; {standby} has most, it lacks at least {lacks}").ok();
+        }
+        add(note);
     } else if let Some(age) = group.primary_sample_age.filter(|age| *age > ANSWER_TIMEOUT) {
         add(format!("the primary has not answered for {}", span_text(age)));
     }
     match group.quorum {
-        Quorum::Missed(count) => add(format!(
-            "COMMITS HANG: they wait for {} standbys, {} connected",
-            count.wanted, count.present
-        )),
+        Quorum::Missed(SyncCount { wanted, present }) => {
+            let waiting = group.sync_waiting.filter(|sessions| *sessions > 0);
+            let waiting = waiting.map(|it| format!("; sessions that wait: {it}"));
+            let waiting = waiting.unwrap_or_default();
+            add(format!("COMMITS HANG: standbys wanted: {wanted}, connected: {present}{waiting}"));
+        }
         Quorum::Met(_) | Quorum::NotWanted | Quorum::Unknown => {}
     }
     match &group.rpo {
@@ -458,7 +467,14 @@ postgres-3: connect to postgres-3 (10.0.0.3:5432): Connection refused (os error 
             ("group 0: no primary here: lag is behind b, which follows one elsewhere", &|group| {
                 (group.primary, group.standby_leader) = (None, Some("b".to_owned()));
             }),
-            ("group 0: NO PRIMARY answers, so no lag can be told", &|group| group.primary = None),
+            (
+                "group 0: NO PRIMARY answers: lag is behind what was last seen of it; postgres-2 has \
+                 most, it lacks at least 0 B",
+                &|group| group.primary = None,
+            ),
+            ("group 0: NO PRIMARY answers: lag is behind what was last seen of it", &|group| {
+                (group.primary, group.most_wal) = (None, None);
+            }),
             ("group 0: several primaries write one timeline, so no lag can be told", &|group| {
                 (group.primary, group.primaries) = (None, 2);
             }),

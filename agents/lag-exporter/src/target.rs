@@ -362,7 +362,7 @@ mod tests {
                     (BOOL, Some(vec![1])),
                 ],
                 Self::Position => {
-                    let unknown = [INT4, PG_LSN, PG_LSN, PG_LSN, TEXT, BOOL, TEXT, INT4];
+                    let unknown = [INT4, PG_LSN, PG_LSN, PG_LSN, PG_LSN, TEXT, BOOL, TEXT, INT4];
                     let mut columns = vec![(BOOL, Some(vec![1])), (TIMESTAMPTZ, Some(vec![0; 8]))];
                     columns.extend(unknown.map(|kind| (kind, None)));
                     columns.push((TIMESTAMPTZ, None));

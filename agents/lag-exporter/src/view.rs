@@ -1,8 +1,8 @@
 //! What is decided, ready to be rendered.
 //!
 //! Unknown is `None` or a state, never 0: what renders this leaves the sample out. All ages are
-//! those of the moment the view was made for, see [`crate::group::Group::view`]; a lag is that of
-//! the moment when the standby was last asked.
+//! those of the moment the view was made for, see [`crate::group::Group::view`], and so is the upper
+//! bound of a lag; the rest of it is that of the moment when the standby was last asked.
 
 use std::time::Duration;
 
@@ -39,8 +39,17 @@ pub struct GroupView {
     pub split_brain: SplitBrain,
     /// Whether commits that wait for standbys go on.
     pub quorum: Quorum,
+    /// Sessions of the primary whose commit waits for standbys, when it was last asked; `None` if
+    /// the role may not see it.
+    pub sync_waiting: Option<u32>,
+    /// For so long the same session has surely been one of them; 0 if none was seen twice.
+    #[serde(with = "json::seconds")]
+    pub sync_wait: Option<Duration>,
     /// What would be lost if the primary were lost now.
     pub rpo: Rpo,
+    /// Who should be promoted if the last primary is lost. `None` if a standby that answers does not
+    /// tell what it has.
+    pub most_wal: Option<MostWal>,
     /// WAL written since this process began to watch, in bytes: grows only, over failovers too.
     pub wal_written_bytes: u64,
     /// WAL written per second, over the last minute.
@@ -173,7 +182,8 @@ pub enum LagState {
     /// It did not answer the last question: no number.
     Unreachable,
     /// It has not been asked yet, has replayed nothing yet, or its history cannot be told from
-    /// the primary's: no number.
+    /// the primary's: no number. So it is with one that had WAL of its own and was restarted, until
+    /// it replays what it streams or is on a newer timeline.
     Unknown,
 }
 
@@ -247,7 +257,8 @@ pub struct DetailsView {
 /// Somebody who is connected to receive WAL.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SenderView {
-    /// Its `application_name`, with `@` and its address where several have that name.
+    /// Its `application_name`, with `@` and its address where several have that name,
+    /// and with `/` and the process where several have both.
     pub name: String,
     /// What it is.
     pub kind: SenderKind,
@@ -346,18 +357,19 @@ pub enum SplitBrain {
     Confirmed(Vec<String>),
 }
 
-/// Whether as many standbys are connected as commits wait for.
+/// Whether as many standbys are connected as commits wait for, and none is seen to hang.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Quorum {
-    /// The primary was not asked yet, does not answer, or its setting does not read.
+    /// The primary was not asked yet, does not answer or does not show its walsenders to this role,
+    /// its setting does not read, or it depends on a connection that may be dead.
     #[default]
     Unknown,
     /// Commits wait for nobody.
     NotWanted,
     /// There are enough.
     Met(SyncCount),
-    /// There are too few: commits hang.
+    /// There are too few, or a session was seen to wait all the same: commits hang.
     Missed(SyncCount),
 }
 
@@ -368,6 +380,15 @@ pub struct SyncCount {
     pub wanted: u32,
     /// So many are connected that may count.
     pub present: u32,
+}
+
+/// The standby that has most of the primary's WAL, of those that answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MostWal {
+    /// Its name.
+    pub standby: String,
+    /// What it lacks of the WAL that the primary was last seen to have, in bytes.
+    pub lacks_bytes: u64,
 }
 
 /// What would be lost if the primary were lost now and the best standby that answers were

@@ -129,7 +129,7 @@ fn judge_primary(
         [_, _, ..] => {
             let writable: Vec<_> = writable.iter().map(|(it, _)| *it).collect();
             let reason = format!("{} servers take writes: {}", writable.len(), names(&writable));
-            Reading::new(&PRIMARY, Status::Critical, reason)
+            Reading::new(&PRIMARY, Status::Critical, reason).with_next(SPLIT_BRAIN.next)
         }
         [] if servers.iter().any(|(_, seen)| seen.is_not_asked()) => {
             let reason = "not all were asked, and none of the others takes writes";

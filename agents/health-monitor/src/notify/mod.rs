@@ -40,8 +40,10 @@ pub use post::PostSetupError;
 
 use crate::check::Level;
 use crate::commands::AGENT;
+use crate::component::Component;
 use crate::config::Config;
 use crate::monitor::Monitor;
+use crate::settle::Settled;
 use crate::silence::Silence;
 use crate::verdict::stands_in;
 use crate::watch::now;
@@ -172,15 +174,19 @@ async fn observe(
         active.retain(|it| it.is_active(now.wall));
         let is_ready = monitor.not_ready().is_none();
         let picture = {
-            let state = monitor.state();
+            let mut state = monitor.state();
             if state.decided_at.is_none() {
                 continue;
+            }
+            let is_silenced = |it: &Component| active.iter().any(|silence| silence.covers(it));
+            for (_, checks) in state.checks.iter_mut().filter(|(it, _)| is_silenced(it)) {
+                checks.values_mut().for_each(Settled::calm);
             }
             let primaries = state.primaries.names();
             let sight = Sight {
                 checks: &state.checks,
                 stands_in: |it: &_| stands_in(it, &state.verdicts.components, &primaries),
-                is_silenced: |it: &_| active.iter().any(|silence| silence.covers(it)),
+                is_silenced,
                 is_complete: is_ready && state.is_read_at(Level::Comprehensive),
             };
             lookout.look(sight, now)

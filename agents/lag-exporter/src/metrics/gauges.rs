@@ -47,14 +47,27 @@ pub(super) const GROUP_GAUGES: &[Gauge<OfGroup>] = &[
     ),
     (
         "pgmesh_lag_group_sync_quorum_met",
-        "1 if as many standbys are connected as commits wait for, 0 if commits hang; none if \
-         they wait for nobody, as with synchronous_commit off or local.",
+        "0 if commits hang: a session is seen to wait for standbys, or too few are connected; 1 if \
+         enough are connected and none is seen to. None if it is not known, or if commits wait for \
+         nobody, as with synchronous_commit off or local.",
         None,
         |it| match it.view.quorum {
             Quorum::Unknown | Quorum::NotWanted => None,
             Quorum::Met(_) => Some(1.0),
             Quorum::Missed(_) => Some(0.0),
         },
+    ),
+    (
+        "pgmesh_lag_group_sync_waiting_sessions",
+        "Sessions of the primary whose commit waited for standbys when it was last asked.",
+        None,
+        |it| it.view.sync_waiting.map(f64::from),
+    ),
+    (
+        "pgmesh_lag_group_sync_wait",
+        "For so long the same session has surely waited for standbys; 0 if none was seen twice.",
+        Some(Unit::Seconds),
+        |it| seconds(it.view.sync_wait),
     ),
     (
         "pgmesh_lag_group_sync_standbys_wanted",
@@ -100,6 +113,13 @@ pub(super) const GROUP_GAUGES: &[Gauge<OfGroup>] = &[
             Rpo::NoStandby => Some(f64::INFINITY),
             Rpo::Loss { bytes, .. } => bytes.map(float),
         },
+    ),
+    (
+        "pgmesh_lag_group_rpo_lower",
+        "What the best standby that answers lacks at least, also while no primary answers: of the WAL \
+         that the last one was seen to have. None if it cannot be told which one is the best.",
+        Some(Unit::Bytes),
+        |it| it.view.most_wal.as_ref().map(|it| float(it.lacks_bytes)),
     ),
     (
         "pgmesh_lag_group_wal_bytes_per_second",
