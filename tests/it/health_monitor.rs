@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use harness::postgres::postgres_is_missing;
-use harness::{PgServer, directory, server_port, skip};
+use harness::{PgServer, directory, eventually, server_port, skip};
 use serde_json::Value;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
@@ -118,6 +118,35 @@ fn write_until_it_fails(server: &PgServer) -> impl Future<Output = DateTime<Utc>
         }
         last
     }
+}
+
+/// Whose connections do not end.
+#[tokio::test]
+async fn a_primary_that_hangs_is_told_as_soon_as_one_that_is_lost() {
+    if postgres_is_missing() {
+        return;
+    }
+    let (primary, standby) = pair().await;
+    let monitor = Monitor::of_servers(&[server(&primary), server(&standby)]).started().await;
+    for _ in 0..2 {
+        monitor.until_wrong(&[]).await;
+        primary.sigstop();
+        let stopped_at = Utc::now();
+        let mut lost_at = None;
+        eventually("the primary is missed", Duration::from_secs(10), async || {
+            let events = monitor.events().await;
+            let of_primary = |it: &&Value| it["check"] == "primary" && it["to"] == "critical";
+            let at = events.iter().find(of_primary).map(|it| it["at"].as_str().unwrap().parse());
+            lost_at = at.map(Result::<DateTime<Utc>, _>::unwrap).filter(|it| stopped_at < *it);
+            lost_at.is_some()
+        })
+        .await;
+        primary.sigcont();
+        let noticed = lost_at.unwrap() - stopped_at;
+        println!("a primary that hangs was noticed after {} ms", noticed.num_milliseconds());
+        assert!(noticed <= NOTICED_WITHIN, "noticed after {noticed}");
+    }
+    monitor.until_wrong(&[]).await;
 }
 
 #[tokio::test]

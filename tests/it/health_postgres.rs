@@ -61,7 +61,7 @@ impl Watched {
         Self {
             component: Component::of_group(Kind::Postgres, 0, server.name()),
             basic: PostgresProbe::new(node.clone(), &settings, LIMIT, LIMIT),
-            deep: DeepProbe::new(node.clone(), &settings),
+            deep: DeepProbe::new(node.clone(), &settings, LIMIT),
             node,
             settings,
             thresholds: Thresholds::default(),

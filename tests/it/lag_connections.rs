@@ -99,6 +99,7 @@ async fn a_server_looks_whether_clients_are_still_there() {
         password: None,
         database: "postgres".to_owned(),
         tls: Tls::Disable,
+        allow_weak_auth: false,
         application_name: "pgmesh/tests".to_owned(),
         connect_timeout: Duration::from_secs(5),
         statement_timeout: Duration::from_secs(5),

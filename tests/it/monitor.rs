@@ -71,7 +71,7 @@ impl Monitor {
         self.agent.as_ref().map(RunningAgent::stdout).unwrap_or_default()
     }
 
-    fn url(&self, path: &str) -> String {
+    pub(crate) fn url(&self, path: &str) -> String {
         format!("http://127.0.0.1:{}{path}", self.port)
     }
 

@@ -55,6 +55,7 @@ fn settings() -> Settings {
         password: None,
         database: "postgres".to_owned(),
         tls: Tls::Disable,
+        allow_weak_auth: false,
         application_name: "pgmesh/tests".to_owned(),
         connect_timeout: Duration::from_secs(5),
         statement_timeout: Duration::from_secs(5),

@@ -52,6 +52,14 @@ pub static ISOLATION: Check = plain(
     "this monitor reaches something of the cluster",
     "look at the network of the host that this monitor runs on; until then nothing is known of the rest",
 );
+/// Who belongs to the cluster is known.
+pub static MEMBERS: Check = plain(
+    "members",
+    Cluster,
+    Basic,
+    "who the members of Patroni's cluster are is known",
+    "compare scope and namespace of [patroni] here with Patroni's own, and see `patronictl list`; then etcd",
+);
 /// etcd as a whole can decide.
 pub static ETCD_QUORUM: Check = plain(
     "etcd_quorum",
@@ -559,6 +567,7 @@ pub static DISK: Check = limited(
 /// All of them, in the order in which they are shown.
 pub static CHECKS: &[&Check] = &[
     &ISOLATION,
+    &MEMBERS,
     &ETCD_QUORUM,
     &PRIMARY,
     &SPLIT_BRAIN,

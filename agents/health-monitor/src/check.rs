@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::component::Kind;
+use crate::component::{Kind, printable};
 
 /// What a check says. The order is that of badness: what is not known is worse than a warning.
 #[derive(
@@ -233,13 +233,13 @@ impl Serialize for Check {
 impl Reading {
     /// A reading without numbers.
     pub fn new(check: &'static Check, status: Status, reason: impl Into<String>) -> Self {
-        let (reason, measures) = (reason.into(), Vec::new());
+        let (reason, measures) = (printable(reason), Vec::new());
         Self { check, status, reason, next: None, measures, follows: false }
     }
 
     /// With advice of its own.
     pub fn with_next(mut self, next: impl Into<String>) -> Self {
-        self.next = Some(next.into());
+        self.next = Some(printable(next));
         self
     }
 
@@ -267,6 +267,13 @@ mod tests {
     fn what_is_not_known_is_worse_than_a_warning() {
         assert!(Status::ALL.is_sorted());
         assert_eq!(Status::ALL.map(Status::code), [0, 1, 3, 2]);
+    }
+
+    #[test]
+    fn a_reason_is_one_line_of_plain_text() {
+        let reading = Reading::new(&crate::catalogue::ROLE, Status::Critical, "\x1b[31mno\r\nOK");
+        assert_eq!(reading.reason, "\u{fffd}[31mno\u{fffd}\u{fffd}OK");
+        assert_eq!(reading.with_next("a\nb").next_step(), "a\u{fffd}b");
     }
 
     #[test]

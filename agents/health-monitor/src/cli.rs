@@ -7,6 +7,7 @@ use crate::check::Level;
 use crate::commands::AGENT;
 use crate::component::Kind;
 use crate::notify::command::{SilenceArgs, SilencesArgs, UnsilenceArgs};
+use crate::roster::ForgetArgs;
 
 /// Says whether the cluster is well, and why not.
 #[derive(Debug, Parser)]
@@ -39,6 +40,8 @@ pub enum Command {
     Silences(SilencesArgs),
     /// End a silence early
     Unsilence(UnsilenceArgs),
+    /// Miss a member no more that is gone for good; it is watched again when Patroni lists it
+    Forget(ForgetArgs),
 }
 
 /// Options of `check`.

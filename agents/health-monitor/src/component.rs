@@ -97,13 +97,25 @@ impl Component {
 
     /// A component of a group.
     pub fn of_group(kind: Kind, group: u32, name: impl Into<String>) -> Self {
-        Self { kind, group: Some(group), name: name.into() }
+        Self { kind, group: Some(group), name: printable(name) }
     }
 
     /// A component that belongs to no group.
     pub fn new(kind: Kind, name: impl Into<String>) -> Self {
-        Self { kind, group: None, name: name.into() }
+        Self { kind, group: None, name: printable(name) }
     }
+}
+
+/// Text of somebody else, as it may go to a terminal or into one line of a message: what would move the
+/// cursor, begin a line or turn the direction is replaced.
+pub fn printable(text: impl Into<String>) -> String {
+    let text = text.into();
+    let turns = |it| matches!(it, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let is_plain = |it: char| !it.is_control() && !turns(it);
+    if text.chars().all(is_plain) {
+        return text;
+    }
+    text.chars().map(|it| if is_plain(it) { it } else { char::REPLACEMENT_CHARACTER }).collect()
 }
 
 /// As in `postgres worker-1 of group 1`.
@@ -122,6 +134,17 @@ impl fmt::Display for Component {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_is_one_line_of_plain_text() {
+        for (name, expected) in [
+            ("Käthe 1", "postgres Käthe 1 of group 0"),
+            ("x\u{1b}[2Jy\nOK: all fine", "postgres x\u{fffd}[2Jy\u{fffd}OK: all fine of group 0"),
+            ("a\u{202e}b\u{9b}", "postgres a\u{fffd}b\u{fffd} of group 0"),
+        ] {
+            assert_eq!(Component::of_group(Kind::Postgres, 0, name).to_string(), expected);
+        }
+    }
 
     #[test]
     fn a_component_is_named_as_people_do() {

@@ -122,6 +122,10 @@ pub struct PgbouncerConfig {
     pub tls: TlsMode,
     /// PEM certificates to trust in place of the system's.
     pub ca_file: Option<PathBuf>,
+    /// Whether it may ask for the password in clear text or as an MD5 hash without TLS too: as in
+    /// `[postgres]`.
+    #[serde(default)]
+    pub allow_weak_auth: bool,
 }
 
 /// One entry of `[[haproxy]]`.
@@ -323,6 +327,9 @@ fn check_host(problems: &mut Problems, host: &str, port: u16) {
     if host.is_empty() {
         problems.add("host", "must not be empty");
     }
+    if host.starts_with('[') {
+        problems.add("host", "must be an IPv6 address without brackets");
+    }
     if port == 0 {
         problems.add("port", "must not be 0");
     }
@@ -438,7 +445,7 @@ mod tests {
             "{MINIMAL}[[pgbouncer]]\nname = \"p\"\nhost = \"\"\nport = 0\nuser = \"\"\n\
              tls = \"disable\"\nca_file = \"/ca\"\n\
              [[haproxy]]\nname = \"h\"\nurl = \"http://h\"\nca_file = \"/ca\"\npassword_file = \"/p\"\n\
-             [[redis]]\nname = \"r\"\nhost = \"r\"\nuser = \"u\"\n\
+             [[redis]]\nname = \"r\"\nhost = \"[::1]\"\nuser = \"u\"\n\
              [[agents]]\nname = \"a\"\nurl = \"a:9632\"\n\
              [swarm]\nstack = \"\"\nsocket = \"docker.sock\"\n"
         );
@@ -450,6 +457,7 @@ mod tests {
              pgbouncer[0].ca_file: has no use with tls = \"disable\"\n\
              haproxy[0].ca_file: has no use without an https:// address\n\
              haproxy[0].password_file: has no use without user\n\
+             redis[0].host: must be an IPv6 address without brackets\n\
              redis[0].user: has no use without password_file\n\
              agents[0].url: `a:9632` must begin with http:// or https://\n\
              swarm.stack: must not be empty\n\

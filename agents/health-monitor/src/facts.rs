@@ -1,6 +1,8 @@
 //! What the components said last. The judges read it; nothing here judges.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::error::Error;
+use std::io;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -20,8 +22,10 @@ use crate::probe::swarm::SwarmFacts;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stage {
-    /// Nobody is there: refused, no route, no such name.
+    /// Nobody is there: no route, no such name; or the connection broke.
     Dial,
+    /// The host is there, and nobody listens.
+    Refused,
     /// TLS.
     Tls,
     /// The login was refused.
@@ -36,6 +40,21 @@ pub enum Stage {
     Timeout,
     /// Nobody asked: the fault is ours.
     NotAsked,
+}
+
+impl Stage {
+    /// How far it got, where there is no connection.
+    pub fn of_dial(error: &(dyn Error + 'static)) -> Self {
+        let mut cause = Some(error);
+        while let Some(error) = cause {
+            let io = error.downcast_ref::<io::Error>();
+            if io.is_some_and(|it| it.kind() == io::ErrorKind::ConnectionRefused) {
+                return Self::Refused;
+            }
+            cause = error.source();
+        }
+        Self::Dial
+    }
 }
 
 /// Why there is no answer.
@@ -116,6 +135,21 @@ pub struct Facts {
     pub disks: Of<DiskFacts>,
     /// What is watched and was not asked yet: what it would say is missing among the others.
     pub unasked: BTreeSet<Component>,
+    /// Who belongs to the cluster; of listed servers there is nothing to know.
+    pub membership: Option<Membership>,
+}
+
+/// Who belongs to Patroni's cluster, and how well that is known.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Membership {
+    /// Why it is not known, or not all of it: what is watched may not be everything.
+    pub unknown: Option<String>,
+    /// It is too early to complain of that.
+    pub is_early: bool,
+    /// Groups that Patroni knows, and of which nobody is there.
+    pub empty_groups: BTreeSet<u32>,
+    /// Servers that Patroni does not list any more: they are watched until somebody forgets them.
+    pub left: BTreeSet<Component>,
 }
 
 /// Takes an outcome into what is known.

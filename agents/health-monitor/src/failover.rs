@@ -50,8 +50,10 @@ pub struct Failover {
     /// And at least: from the first answer that the old one owed to the last of the new one as a standby.
     pub unavailable_at_least_seconds: f64,
     /// WAL that the old one had flushed beyond what the new one began with, if that can be told: commits
-    /// in it are lost unless they wait for a standby.
+    /// in it are lost unless they wait for a standby. Where both wrote that cannot be told.
     pub lost_bytes_at_most: Option<u64>,
+    /// The new one took writes before the old one had ended: what one of the two wrote is lost.
+    pub both_wrote: bool,
 }
 
 /// What is remembered of a primary.
@@ -71,17 +73,18 @@ pub struct Primaries {
     seen: BTreeMap<u32, Seen>,
     /// When the question was sent that each server last answered as a standby.
     standby_at: BTreeMap<Component, Duration>,
+    /// Each server that takes writes, as it was when it was first seen to, and when.
+    began: BTreeMap<Component, (Primary, Duration)>,
 }
 
 impl Primaries {
     /// Takes what is known now; returns the failovers that it shows.
     pub fn take(&mut self, facts: &Facts, now: Now) -> Vec<Failover> {
         let mut failovers = Vec::new();
+        self.note_begin(facts, now);
         for group in group::groups(facts) {
             self.note_end(facts, group);
-            if let Some((component, answer)) = group::primary(facts, group) {
-                failovers.extend(self.note_primary(group, component, answer, now));
-            }
+            failovers.extend(self.note_primary(facts, group, now));
         }
         self.standby_at.retain(|component, _| facts.postgres.contains_key(component));
         for (component, seen) in &facts.postgres {
@@ -111,27 +114,68 @@ impl Primaries {
         lost.map(|(group, _)| *group).collect()
     }
 
-    fn note_primary(
-        &mut self,
-        group: u32,
-        component: &Component,
-        answer: &Answer<PostgresFacts>,
-        now: Now,
-    ) -> Option<Failover> {
-        let found = found(component, answer, now);
-        let Some(known) = self.seen.get(&group) else {
+    /// Notes since when each server takes writes on its timeline.
+    fn note_begin(&mut self, facts: &Facts, now: Now) {
+        let mut began = BTreeMap::new();
+        for group in group::groups(facts) {
+            for (component, answer) in group::primaries(facts, group) {
+                let known = self.began.remove(component);
+                let known = known.filter(|(it, _)| it.timeline == answer.facts.timeline);
+                let first = || (primary(component, answer, now), answer.answered_at);
+                began.insert(component.clone(), known.unwrap_or_else(first));
+            }
+        }
+        self.began = began;
+    }
+
+    /// Notes who is the primary of a group: the one of the newest timeline, if several take writes; and
+    /// whoever does so alone, once the one of before is seen not to.
+    fn note_primary(&mut self, facts: &Facts, group: u32, now: Now) -> Option<Failover> {
+        let writable = group::primaries(facts, group);
+        let known = self.seen.get_mut(&group);
+        let still = known
+            .as_ref()
+            .and_then(|known| writable.iter().find(|(it, _)| it.name == known.primary.name));
+        let order = |it: &&(&Component, &Answer<PostgresFacts>)| {
+            (it.1.facts.timeline, still.is_some_and(|still| still.0 == it.0))
+        };
+        let (component, answer) = *writable.iter().max_by_key(order)?;
+        let found = Seen {
+            primary: primary(component, answer, now),
+            wrote_at: answer.asked_at,
+            ended_by: None,
+        };
+        let Some(known) = known else {
             self.seen.insert(group, found);
             return None;
         };
-        // An old primary that comes back is no failover; two that write are told elsewhere.
-        if found.primary.timeline < known.primary.timeline {
+        if !is_other(&known.primary, &found.primary) {
+            *known = found;
+            return None;
+        }
+        let (began, began_at) = self.began.get(component)?;
+        if let Some((_, still)) = still.filter(|it| it.0 != component) {
+            // It has to be asked once more: does it write as well, or did it end before?
+            if still.asked_at < *began_at {
+                return None;
+            }
+            (known.wrote_at, known.ended_by) = (still.asked_at, None);
+        } else if found.primary.name != known.primary.name
+            && found.primary.timeline < known.primary.timeline
+            && !has_ended(group, known, facts, now)
+        {
             return None;
         }
         let standby_at = self.standby_at.get(component).copied();
-        let failover = is_other(&known.primary, &found.primary)
-            .then(|| failover(group, known, &found, (standby_at, answer.answered_at)));
-        self.seen.insert(group, found);
-        failover
+        let failover = failover(group, known, began, (standby_at, *began_at));
+        *known = found;
+        Some(failover)
+    }
+
+    /// Whether a server counts as the primary of its group.
+    pub fn has(&self, server: &Component) -> bool {
+        let known = server.group.and_then(|it| self.seen.get(&it));
+        known.is_some_and(|it| it.primary.name == server.name)
     }
 
     /// The name of each group's primary, as last seen.
@@ -144,11 +188,20 @@ fn is_other(old: &Primary, new: &Primary) -> bool {
     old.name != new.name || old.timeline != new.timeline
 }
 
-fn found(component: &Component, answer: &Answer<PostgresFacts>, now: Now) -> Seen {
+/// Whether the primary of before does not take writes any more: one lost answer does not say so.
+fn has_ended(group: u32, known: &Seen, facts: &Facts, now: Now) -> bool {
+    let component = Component::of_group(Kind::Postgres, group, &known.primary.name);
+    let seen = facts.postgres.get(&component);
+    seen.is_none_or(|seen| match seen.failing_since {
+        Some(since) => group::TOGETHER < now.boot.saturating_sub(since),
+        None => seen.now().is_some_and(|it| it.in_recovery),
+    })
+}
+
+fn primary(component: &Component, answer: &Answer<PostgresFacts>, now: Now) -> Primary {
     let PostgresFacts { timeline, lsn, .. } = answer.facts;
     let ago = TimeDelta::from_std(now.boot.saturating_sub(answer.answered_at)).unwrap_or_default();
-    let primary = Primary { name: component.name.clone(), timeline, lsn, at: now.wall - ago };
-    Seen { primary, wrote_at: answer.asked_at, ended_by: None }
+    Primary { name: component.name.clone(), timeline, lsn, at: now.wall - ago }
 }
 
 /// `times`: when the new one was last asked and answered as a standby, and when it first answered as a
@@ -156,16 +209,19 @@ fn found(component: &Component, answer: &Answer<PostgresFacts>, now: Now) -> See
 fn failover(
     group: u32,
     old: &Seen,
-    new: &Seen,
+    new: &Primary,
     (standby_at, primary_at): (Option<Duration>, Duration),
 ) -> Failover {
     let at_most = primary_at.saturating_sub(old.wrote_at);
     let at_least = old.ended_by.zip(standby_at).map(|(ended, began)| began.saturating_sub(ended));
-    let lsns = old.primary.lsn.map(u64::from).zip(new.primary.lsn.map(u64::from));
+    let both_wrote = old.primary.name != new.name && primary_at <= old.wrote_at;
+    let lsns = old.primary.lsn.map(u64::from).zip(new.lsn.map(u64::from));
+    let lsns = lsns.filter(|_| !both_wrote && old.primary.timeline <= new.timeline);
     Failover {
         group,
+        both_wrote,
         old: old.primary.clone(),
-        new: new.primary.clone(),
+        new: new.clone(),
         unavailable_at_most_seconds: at_most.as_secs_f64(),
         unavailable_at_least_seconds: at_least.unwrap_or_default().min(at_most).as_secs_f64(),
         lost_bytes_at_most: lsns.map(|(flushed, began)| flushed.saturating_sub(began)),

@@ -3,7 +3,7 @@
 //! In the order data flows: [`probe`] asks, [`facts`] is what was said, [`judge`] is what it comes to,
 //! check by check of the [`catalogue`]; [`settle`] says when that counts, [`verdict`] rolls it up,
 //! [`failover`] and [`journal`] remember what happened;
-//! [`advice`] and [`sizing`] say when it should grow. [`monitor`] holds it all, [`mod@watch`] drives it;
+//! [`advice`] and [`sizing`] say when it should grow. [`monitor`] holds it all, [`mod@watch`] drives it, [`roster`] is who belongs to the cluster;
 //! [`notify`] tells who must know, unless a [`silence`] says otherwise;
 //! [`status`], [`mod@page`], [`metrics`], [`report`] and [`log_file`] are what one can see of it.
 
@@ -26,6 +26,8 @@ pub mod sizing;
 pub mod verdict;
 
 pub mod monitor;
+pub mod pace;
+pub mod roster;
 pub mod watch;
 
 pub mod notify;

@@ -201,6 +201,9 @@ impl State {
 
     /// Why nothing can be said yet.
     fn not_ready(&self) -> Option<String> {
+        if let Some(unknown) = self.members_unknown() {
+            return Some(unknown.clone());
+        }
         if self.expected.is_empty() {
             return Some("what there is to watch is not known yet".to_owned());
         }
@@ -208,6 +211,10 @@ impl State {
         let first = waiting.next()?;
         let (count, all) = (1 + waiting.count(), self.expected.len());
         Some(format!("{count} of {all} components were not asked yet, such as {first}"))
+    }
+
+    fn members_unknown(&self) -> Option<&String> {
+        self.facts.membership.as_ref()?.unknown.as_ref()
     }
 
     /// The components that there is no outcome of.
@@ -226,6 +233,14 @@ impl State {
                 || swarm.contains_key(*it)
                 || disks.contains_key(*it))
         })
+    }
+
+    /// Whether everything that is watched was asked, as deep as the checks of a level go.
+    pub fn is_asked_at(&self, level: Level) -> bool {
+        let membership = self.facts.membership.as_ref();
+        let is_begun =
+            membership.map_or_else(|| !self.expected.is_empty(), |membership| !membership.is_early);
+        is_begun && self.not_asked().next().is_none() && self.is_read_at(level)
     }
 
     /// Whether everything was asked that the checks of a level need.
@@ -276,6 +291,10 @@ impl State {
             self.journal.add(event.clone());
         }
         self.verdicts = roll_up(&self.checks, &self.primaries.names());
+        // Of a group that may have servers nobody knows of, the rest says nothing.
+        if let Some(reason) = self.members_unknown().cloned() {
+            self.verdicts.groups.values_mut().for_each(|it| it.hold(reason.clone()));
+        }
         if let Some(reason) = self.not_ready() {
             self.verdicts.cluster.hold(reason);
         }

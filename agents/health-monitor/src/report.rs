@@ -107,6 +107,12 @@ impl Report {
     pub fn nagios(&self) -> String {
         let state = self.status().name().to_uppercase();
         let mut text = format!("HEALTH {state}: {}", self.summary());
+        // Many show this line alone.
+        let worst = self.readings.first().filter(|(_, it)| it.status != Status::Ok);
+        if let Some((component, reading)) = worst {
+            let (check, reason) = (reading.check.name, unpiped(&reading.reason));
+            write!(text, "; {component}: {check}: {reason}").ok();
+        }
         let data: Vec<_> = self
             .readings
             .iter()
@@ -119,13 +125,17 @@ impl Report {
         }
         text.push('\n');
         for (component, reading) in self.readings.iter().filter(|(_, it)| it.status != Status::Ok) {
-            // Whatever stands after a | is performance data.
-            let reason = reading.reason.replace('|', "/");
+            let reason = unpiped(&reading.reason);
             let status = reading.status.name().to_uppercase();
             writeln!(text, "{status} {component}: {}: {reason}", reading.check.name).ok();
         }
         text
     }
+}
+
+/// Whatever stands after a | is performance data.
+fn unpiped(reason: &str) -> String {
+    reason.replace('|', "/")
 }
 
 /// `'label'=value[UOM];warn;crit;min;max`.
@@ -197,7 +207,7 @@ mod tests {
     fn a_plugin_says_the_worst_first_with_numbers() {
         assert_eq!(
             report().nagios(),
-            "HEALTH CRITICAL: 1 critical, 1 warning, 1 ok | \
+            "HEALTH CRITICAL: 1 critical, 1 warning, 1 ok; postgres b of group 0: reachable: refused | \
              'postgres a of group 0 connections used'=85.5%;80;90;;100\n\
              CRITICAL postgres b of group 0: reachable: refused\n\
              WARNING postgres a of group 0: connections: 91 of 97 connections / busy\n"

@@ -6,16 +6,18 @@ use std::time::Duration;
 use chrono::DateTime;
 use tokio_postgres::types::PgLsn;
 
-use crate::check::Status;
+use crate::check::{Level, Status};
 use crate::component::{Component, Kind};
-use crate::facts::{Failure, Stage};
+use crate::facts::{Failure, Membership, Stage};
 use crate::failover::Failover;
 use crate::journal::{Event, What};
 use crate::monitor::Monitor;
 use crate::probe::haproxy::{HaproxyFacts, Server};
+use crate::probe::pgbouncer::{PgbouncerFacts, Pool};
 use crate::probe::postgres::{PostgresFacts, Receiver, Sender, Slot, StandardFacts};
 use crate::settle::Now;
 use crate::thresholds::Thresholds;
+use crate::verdict::stands_in;
 
 /// What a server of group 0 is made to say.
 #[derive(Clone, Debug)]
@@ -23,8 +25,9 @@ enum Says {
     Primary { timeline: u32, lsn: u64 },
     Standby { timeline: u32, lsn: u64 },
     Refused,
+    WrongPassword,
 }
-use Says::{Primary, Refused, Standby};
+use Says::{Primary, Refused, Standby, WrongPassword};
 
 /// A group of servers that is asked each second.
 struct Scene {
@@ -66,6 +69,10 @@ impl Scene {
                     Refused => {
                         let error = "connection refused".to_owned();
                         Err(Failure { stage: Stage::Dial, error })
+                    }
+                    WrongPassword => {
+                        let error = "password authentication failed".to_owned();
+                        Err(Failure { stage: Stage::Login, error })
                     }
                 };
                 let component = server(name);
@@ -313,4 +320,155 @@ fn a_group_without_a_standby_that_streams_is_told() {
     scene.says("b", Refused).pass(5);
     assert_eq!(scene.status(&server("b"), "reachable"), Some(Status::Critical));
     assert_eq!(scene.cluster(), Status::Warning, "the group goes on without a standby");
+}
+
+fn membership(unknown: Option<&str>) -> Membership {
+    Membership { unknown: unknown.map(str::to_owned), ..Membership::default() }
+}
+
+#[test]
+fn members_that_nobody_knows_are_not_well() {
+    let monitor = Monitor::new("demo", Thresholds::default(), Duration::ZERO);
+    let proxy = Component::of_group(Kind::Haproxy, 0, "proxy");
+    monitor.state().expect(&[Kind::Haproxy], [proxy.clone()]);
+    let says = BTreeMap::new();
+    let mut scene = Scene { monitor, second: 100, says, lost_slot: false, events: vec![] };
+    let times = (Duration::from_secs(100), Duration::from_secs(100));
+    let well = Ok(HaproxyFacts { write: None, read: None });
+    scene.monitor.record(|it| &mut it.haproxy, &proxy, times, well);
+    let early = Membership { is_early: true, ..membership(Some("nobody says who they are")) };
+    scene.monitor.state().facts.membership = Some(early);
+    scene.pass(1);
+    assert!(scene.events.is_empty(), "{:?}", scene.events);
+    assert_eq!(scene.cluster(), Status::Unknown);
+    assert!(!scene.monitor.state().is_asked_at(Level::Basic));
+
+    scene.monitor.state().facts.membership = Some(membership(Some("nobody says who they are")));
+    scene.pass(5);
+    assert_eq!(scene.status(&Component::cluster(), "members"), Some(Status::Unknown));
+    assert_eq!(scene.monitor.not_ready().as_deref(), Some("nobody says who they are"));
+    assert!(scene.monitor.state().is_asked_at(Level::Basic), "there is nobody else to ask");
+    assert_eq!(scene.cluster(), Status::Unknown);
+    assert_eq!(scene.monitor.state().verdicts.groups[&0].status, Status::Unknown);
+
+    scene.monitor.state().facts.membership = Some(membership(None));
+    scene.pass(5);
+    assert_eq!(scene.status(&Component::cluster(), "members"), Some(Status::Ok));
+    assert_eq!((scene.cluster(), scene.monitor.not_ready()), (Status::Ok, None));
+}
+
+#[test]
+fn a_group_of_which_nobody_is_there_has_no_primary() {
+    let mut scene = Scene::pair();
+    let empty_groups = [1].into();
+    let membership = Membership { empty_groups, ..membership(None) };
+    scene.monitor.state().facts.membership = Some(membership);
+    scene.pass(1);
+    assert_eq!(scene.status(&Component::group(1), "primary"), Some(Status::Critical));
+    assert_eq!(scene.status(&Component::group(0), "primary"), Some(Status::Ok));
+    assert_eq!(scene.cluster(), Status::Critical);
+}
+
+#[test]
+fn who_is_not_listed_any_more_is_missed_until_forgotten() {
+    let mut scene = Scene::pair();
+    let membership = Membership { left: [server("b")].into(), ..membership(None) };
+    scene.monitor.state().facts.membership = Some(membership);
+    scene.pass(5);
+    assert_eq!(scene.status(&server("b"), "reachable"), Some(Status::Ok), "it answers");
+    scene.says("b", Refused).pass(600);
+    assert_eq!(scene.status(&server("b"), "reachable"), Some(Status::Critical));
+    let reading = scene.monitor.state().checks[&server("b")]["reachable"].reading.clone();
+    assert_eq!(reading.reason, "connection refused; Patroni does not list it any more");
+    assert!(reading.next_step().ends_with("health-monitor forget b"), "{reading:?}");
+}
+
+#[test]
+fn the_old_primary_that_goes_on_alone_is_the_primary() {
+    let mut scene = Scene::pair();
+    scene.says("b", Primary { timeline: 2, lsn: 1000 }).pass(5);
+    let names = |scene: &Scene| scene.monitor.state().primaries.names()[&0].clone();
+    assert_eq!(names(&scene), "b");
+    let failovers = scene.failovers();
+    assert!(failovers[0].both_wrote && failovers[0].lost_bytes_at_most.is_none());
+    assert!(failovers[0].unavailable_at_most_seconds < 0.01, "{failovers:?}");
+    // One lost answer of the other says nothing yet.
+    scene.says("b", Refused).pass(2);
+    assert_eq!(names(&scene), "b");
+    scene.pass(5);
+    assert_eq!(names(&scene), "a");
+    let failovers = scene.failovers();
+    let [_, back] = &failovers[..] else { panic!("{failovers:?}") };
+    assert_eq!((back.old.name.as_str(), back.new.name.as_str()), ("b", "a"));
+    assert!(back.both_wrote && back.lost_bytes_at_most.is_none(), "{back:?}");
+    // What is wrong with it is wrong with the group.
+    scene.lost_slot = true;
+    scene.pass(5);
+    let state = scene.monitor.state();
+    let slots = &state.verdicts.components[&server("a")];
+    assert_eq!(
+        (slots.status, state.verdicts.groups[&0].status),
+        (Status::Critical, Status::Critical)
+    );
+    assert!(!stands_in(&server("a"), &state.verdicts.components, &state.primaries.names()));
+}
+
+#[test]
+fn who_does_not_let_this_monitor_in_may_be_the_primary() {
+    for other in [WrongPassword, Refused] {
+        let mut scene = Scene::pair();
+        scene.says("a", WrongPassword).says("b", other.clone()).pass(20);
+        let state = scene.monitor.state();
+        for check in ["primary", "redundancy"] {
+            let reading = &state.checks[&Component::group(0)][check].reading;
+            assert_eq!((reading.status, reading.follows), (Status::Unknown, true), "{reading:?}");
+        }
+        let reachable = &state.checks[&server("a")]["reachable"];
+        assert_eq!(reachable.status, Status::Critical);
+        assert_eq!(state.verdicts.cluster.status, Status::Critical, "{other:?}");
+    }
+}
+
+#[test]
+fn who_waits_for_a_primary_that_is_lost_follows_and_for_one_that_may_be_there_does_not() {
+    for (says, expected) in [
+        (Refused, (Status::Warning, true)),
+        (WrongPassword, (Status::Critical, false)),
+        (Primary { timeline: 1, lsn: 1000 }, (Status::Critical, false)),
+    ] {
+        let mut scene = Scene::pair();
+        scene.says("a", says.clone()).pass(5);
+        let proxy = Component::of_group(Kind::Pgbouncer, 0, "proxy");
+        let pool = Pool {
+            database: "app".to_owned(),
+            user: "app".to_owned(),
+            waiting: 3,
+            max_wait: Duration::from_secs(40),
+            is_by_session: false,
+        };
+        let version = "1.24.1".to_owned();
+        let facts = PgbouncerFacts { version, clients: (3, 100), pools: vec![pool], query: None };
+        let now = scene.now().boot;
+        scene.monitor.record(|it| &mut it.pgbouncer, &proxy, (now, now), Ok(facts));
+        scene.pass(1);
+        let reading = scene.monitor.state().checks[&proxy]["waiting"].reading.clone();
+        assert_eq!((reading.status, reading.follows), expected, "{says:?} {reading:?}");
+    }
+}
+
+#[test]
+fn what_flapped_and_is_well_does_not_say_what_it_was() {
+    let mut scene = Scene::pair();
+    for _ in 0..4 {
+        scene.says("a", Standby { timeline: 1, lsn: 1000 }).pass(5);
+        scene.says("a", Primary { timeline: 1, lsn: 1000 }).pass(5);
+    }
+    let state = scene.monitor.state();
+    let primary = &state.checks[&Component::group(0)]["primary"];
+    assert!(primary.is_flapping);
+    assert_eq!((primary.status, primary.worst), (Status::Warning, Status::Critical));
+    let words = "it comes and goes: 6 changes in 10 min, well just now; last: ";
+    assert!(primary.reading.reason.starts_with(words));
+    assert!(!primary.reading.next_step().contains("promote"), "{:?}", primary.reading);
+    assert_eq!(state.verdicts.cluster.status, Status::Warning);
 }

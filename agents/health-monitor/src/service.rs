@@ -37,10 +37,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     metrics::register(ours, monitor.clone());
     notifier.board.register(ours);
     let (ready, shown, board) = (monitor.clone(), monitor.clone(), notifier.board.clone());
+    let (telling, told) = (board.clone(), board.clone());
     let admin = Admin::bind(
         config.admin_address,
         registry,
-        move || ready.not_ready().into_iter().collect(),
+        move || ready.not_ready().into_iter().chain(telling.trouble()).collect(),
         move || {
             let mut status = status::status(&shown.state());
             status["notify"] = board.status();
@@ -50,7 +51,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     .await
     .with_context(|| format!("listen on {}", config.admin_address))?;
     let shown = monitor.clone();
-    let admin = admin.with_page(&page::policy(), move || page::render(&shown, now()));
+    let admin = admin.with_page(&page::policy(), move || page::render(&shown, &told.now(), now()));
 
     let topology = watcher.topology.clone();
     let every = (config.interval / 4).clamp(DECIDE_MIN, DECIDE_MAX);

@@ -1,8 +1,8 @@
 //! When a reading counts: damping and flapping; pure.
 //!
 //! One answer that is late is no outage, and one that is in time is no recovery. A status counts after it
-//! was seen a few times in a row; one that keeps changing is called flapping, once, and stays at its worst
-//! until it is calm.
+//! was seen a few times in a row; one that keeps changing is called flapping, once, until it is calm. What
+//! flaps says what it is now, and is no better than a warning; who is told is told of it at its worst.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -11,11 +11,12 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 
 use crate::check::{Reading, Status};
+use crate::judge::words::duration;
 
 /// So many readings in a row that are worse make it worse.
 const FALL: u32 = 2;
 /// So many in a row that are better make it better.
-const RISE: u32 = 3;
+pub const RISE: u32 = 3;
 /// So many changes, from getting worse to getting better or back, …
 const FLAPPING_CHANGES: usize = 6;
 /// … within so long are flapping, until there are fewer than half of them.
@@ -37,10 +38,16 @@ pub struct Settled {
     pub status: Status,
     /// Since when.
     pub since: DateTime<Utc>,
-    /// It keeps changing; `status` is the worst of late.
+    /// It keeps changing; `status` is a warning while it is ok.
     pub is_flapping: bool,
     /// The newest reading that agrees with what counts, or that brought it about.
     pub reading: Reading,
+    /// The worst since it flaps, otherwise what counts: so who is told is not told of each change.
+    #[serde(skip)]
+    pub worst: Status,
+    /// The newest reading that counted and was not ok.
+    #[serde(skip)]
+    last_bad: Option<Reading>,
     /// When the newest reading was taken.
     #[serde(skip)]
     read_at: Duration,
@@ -74,6 +81,8 @@ impl Settled {
             status: reading.status,
             since: now.wall,
             is_flapping: false,
+            worst: reading.status,
+            last_bad: (reading.status != Status::Ok).then(|| reading.clone()),
             damped: reading.status,
             reading,
             read_at,
@@ -97,12 +106,33 @@ impl Settled {
         }
         let change = self.settle(now);
         // A reading that does not count yet must not lend its words to the status that does.
-        if reading.status == self.status {
-            self.reading = reading;
-        } else if let Some(counts) = counts.filter(|it| it.status == self.status) {
-            self.reading = counts;
+        let newest = if reading.status == self.damped { Some(reading) } else { counts };
+        if let Some(newest) = newest.filter(|it| it.status == self.damped) {
+            if newest.status != Status::Ok {
+                self.last_bad = Some(newest.clone());
+            }
+            self.reading = newest;
+        }
+        if self.is_flapping && self.damped == Status::Ok {
+            self.reading = self.restless();
         }
         change
+    }
+
+    /// What is said of a check that is ok for now.
+    fn restless(&self) -> Reading {
+        let Reading { check, measures, .. } = &self.reading;
+        let window = duration(FLAPPING_WINDOW);
+        let (count, last) = (self.changes.len(), self.last_bad.as_ref());
+        let reason = last.map_or("", |it| &it.reason);
+        let reason = format!(
+            "it comes and goes: {count} changes in {window}, well just now; last: {reason}"
+        );
+        let measures = measures.clone();
+        let follows = last.is_some_and(|it| it.follows);
+        let next = "see the last events for what comes and goes; it is well just now";
+        let reading = Reading::new(check, Status::Warning, reason).with_next(next);
+        Reading { measures, follows, ..reading }
     }
 
     /// What has changed so far is not flapping: somebody has declared a maintenance.
@@ -150,15 +180,22 @@ impl Settled {
         let was_flapping = self.is_flapping;
         let calm_below = if was_flapping { FLAPPING_CHANGES / 2 + 1 } else { FLAPPING_CHANGES };
         self.is_flapping = self.changes.len() >= calm_below;
-        let from = self.status;
-        self.status = if self.is_flapping { from.max(self.damped) } else { self.damped };
-        if from == self.status && was_flapping == self.is_flapping {
-            return None;
-        }
+        let (from, worst) = (self.status, self.worst);
+        let least = if self.is_flapping { Status::Warning } else { Status::Ok };
+        self.status = self.damped.max(least);
         if from != self.status {
             self.since = now.wall;
         }
-        Some(Change { from, to: self.status, is_flapping: self.is_flapping })
+        // What flaps has changed when it is worse than ever.
+        let (from, to) = if self.is_flapping {
+            self.worst = worst.max(self.status);
+            (worst, self.worst)
+        } else {
+            self.worst = self.status;
+            (from, self.status)
+        };
+        let is_change = from != to || was_flapping != self.is_flapping;
+        is_change.then_some(Change { from, to, is_flapping: self.is_flapping })
     }
 }
 
@@ -213,16 +250,16 @@ mod tests {
     }
 
     #[test]
-    fn what_keeps_changing_flaps_and_stays_at_its_worst() {
+    fn what_keeps_changing_flaps_and_is_no_better_than_a_warning() {
         let cycle = "ccooo";
         let readings = format!("o{}{}", cycle.repeat(3), "o".repeat(700));
         let counted = run(&readings);
-        let flapping_from = counted.find('C').unwrap();
+        let flapping_from = counted.find('W').unwrap();
         assert!(flapping_from <= 15, "{counted}");
         // Half of the six changes are too old after ten minutes.
-        let calm_from = counted.rfind('C').unwrap() + 1;
+        let calm_from = counted.rfind('W').unwrap() + 1;
         assert!((600..620).contains(&calm_from), "{calm_from}");
-        assert!(counted[flapping_from..calm_from].chars().all(|it| it == 'C'));
+        assert!(counted[flapping_from..calm_from].chars().all(|it| it == 'W'));
         assert!(counted[calm_from..].chars().all(|it| it == 'o'));
     }
 
@@ -242,6 +279,36 @@ mod tests {
             assert!(!settled.is_flapping, "{second}");
         }
         assert_eq!(settled.status, Status::Ok);
+    }
+
+    #[test]
+    fn what_flaps_says_what_it_is_and_is_told_at_its_worst() {
+        let mut settled = Settled::new(reading('o'), at(0).boot, at(0));
+        let mut changes = Vec::new();
+        for (second, letter) in (1..).zip("ccoooccoooccooooooccwwwwooo".chars()) {
+            changes.extend(settled.take(reading(letter), at(second).boot, at(second)));
+            let Settled { is_flapping, status, worst, .. } = settled;
+            if !is_flapping {
+                continue;
+            }
+            assert_eq!(worst, Status::Critical, "{second}");
+            let expected = match second {
+                15..=19 | 27 => (
+                    Status::Warning,
+                    "it comes and goes: 6 changes in 10 min, well just now; last: ",
+                ),
+                20..=22 => (Status::Critical, "c"),
+                _ => (Status::Warning, "w"),
+            };
+            assert_eq!(status, expected.0, "{second}");
+            assert!(settled.reading.reason.starts_with(expected.1), "{second} {settled:?}");
+            assert_eq!(settled.reading.status, status, "{second}");
+            let is_well = settled.reading.reason.starts_with("it comes and goes");
+            assert_eq!(settled.reading.next_step() == ROLE.next, !is_well, "{second}");
+        }
+        // Three times worse, twice better, and once that it flaps.
+        assert_eq!(changes.len(), 6, "{changes:?}");
+        assert!(changes.last().unwrap().is_flapping);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use shared::config::Problems;
 
 use crate::catalogue::CHECKS;
-use crate::check::{Check, Limits, Measure, Reading, Status};
+use crate::check::{Check, Limits, Measure, Reading, Status, Unit};
 use crate::component::{Component, Kind};
 use crate::verdict::Checks;
 
@@ -25,6 +25,15 @@ impl Thresholds {
                 match found.map(|it| it.limits.as_ref()) {
                     None => problems.add(&key, "is no check; see `health-monitor check --list`"),
                     Some(None) => problems.add(&key, "has no limits to set"),
+                    // What may be more than all of it has defaults that are.
+                    Some(Some(default))
+                        if default.unit == Unit::Percent
+                            && default.critical <= 100
+                            && 100.0 < limits.warning.max(limits.critical) =>
+                    {
+                        problems
+                            .add(&key, "must be 100 percent at most: it would never be reached");
+                    }
                     Some(Some(default)) => {
                         let is_floor = default.critical < default.warning;
                         if is_floor != (limits.critical < limits.warning)
@@ -110,6 +119,8 @@ mod tests {
              role = { warning = 1, critical = 2 }\n\
              connections = { warning = 90, critical = 80 }\n\
              cache_hit_ratio = { warning = 80, critical = 90 }\n\
+             wraparound = { warning = 1000, critical = 2000 }\n\
+             wal_size = { warning = 1000, critical = 2000 }\n\
              locks = { warning = nan, critical = 9 }\n",
         )
         .check(&mut problems);
@@ -123,6 +134,7 @@ mod tests {
                 "postgres.connections: critical must be at least warning",
                 "postgres.locks: critical must be at least warning",
                 "postgres.role: has no limits to set",
+                "postgres.wraparound: must be 100 percent at most: it would never be reached",
             ]
         );
     }

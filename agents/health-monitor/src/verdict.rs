@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 
+use crate::catalogue::REACHABLE;
 use crate::check::Status;
 use crate::component::{Component, Kind};
 use crate::settle::Settled;
@@ -57,7 +58,11 @@ fn worst(verdicts: impl Iterator<Item = Verdict>) -> Verdict {
 
 /// What one component comes to.
 pub fn of_component(checks: &BTreeMap<&'static str, Settled>) -> Verdict {
-    worst(checks.values().filter(|it| it.status != Status::Ok).map(|it| Verdict {
+    let most = checks.values().map(|it| it.status).max().unwrap_or_default();
+    // What else was wrong with what does not answer is kept, and is not why it is so now.
+    let silent = checks.get(REACHABLE.name).filter(|it| it.status == most);
+    let checks: Vec<&Settled> = silent.map_or_else(|| checks.values().collect(), |it| vec![it]);
+    worst(checks.into_iter().filter(|it| it.status != Status::Ok).map(|it| Verdict {
         status: it.status,
         since: Some(it.since),
         reason: it.reading.reason.clone(),
@@ -127,7 +132,9 @@ pub(crate) fn stands_in(
         // Whether enough of etcd is there is said by the cluster's own check.
         Kind::Patroni | Kind::Etcd | Kind::Agent | Kind::Redis | Kind::Swarm => true,
         Kind::Pgbouncer | Kind::Haproxy => all.iter().any(|(other, verdict)| {
-            other.kind == component.kind && other != component && verdict.status <= Status::Warning
+            (other.kind, other.group) == (component.kind, component.group)
+                && other != component
+                && verdict.status <= Status::Warning
         }),
         Kind::Cluster | Kind::Group | Kind::Repository | Kind::Disk => false,
     }
@@ -138,7 +145,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::catalogue::{HAPROXY, PRIMARY, REACHABLE};
+    use crate::catalogue::{CLOCK, HAPROXY, PRIMARY};
     use crate::check::{Check, Reading};
     use crate::settle::Now;
 
@@ -157,7 +164,8 @@ mod tests {
     #[test]
     fn what_others_stand_in_for_is_a_warning() {
         let server = |name: &str| Component::of_group(Kind::Postgres, 1, name);
-        let proxy = |name: &str| Component::new(Kind::Haproxy, name);
+        let proxy = |name: &str| Component::of_group(Kind::Haproxy, 1, name);
+        let foreign = Component::of_group(Kind::Haproxy, 2, "z");
         let (ok, bad) = (Status::Ok, Status::Critical);
         for (case, all, expected) in [
             ("nothing is watched", vec![], ok),
@@ -179,10 +187,30 @@ mod tests {
                 vec![(proxy("x"), &HAPROXY, bad, 1), (proxy("y"), &HAPROXY, bad, 1)],
                 bad,
             ),
+            (
+                "the one way in, and one to another group",
+                vec![(proxy("x"), &HAPROXY, bad, 1), (foreign, &HAPROXY, ok, 1)],
+                bad,
+            ),
             ("etcd", vec![(Component::new(Kind::Etcd, "e"), &HAPROXY, bad, 1)], Status::Warning),
         ] {
             let primaries = BTreeMap::from([(1, "a".to_owned())]);
             assert_eq!(roll_up(&checks(&all), &primaries).cluster.status, expected, "{case}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_answer_is_down_for_that_reason() {
+        let server = Component::of_group(Kind::Postgres, 1, "a");
+        for (reachable, expected) in
+            [(Status::Critical, Some(7)), (Status::Warning, Some(3)), (Status::Ok, Some(3))]
+        {
+            let all = checks(&[
+                (server.clone(), &REACHABLE, reachable, 7),
+                (server.clone(), &CLOCK, Status::Critical, 3),
+            ]);
+            let since = of_component(&all[&server]).since.map(|it| it.timestamp());
+            assert_eq!(since, expected, "{reachable}");
         }
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use chrono::Utc;
 use shared::etcd::Etcd;
 use shared::pg::{Node, Settings};
-use shared::topology::{Member, Spread, Topology, members_changed};
+use shared::topology::{Members, Spread, Topology, members_changed};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
@@ -16,9 +16,11 @@ use crate::check::Status;
 use crate::clock;
 use crate::component::{Component, Kind};
 use crate::config::Config;
-use crate::facts::{Ages, Facts, Failure, Of, Stage};
+use crate::facts::{Ages, Facts, Failure, Membership, Of, Stage};
 use crate::journal::{Event, What};
 use crate::monitor::Monitor;
+use crate::notify::store::Store;
+use crate::pace::{Course, Pace, SECOND_LOOK};
 use crate::probe::Probe;
 use crate::probe::agent::AgentProbe;
 use crate::probe::disk::DiskProbe;
@@ -30,6 +32,7 @@ use crate::probe::pgbouncer::PgbouncerProbe;
 use crate::probe::postgres::{DeepProbe, PostgresProbe};
 use crate::probe::redis::RedisProbe;
 use crate::probe::swarm::SwarmProbe;
+use crate::roster::{Keeper, membership};
 use crate::settle::Now;
 
 /// What the comprehensive questions to a server may take together.
@@ -40,26 +43,14 @@ pub const START_SPREAD: Duration = Duration::from_secs(10);
 const CALM: Duration = Duration::from_millis(50);
 /// An outcome is too old after so many times that there should have been another.
 const AGES: u32 = 3;
-/// After the first failure a component is asked again so soon: one lost answer is no outage.
-const SECOND_LOOK: Duration = Duration::from_millis(250);
+/// A primary is asked so many times as often as others: one that hangs is only missed by a question, and
+/// nobody takes writes meanwhile.
+const LEADS: u32 = 2;
 /// The servers of a group that lost its primary are asked so often: so exactly it is known for how long
 /// nobody took writes.
 const SEARCH_EVERY: Duration = Duration::from_millis(100);
-/// How long a member that has left is watched: its server may still run, and write.
-const DEPARTED_FOR: Duration = Duration::from_mins(5);
-
-/// How often a component is asked, and how long it may take to answer.
-#[derive(Clone, Copy, Debug)]
-pub struct Pace {
-    /// Between two questions.
-    pub every: Duration,
-    /// The most that an answer may take.
-    pub limit: Duration,
-    /// Before the first: not all at once.
-    pub wait: Duration,
-    /// It is asked more often while this group has lost its primary and has no other.
-    pub searches: Option<u32>,
-}
+/// So long after the start nobody complains that members are not known yet.
+const EARLY: Duration = Duration::from_secs(5);
 
 /// Asks a component for ever.
 pub async fn watch<P: Probe>(
@@ -70,13 +61,14 @@ pub async fn watch<P: Probe>(
     pace: Pace,
 ) {
     sleep(pace.wait).await;
-    let mut fails = false;
+    let mut course = Course::default();
     loop {
         let asked_at = Instant::now();
         let soon = asked_at + SECOND_LOOK.min(pace.every);
-        let failed_before = fails;
-        fails = ask(&mut probe, &monitor, of, &component, pace.limit).await;
-        let due = if fails && !failed_before { soon } else { asked_at + pace.every };
+        let fails = ask(&mut probe, &monitor, of, &component, pace.limit).await;
+        let leads = pace.searches.is_some() && monitor.state().primaries.has(&component);
+        let every = if leads { pace.every / LEADS } else { pace.every };
+        let due = asked_at + course.pause(fails, every);
         let sooner = async {
             tokio::select! {
                 () = probe.lost() => {
@@ -163,7 +155,10 @@ fn log(event: &Event) {
             }
         }
         What::Flapping { check, begins: true } => {
-            warn!(component, check, "check flaps: it counts as its worst until it is calm");
+            warn!(
+                component,
+                check, "check flaps: it counts as a warning at least until it is calm"
+            );
         }
         What::Flapping { check, begins: false } => info!(component, check, "check is calm again"),
         What::Failover(it) => warn!(
@@ -175,6 +170,7 @@ fn log(event: &Event) {
             unavailable_at_least_seconds = it.unavailable_at_least_seconds,
             unavailable_at_most_seconds = it.unavailable_at_most_seconds,
             lost_bytes_at_most = it.lost_bytes_at_most,
+            both_wrote = it.both_wrote,
             "the group has another primary"
         ),
     }
@@ -187,6 +183,7 @@ pub struct Watcher {
     pub monitor: Monitor,
     /// Which nodes there are.
     pub topology: Topology,
+    store: Store,
     config: Config,
     settings: Settings,
     patroni: Option<Http>,
@@ -200,7 +197,6 @@ pub struct Watcher {
 struct Watched {
     member: (Node, Option<String>),
     tasks: Vec<AbortHandle>,
-    left_at: Option<Instant>,
 }
 
 impl Watcher {
@@ -212,18 +208,26 @@ impl Watcher {
     /// One of them cannot be used.
     pub fn new(config: Config, application_name: &str, spread: Duration) -> anyhow::Result<Self> {
         let etcd = config.etcd.as_ref().map(Etcd::new).transpose()?;
+        let store = Store::new(etcd.clone(), config.state_directory.as_deref(), &config.cluster);
         let topology = Topology::new(config.topology(), etcd)?;
         let settings = config.postgres.settings(application_name)?;
         let patroni = config.patroni.as_ref().map(PatroniProbe::client).transpose()?;
         let monitor = Monitor::new(&config.cluster, config.limits.clone(), clock::now());
         monitor.state().plan = config.sizing;
+        let unknown =
+            || Some("who the members of Patroni's cluster are is not known yet".to_owned());
+        monitor.state().facts.membership = config.patroni.as_ref().map(|_| Membership {
+            unknown: unknown(),
+            is_early: true,
+            ..Membership::default()
+        });
         monitor.state().ages = Ages {
             each: (config.interval + config.timeout) * AGES,
             deep: (config.comprehensive_interval + DEEP_LIMIT) * AGES,
         };
         let (tasks, phases) = (JoinSet::new(), Spread::default());
         let mut watcher =
-            Self { monitor, topology, config, settings, patroni, tasks, spread, phases };
+            Self { monitor, topology, store, config, settings, patroni, tasks, spread, phases };
         watcher.watch_listed()?;
         Ok(watcher)
     }
@@ -317,47 +321,60 @@ impl Watcher {
         Ok(())
     }
 
-    /// The servers, and the Patroni of each, as the topology knows them.
+    /// The servers, and the Patroni of each: those that are listed, or were ever members.
     async fn watch_members(&mut self) -> anyhow::Result<()> {
-        let mut members = self.topology.subscribe();
+        let began = Instant::now();
+        let mut listed = self.topology.subscribe();
+        let (keeper, mut known) = Keeper::new(self.store.clone(), listed.clone());
+        if self.config.patroni.is_some() {
+            self.tasks.spawn(keeper.run());
+        }
         let mut watched: BTreeMap<(u32, String), Watched> = BTreeMap::new();
         loop {
-            let known = members.borrow_and_update().as_ref().map(|it| it.list.clone());
-            if let Some(list) = known {
-                self.adjust(&mut watched, list);
+            let members = listed.borrow_and_update().clone();
+            let roster = known.borrow_and_update().clone();
+            let is_early = began.elapsed() < EARLY;
+            let found = match &self.config.patroni {
+                Some(it) => {
+                    let membership = membership(&it.scope, members.as_ref(), &roster, is_early);
+                    self.monitor.state().facts.membership = Some(membership);
+                    let known = roster.roster.watched();
+                    known.map(|it| (it.node(), it.api_url.clone())).collect()
+                }
+                None => members.iter().flat_map(Members::nodes).map(|it| (it, None)).collect(),
+            };
+            self.adjust(&mut watched, found);
+            let changed = members_changed(&mut listed, &mut self.tasks);
+            tokio::select! {
+                changed = changed => changed?,
+                Ok(()) = known.changed() => {}
+                () = sleep_until(began + EARLY), if is_early => {}
             }
-            members_changed(&mut members, &mut self.tasks).await?;
         }
     }
 
-    fn adjust(&mut self, watched: &mut BTreeMap<(u32, String), Watched>, members: Vec<Member>) {
-        for (key, one) in watched.iter_mut() {
-            let is_member = members.iter().any(|it| *key == (it.node.group, it.node.name.clone()));
-            if is_member {
-                one.left_at = None;
-            } else {
-                one.left_at.get_or_insert_with(Instant::now);
-            }
-        }
-        watched.retain(|_, one| {
-            let stays = one.left_at.is_none_or(|it| it.elapsed() < DEPARTED_FOR);
+    fn adjust(
+        &mut self,
+        watched: &mut BTreeMap<(u32, String), Watched>,
+        members: Vec<(Node, Option<String>)>,
+    ) {
+        watched.retain(|key, one| {
+            let stays = members.iter().any(|(it, _)| *key == (it.group, it.name.clone()));
             if !stays {
                 one.tasks.iter().for_each(AbortHandle::abort);
             }
             stays
         });
         for member in members {
-            let key = (member.node.group, member.node.name.clone());
-            let member = (member.node, member.api_url);
+            let key = (member.0.group, member.0.name.clone());
             if let Some(known) = watched.get(&key) {
-                // Its Patroni being silent is no reason to forget where it answered.
-                if known.member == member || (known.member.0 == member.0 && member.1.is_none()) {
+                if known.member == member {
                     continue;
                 }
                 known.tasks.iter().for_each(AbortHandle::abort);
             }
             let tasks = self.watch_member(&member.0, member.1.as_deref());
-            watched.insert(key, Watched { member, tasks, left_at: None });
+            watched.insert(key, Watched { member, tasks });
         }
         let servers = watched.values().map(|it| component(Kind::Postgres, &it.member.0));
         let rest_apis = watched.values().filter(|it| it.member.1.is_some());
@@ -371,7 +388,7 @@ impl Watcher {
         let server = component(Kind::Postgres, node);
         let probe = PostgresProbe::new(node.clone(), &settings, interval, timeout);
         let mut tasks = vec![self.spawn(|it| &mut it.postgres, server.clone(), probe)];
-        let probe = DeepProbe::new(node.clone(), &settings);
+        let probe = DeepProbe::new(node.clone(), &settings, interval);
         let every = comprehensive_interval;
         let pace = Pace { every, limit: DEEP_LIMIT, wait: every, searches: None };
         tasks.push(self.spawn_at(|it| &mut it.deep, server, probe, pace));

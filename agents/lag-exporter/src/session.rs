@@ -52,6 +52,7 @@ impl From<ConnectError> for Failure {
             | ConnectError::WrongName { .. }
             | ConnectError::Tls { .. } => Stage::Tls,
             ConnectError::PasswordMissing { .. }
+            | ConnectError::WeakAuth { .. }
             | ConnectError::WrongPassword { .. }
             | ConnectError::NotAllowed { .. }
             | ConnectError::NoDatabase { .. }

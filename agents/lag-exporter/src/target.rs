@@ -184,6 +184,7 @@ mod tests {
             password: Some(Secret::new("hunter2".to_owned())),
             database: "postgres".to_owned(),
             tls: Tls::Disable,
+            allow_weak_auth: true,
             application_name: "pgmesh/test".to_owned(),
             connect_timeout: Duration::from_secs(10),
             statement_timeout: Duration::from_secs(30),

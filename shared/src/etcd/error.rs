@@ -10,6 +10,7 @@ use crate::tls;
 ///
 /// Source: gRPC's documentation, "Status codes and their use in gRPC".
 pub(super) mod code {
+    pub(in crate::etcd) const CANCELLED: i32 = 1;
     pub(in crate::etcd) const UNKNOWN: i32 = 2;
     pub(in crate::etcd) const INVALID_ARGUMENT: i32 = 3;
     pub(in crate::etcd) const NOT_FOUND: i32 = 5;

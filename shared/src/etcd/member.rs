@@ -51,6 +51,9 @@ pub enum MemberError {
     /// Nobody is there, or the connection broke.
     #[error("no connection: {0}")]
     Unreachable(String),
+    /// The host is there, and nobody listens.
+    #[error("no connection: {0}")]
+    NotListening(String),
     /// The two do not come to speak TLS.
     #[error("no TLS: {0}")]
     Tls(String),
@@ -165,8 +168,14 @@ fn why(error: &Error) -> MemberError {
     }
     let said = reason(error);
     match code_of(error) {
-        None | Some(code::UNAVAILABLE | code::UNKNOWN) => {
-            MemberError::Unreachable(cause(error, said))
+        // A question that was under way when the connection ended is cancelled.
+        None | Some(code::UNAVAILABLE | code::UNKNOWN | code::CANCELLED) => {
+            let (cause, is_refused) = cause(error, said);
+            if is_refused {
+                MemberError::NotListening(cause)
+            } else {
+                MemberError::Unreachable(cause)
+            }
         }
         // As a wrong password is answered, and a login where there is none.
         Some(
@@ -179,19 +188,22 @@ fn why(error: &Error) -> MemberError {
     }
 }
 
-/// What is at the bottom of it: the words at the top are "tcp connect error", whatever happened.
-fn cause(error: &Error, said: String) -> String {
+/// What is at the bottom of it: the words at the top are "tcp connect error", whatever happened; and
+/// whether that is a refused connection.
+fn cause(error: &Error, said: String) -> (String, bool) {
     let mut cause: Option<&dyn std::error::Error> = match error {
         Error::GRpcStatus(status) => std::error::Error::source(status),
         Error::TransportError(error) => std::error::Error::source(error),
         _ => None,
     };
-    let mut deepest = said;
+    let (mut deepest, mut is_refused) = (said, false);
     while let Some(error) = cause {
         deepest = error.to_string();
+        let io = error.downcast_ref::<std::io::Error>();
+        is_refused |= io.is_some_and(|it| it.kind() == std::io::ErrorKind::ConnectionRefused);
         cause = error.source();
     }
-    deepest
+    (deepest, is_refused)
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use std::time::Duration;
 use rustls::ClientConfig;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
-use tokio_postgres::config::SslMode;
+use tokio_postgres::config::{SslMode, SslNegotiation};
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 use tokio_postgres::{
@@ -28,6 +28,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::debug;
 
 use super::error::{ConnectError, QueryError, why};
+use super::guard::{Guard, Plain, Sealed};
 use super::settings::{Node, Settings, Tls};
 
 /// How much longer than the server's limit we wait, so that its own error comes first.
@@ -138,14 +139,23 @@ async fn dial(
     let ends = ended.clone().drop_guard();
     let tls = if node.is_local() { Tls::Disable } else { settings.tls.clone() };
     let (client, version, driver_abort) = match &tls {
-        Tls::Disable => {
+        Tls::Disable if node.is_local() => {
             let (client, connection) = config.ssl_mode(SslMode::Disable).connect(NoTls).await?;
+            let version = connection.parameter(VERSION).map(str::to_owned);
+            (client, version, driver.spawn(drive(connection, node.name.clone(), ends)))
+        }
+        Tls::Disable => {
+            // Without a password there is none to give away, and the client says that one is missing.
+            let guard = Guard::new(settings.may_give_away(node) || settings.password.is_none());
+            config.ssl_mode(SslMode::Require).ssl_negotiation(SslNegotiation::Direct);
+            let (client, connection) = config.connect(Plain(guard)).await?;
             let version = connection.parameter(VERSION).map(str::to_owned);
             (client, version, driver.spawn(drive(connection, node.name.clone(), ends)))
         }
         Tls::VerifyFull(client_config) => {
             // The rustls configuration always verifies, so `require` is verify-full here.
             let connector = MakeRustlsConnect::new(ClientConfig::clone(client_config));
+            let connector = Sealed(connector, Guard::new(true));
             let (client, connection) = config.ssl_mode(SslMode::Require).connect(connector).await?;
             let version = connection.parameter(VERSION).map(str::to_owned);
             (client, version, driver.spawn(drive(connection, node.name.clone(), ends)))
@@ -292,7 +302,8 @@ impl Connection {
         let token = self.client.cancel_token();
         let cancelled = timeout(CANCEL_LIMIT, async {
             match &self.tls {
-                Tls::Disable => token.cancel_query(NoTls).await,
+                Tls::Disable if self.node.is_local() => token.cancel_query(NoTls).await,
+                Tls::Disable => token.cancel_query(Plain(Guard::new(false))).await,
                 Tls::VerifyFull(config) => {
                     token.cancel_query(MakeRustlsConnect::new(ClientConfig::clone(config))).await
                 }
@@ -329,6 +340,7 @@ mod tests {
             password: None,
             database: "postgres".to_owned(),
             tls: Tls::Disable,
+            allow_weak_auth: false,
             application_name: "pgmesh/test".to_owned(),
             connect_timeout: Duration::from_secs(10),
             statement_timeout: Duration::from_secs(30),
@@ -535,6 +547,56 @@ mod tests {
             "postgres-1 (127.0.0.1:PORT) asks for a password of role agent, \
              and no password_file is set"
         );
+    }
+
+    /// Its address may be anybody's.
+    #[tokio::test]
+    async fn a_password_is_not_given_away_without_tls_unless_that_is_allowed() {
+        let password = Some(crate::secret::Secret::new("hunter2".to_owned()));
+        let settings = Settings { password, ..settings() };
+        for (allow_weak_auth, request, how) in [
+            (false, &[0, 0, 0, 3][..], "in clear text"),
+            (false, &[0, 0, 0, 5, 1, 2, 3, 4], "as an MD5 hash"),
+            (true, &[0, 0, 0, 3], ""),
+        ] {
+            let (port, mut running) = server(async move |mut stream| {
+                read_startup(&mut stream).await;
+                send(&mut stream, b'R', request).await;
+                let mut given = [0; 13];
+                let count = stream.read(&mut given).await.unwrap();
+                let expected: &[u8] = if allow_weak_auth { b"p\0\0\0\x0chunter2\0" } else { b"" };
+                assert_eq!(&given[..count], expected);
+            })
+            .await;
+            let settings = Settings { allow_weak_auth, ..settings.clone() };
+            let (error, message) = refusal(&settings, "127.0.0.1", port).await;
+            running.join_next().await.unwrap().unwrap();
+            if allow_weak_auth {
+                assert!(matches!(error, ConnectError::Broken { .. }), "{error:?}");
+                continue;
+            }
+            assert!(!error.is_transient());
+            let expected = format!(
+                "postgres-1 (127.0.0.1:PORT) asks for the password of role agent {how}, and without \
+                 TLS it is not given: set password_encryption and pg_hba.conf (auth_type of PgBouncer) \
+                 to scram-sha-256, or use TLS"
+            );
+            assert_eq!(message, expected);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_server_that_sends_without_end_is_given_up() {
+        let (port, _running) = server(async |mut stream| {
+            read_startup(&mut stream).await;
+            send(&mut stream, b'R', &[0, 0, 0, 0]).await;
+            let notice = [vec![b'N', 0, 1, 0, 4], vec![b'y'; 65_536]].concat();
+            while stream.write_all(&notice).await.is_ok() {}
+        })
+        .await;
+        let (error, message) = refusal(&settings(), "127.0.0.1", port).await;
+        assert!(matches!(error, ConnectError::Broken { .. }), "{error:?}");
+        assert!(message.ends_with("it sends more than 4194304 bytes"), "{message}");
     }
 
     /// Otherwise somebody in between could switch encryption off.

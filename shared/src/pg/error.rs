@@ -8,6 +8,7 @@ use rustls::CertificateError;
 use thiserror::Error;
 use tokio_postgres::error::SqlState;
 
+use super::guard::Refusal;
 use super::settings::{Node, Settings};
 
 /// Why there is no connection. `node` is the node with its address.
@@ -77,6 +78,19 @@ pub enum ConnectError {
         node: String,
         /// The role.
         user: String,
+    },
+    /// Somebody asks for the password in a way that gives it away, and has not proved to be the server.
+    #[error(
+        "{node} asks for the password of role {user} {how}, and without TLS it is not given: set \
+         password_encryption and pg_hba.conf (auth_type of PgBouncer) to scram-sha-256, or use TLS"
+    )]
+    WeakAuth {
+        /// The node.
+        node: String,
+        /// The role.
+        user: String,
+        /// `in clear text`, or `as an MD5 hash`.
+        how: &'static str,
     },
     /// The server refuses the password, or the role does not exist (it does not say which).
     #[error("{node} refuses the password of role {user}")]
@@ -170,6 +184,7 @@ impl ConnectError {
             | Self::WrongName { .. }
             | Self::Tls { .. }
             | Self::PasswordMissing { .. }
+            | Self::WeakAuth { .. }
             | Self::WrongPassword { .. }
             | Self::NotAllowed { .. }
             | Self::NoDatabase { .. }
@@ -243,6 +258,9 @@ pub(super) fn why(error: tokio_postgres::Error, settings: &Settings, node: &Node
             _ => ConnectError::Refused { node: name, source },
         };
     }
+    if let Some(Refusal::Password(how)) = refusal(&error) {
+        return ConnectError::WeakAuth { node: name, user, how };
+    }
     // The client tells its kinds of error apart by their text alone.
     let kind = error.to_string();
     let cause = error.source().map(ToString::to_string).unwrap_or_default();
@@ -263,6 +281,11 @@ pub(super) fn why(error: tokio_postgres::Error, settings: &Settings, node: &Node
         },
         _ => ConnectError::Broken { node: name, source: error },
     }
+}
+
+/// Why the guard reads no further, if that is what happened.
+fn refusal(error: &tokio_postgres::Error) -> Option<&Refusal> {
+    error.source()?.downcast_ref::<io::Error>()?.get_ref()?.downcast_ref()
 }
 
 /// Takes the `io::Error` out of the client's wrapper, if that is what it wraps.

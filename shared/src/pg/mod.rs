@@ -2,6 +2,7 @@
 
 pub mod connect;
 pub mod error;
+mod guard;
 pub mod settings;
 pub mod wal;
 

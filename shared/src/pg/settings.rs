@@ -36,6 +36,10 @@ pub struct PostgresConfig {
     pub tls: TlsMode,
     /// PEM certificates to trust in place of the system's.
     pub ca_file: Option<PathBuf>,
+    /// Whether a server may ask for the password in clear text or as an MD5 hash without TLS too: whoever
+    /// answers at its address has it then.
+    #[serde(default)]
+    pub allow_weak_auth: bool,
 }
 
 /// Values of the key `tls`, in libpq's words. What lies between them protects against nobody.
@@ -75,6 +79,9 @@ impl PostgresConfig {
         if self.ca_file.is_some() && self.tls == TlsMode::Disable {
             problems.add("ca_file", "has no use with tls = \"disable\"");
         }
+        if self.allow_weak_auth && self.tls != TlsMode::Disable {
+            problems.add("allow_weak_auth", "has no use without tls = \"disable\"");
+        }
     }
 
     /// Reads the password and the certificates. `application_name` is what
@@ -93,6 +100,7 @@ impl PostgresConfig {
             password: self.password_file.as_deref().map(Secret::read).transpose()?,
             database: self.database.clone(),
             tls,
+            allow_weak_auth: self.allow_weak_auth,
             application_name: application_name.to_owned(),
             connect_timeout: CONNECT_TIMEOUT,
             statement_timeout: STATEMENT_TIMEOUT,
@@ -113,6 +121,8 @@ pub struct Settings {
     pub database: String,
     /// Encryption of TCP connections.
     pub tls: Tls,
+    /// Whether a server may ask for the password in clear text or as an MD5 hash over TCP without TLS too.
+    pub allow_weak_auth: bool,
     /// What `pg_stat_activity` shows.
     pub application_name: String,
     /// Limit on dialling, TLS and login together.
@@ -123,6 +133,15 @@ pub struct Settings {
     pub lock_timeout: Duration,
     /// How long the server keeps a session that asks for nothing; zero is for ever.
     pub idle_session_timeout: Duration,
+}
+
+impl Settings {
+    /// Whether the password may be sent in clear text or as an MD5 hash, where `node` asks for that: nobody
+    /// else can be at its address, or it was allowed.
+    pub fn may_give_away(&self, node: &Node) -> bool {
+        let is_proved = matches!(self.tls, Tls::VerifyFull(_));
+        is_proved || node.is_local() || self.allow_weak_auth
+    }
 }
 
 /// Encryption of TCP connections.
@@ -231,6 +250,11 @@ mod tests {
                 "postgres.ca_file: has no use with tls = \"disable\"",
             ]
         );
+        let text = "user = \"a\"\nallow_weak_auth = true\n";
+        let config: PostgresConfig = toml::from_str(text).unwrap();
+        let mut problems = Problems::default();
+        config.check(&mut problems);
+        assert_eq!(problems.found()[0].problem, "has no use without tls = \"disable\"");
         let error = toml::from_str::<PostgresConfig>("user = \"a\"\ntls = \"require\"\n");
         assert_eq!(
             error.unwrap_err().message(),

@@ -108,6 +108,9 @@ pub fn check_nodes(nodes: &[Node], problems: &mut Problems) {
                     problems.add(key, "must not be empty");
                 }
             }
+            if node.host.starts_with('[') {
+                problems.add("host", "must be an IPv6 address without brackets");
+            }
             if node.port == 0 {
                 problems.add("port", "must not be 0");
             }
@@ -134,7 +137,8 @@ mod tests {
     fn the_list_of_nodes_is_checked() {
         let mut problems = Problems::default();
         check_nodes(&[], &mut problems);
-        let twice = [node("a", "x", 5432), node("a", "x", 5432), node("", "", 0)];
+        let twice =
+            [node("a", "x", 5432), node("a", "x", 5432), node("", "", 0), node("d", "[::1]", 1)];
         check_nodes(&twice, &mut problems);
         let found: Vec<_> =
             problems.found().iter().map(|it| format!("{}: {}", it.key, it.problem)).collect();
@@ -147,6 +151,7 @@ mod tests {
                 "nodes[2].name: must not be empty",
                 "nodes[2].host: must not be empty",
                 "nodes[2].port: must not be 0",
+                "nodes[3].host: must be an IPv6 address without brackets",
             ]
         );
     }

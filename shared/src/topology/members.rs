@@ -75,6 +75,8 @@ pub enum Source {
 pub struct Members {
     /// The members, by group and name. Of a listed topology: in the order of the list.
     pub list: Vec<Member>,
+    /// Groups that Patroni knows, and of which no member was ever there.
+    pub empty_groups: BTreeSet<u32>,
     /// Who said so.
     pub source: Source,
     /// Since when nobody can be asked, so that this may be out of date. `None`: it is up to date.
@@ -145,7 +147,8 @@ impl Topology {
         }
         let listed = |node: &Node| Member { node: node.clone(), api_url: None, opinion: None };
         let list = config.nodes.iter().map(listed).collect();
-        let members = Members { list, source: Source::Static, stale_since: None };
+        let (source, empty_groups) = (Source::Static, BTreeSet::new());
+        let members = Members { list, empty_groups, source, stale_since: None };
         let (latest, _) = watch::channel(Some(members.clone()));
         Ok(Self(Kind::Listed(members, Arc::new(latest))))
     }
@@ -256,6 +259,8 @@ impl Patroni {
             Ok(groups) => {
                 self.heard(Source::Rest, groups);
             }
+            // Where none is configured nobody was asked.
+            Err(failure) if failure.is_empty() => {}
             Err(failure) => failures.push(format!("REST API: {failure}")),
         }
         self.known(failures)
@@ -277,11 +282,14 @@ impl Patroni {
 
     /// Publishes what a source said, if that is anything at all; tells whether it is.
     fn heard(&self, source: Source, groups: Groups) -> bool {
+        let numbers: BTreeSet<u32> = groups.keys().copied().collect();
         let list = merge(groups, self.groups());
         if list.is_empty() {
             return false;
         }
-        let members = Some(Members { list, source, stale_since: None });
+        let manned: BTreeSet<u32> = list.iter().map(|it| it.node.group).collect();
+        let empty_groups = numbers.difference(&manned).copied().collect();
+        let members = Some(Members { list, empty_groups, source, stale_since: None });
         self.latest.send_if_modified(|latest| {
             let is_news = *latest != members;
             *latest = members;
@@ -378,6 +386,7 @@ fn merge(heard: Groups, mut known: Groups) -> Vec<Member> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::etcd::EtcdConfig;
 
     fn members(group: u32, names: &[&str]) -> Vec<Member> {
         let member = |name: &&str| {
@@ -411,6 +420,22 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_group_of_which_nobody_was_ever_there_is_named() {
+        let text = "scope = \"demo\"\nrest = [{ url = \"http://127.0.0.1:1\" }]\n";
+        let patroni = Patroni::new(&toml::from_str(text).unwrap(), None).unwrap();
+        assert!(!patroni.heard(Source::Etcd, Groups::from([(1, vec![])])), "nobody at all");
+        for (heard, expected) in [
+            (Groups::from([(0, members(0, &["a"])), (1, vec![])]), vec![1]),
+            (Groups::from([(0, members(0, &["a"])), (1, members(1, &["b"]))]), vec![]),
+            (Groups::from([(0, members(0, &["a"])), (1, vec![])]), vec![]),
+        ] {
+            assert!(patroni.heard(Source::Etcd, heard));
+            let known = patroni.latest.borrow().clone().unwrap();
+            assert_eq!(known.empty_groups.into_iter().collect::<Vec<_>>(), expected);
+        }
+    }
+
     #[tokio::test]
     async fn listed_nodes_are_known_from_the_start() {
         let nodes = [Node { group: 1, name: "a".into(), host: "a".into(), port: 5432 }];
@@ -419,6 +444,17 @@ mod tests {
         assert_eq!(topology.nodes().await.unwrap(), nodes);
         let members = topology.members().await.unwrap();
         assert_eq!((members.source, members.age()), (Source::Static, Duration::ZERO));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_rest_api_that_is_not_configured_is_not_blamed() {
+        let etcd: EtcdConfig = toml::from_str("endpoints = [\"http://127.0.0.1:1\"]").unwrap();
+        let patroni: PatroniConfig = toml::from_str("scope = \"demo\"\n").unwrap();
+        let config = TopologyConfig { etcd: Some(&etcd), patroni: Some(&patroni), nodes: &[] };
+        let topology = Topology::new(config, Some(Etcd::new(&etcd).unwrap())).unwrap();
+        let message = topology.nodes().await.unwrap_err().to_string();
+        assert!(message.contains("no etcd endpoint answers"), "{message}");
+        assert!(!message.contains("REST API"), "{message}");
     }
 
     #[tokio::test]

@@ -46,6 +46,7 @@ async fn a_backup_agent_that_is_silent_or_fails_is_named_and_nothing_else() {
     fault.told().await;
     running.sigcont();
     fault.over().await;
+    what_no_agent_tells_of_is_not_known(&monitor, &tables, &primary).await;
 
     let signs = [
         (Each, "agent backup ready critical"),
@@ -61,4 +62,24 @@ async fn a_backup_agent_that_is_silent_or_fails_is_named_and_nothing_else() {
     running = agent.spawn(&["run"]);
     fault.over().await;
     drop(running);
+}
+
+/// Beside a group that nobody backs up, and an agent whose url leads to something else.
+async fn what_no_agent_tells_of_is_not_known(other: &Monitor, tables: &str, server: &PgServer) {
+    // The same directory by another name.
+    let host = server.socket_directory().join(".").display().to_string();
+    let (port, url) = (server.port(), other.url(""));
+    let more = format!(
+        "{tables}[[nodes]]\nname = \"worker\"\nhost = \"{host}\"\nport = {port}\ngroup = 1\n\
+         [[agents]]\nname = \"backup-agent-2\"\nurl = \"{url}\"\n"
+    );
+    let checked = Monitor::configured(KEYS, &more).command(&["check"]).await;
+    assert_eq!(checked.code(), Some(3), "{checked:?}");
+    for said in [
+        "repository of group 1  backup_age  no backup agent tells of it",
+        "agent backup-agent-2   ready       its /status is not that of a backup agent",
+    ] {
+        assert!(checked.stdout.contains(said), "no {said:?} in {}", checked.stdout);
+    }
+    assert!(!checked.stdout.contains("group 0"), "{}", checked.stdout);
 }

@@ -208,7 +208,7 @@ impl Replication {
                 warnings: Vec::new(),
                 warning_count: 0,
             };
-            connection.start(settings).await?;
+            connection.start(settings, settings.may_give_away(node)).await?;
             connection.stall_limit = stall_limit;
             Ok(connection)
         };
@@ -217,7 +217,11 @@ impl Replication {
         })
     }
 
-    async fn start(&mut self, settings: &Settings) -> Result<(), ReplicationError> {
+    async fn start(
+        &mut self,
+        settings: &Settings,
+        gives_hash: bool,
+    ) -> Result<(), ReplicationError> {
         let parameters = [
             ("user", settings.user.as_str()),
             ("replication", "true"),
@@ -236,6 +240,9 @@ impl Replication {
                 | Message::BackendKeyData(_)
                 | Message::ParameterStatus(_) => continue,
                 Message::ReadyForQuery(_) => return Ok(()),
+                Message::AuthenticationMd5Password(_) if !gives_hash => {
+                    return Err(self.unsupported("an MD5 hash of the password without TLS"));
+                }
                 Message::AuthenticationMd5Password(body) => {
                     let password = self.password(settings)?;
                     let hash = md5_hash(settings.user.as_bytes(), password, body.salt());

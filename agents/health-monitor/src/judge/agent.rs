@@ -20,6 +20,13 @@ pub fn judge(seen: &Seen<AgentFacts>) -> Vec<Reading> {
     vec![Reading::new(&AGENT, Status::Warning, reason)]
 }
 
+/// The reading of an agent that is called a backup agent, and tells of no repository.
+pub(super) fn other() -> Reading {
+    let reason = "its /status is not that of a backup agent: nothing is known of the backups";
+    Reading::new(&AGENT, Status::Unknown, reason)
+        .with_next("compare its url with the other agents'")
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::Value;

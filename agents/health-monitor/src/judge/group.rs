@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use chrono::DateTime;
 use tokio_postgres::types::PgLsn;
 
 use crate::catalogue::{ISOLATION, PRIMARY, REDUNDANCY, SPLIT_BRAIN};
@@ -13,7 +14,7 @@ use crate::probe::postgres::PostgresFacts;
 
 /// Servers whose newest answers are further apart are not compared: one was promoted and the other
 /// demoted in between.
-const TOGETHER: Duration = Duration::from_secs(3);
+pub const TOGETHER: Duration = Duration::from_secs(3);
 
 /// A server that has written within so long goes on to write: even an idle primary logs a snapshot every
 /// 15 s if anything was written before.
@@ -34,6 +35,20 @@ fn writable<'a>(servers: &[Server<'a>]) -> Vec<(&'a Component, &'a Answer<Postgr
         (!answer.facts.in_recovery).then_some((*component, answer))
     });
     answers.collect()
+}
+
+/// The servers of a group that say that they take writes, with the answer.
+pub fn primaries(facts: &Facts, group: u32) -> Vec<(&Component, &Answer<PostgresFacts>)> {
+    writable(&servers(facts, group))
+}
+
+/// The servers of a group by name, and whether each is the primary: the one of the newest timeline, if
+/// several take writes. `None` is one that does not say.
+pub fn roles(facts: &Facts, group: u32) -> Vec<(&str, Option<bool>)> {
+    let primary = primary(facts, group).map(|(it, _)| it);
+    let servers = servers(facts, group).into_iter();
+    let role = |(it, seen): Server<'_>| seen.now().map(|_| primary.is_some_and(|one| one == it));
+    servers.map(|server| (server.0.name.as_str(), role(server))).collect()
 }
 
 /// The primary of a group, as its servers say: the one of the newest timeline, if several take writes.
@@ -84,24 +99,53 @@ pub fn judge(facts: &Facts, writes: &Writes, group: u32) -> Vec<Reading> {
     if servers.is_empty() {
         return Vec::new();
     }
-    let writable = writable(&servers);
+    let twins = twins(&servers);
+    let mut writable = writable(&servers);
+    writable.retain(|(it, _)| twins.iter().all(|(_, again)| again != it));
     let is_waiting =
         facts.unasked.iter().any(|it| it.kind == Kind::Postgres && it.group == Some(group));
     if writable.is_empty() && is_waiting {
         // One that was not asked yet may be the primary.
         return Vec::new();
     }
-    let mut readings = vec![judge_primary(&servers, &writable)];
+    let primary = judge_primary(&servers, &writable);
+    let mut readings = vec![match twins.first() {
+        Some((one, again)) if primary.status == Status::Ok => {
+            let reason = format!("{} and {} are the same server", one.name, again.name);
+            let next = "list it once: under two names it is taken for two";
+            Reading::new(&PRIMARY, Status::Warning, reason).with_next(next)
+        }
+        _ => primary,
+    }];
     readings.push(judge_split_brain(&writable, writes));
     readings.extend(match writable[..] {
         [(_, answer)] => judge_redundancy(&servers, &answer.facts),
         _ if servers.len() > 1 => {
             let reason = "there is no one primary to ask which standbys stream";
-            Some(Reading::new(&REDUNDANCY, Status::Unknown, reason))
+            let reading = Reading::new(&REDUNDANCY, Status::Unknown, reason);
+            let reading = reading.with_next("see the check primary of the group");
+            Some(Reading { follows: true, ..reading })
         }
         _ => None,
     });
     readings
+}
+
+/// Servers that are one, under two addresses: no other has the same identity and was started in the same
+/// microsecond.
+fn twins<'a>(servers: &[Server<'a>]) -> Vec<(&'a Component, &'a Component)> {
+    let identity = |(component, seen): &Server<'a>| {
+        let PostgresFacts { system_identifier, started_at, timeline, .. } = seen.now()?;
+        let is_known = *started_at != DateTime::UNIX_EPOCH;
+        is_known.then_some((*component, (*system_identifier, *started_at, *timeline)))
+    };
+    let known: Vec<_> = servers.iter().filter_map(identity).collect();
+    let mut twins = Vec::new();
+    for (index, (one, id)) in known.iter().enumerate() {
+        let others = known.iter().skip(index + 1).filter(|(_, other)| other == id);
+        twins.extend(others.map(|(again, _)| (*one, *again)));
+    }
+    twins
 }
 
 fn names(components: &[&Component]) -> String {
@@ -135,6 +179,14 @@ fn judge_primary(
             let reason = "not all were asked, and none of the others takes writes";
             Reading::new(&PRIMARY, Status::Unknown, reason)
         }
+        [] if servers.iter().any(|(_, seen)| is_there(seen)) => {
+            let there = servers.iter().filter(|(_, seen)| is_there(seen));
+            let there: Vec<&Component> = there.map(|(it, _)| *it).collect();
+            let reason = format!("{} may take writes: it runs, and does not say", names(&there));
+            let reading = Reading::new(&PRIMARY, Status::Unknown, reason)
+                .with_next("promote none: see first why it does not let this monitor ask");
+            Reading { follows: true, ..reading }
+        }
         [] if silent.is_empty() => {
             Reading::new(&PRIMARY, Status::Critical, "all servers are standbys: none takes writes")
         }
@@ -144,6 +196,12 @@ fn judge_primary(
             Reading::new(&PRIMARY, Status::Critical, reason)
         }
     }
+}
+
+/// Whether a server runs that does not say what it is: it lets this monitor not in, or nobody now.
+fn is_there(seen: &Seen<PostgresFacts>) -> bool {
+    let is_there = |stage| matches!(stage, Stage::Login | Stage::Tls | Stage::Full | Stage::Answer);
+    seen.failure.as_ref().is_some_and(|it| is_there(it.stage))
 }
 
 /// Two that take writes are a candidate for split brain: a moment of a switchover may look the same.
@@ -204,7 +262,8 @@ fn judge_redundancy(servers: &[Server<'_>], primary: &PostgresFacts) -> Option<R
 /// Whether this monitor sees anything: if two or more components were asked and nobody at all can be
 /// reached, it is more likely this host that is cut off.
 pub fn judge_isolation(facts: &Facts) -> Reading {
-    /// Whether each was reached; one that refuses a login is there.
+    /// Whether each was reached; one that refuses a login is there, and the host of one that refuses
+    /// connections.
     fn reached<T>(known: &Of<T>) -> impl Iterator<Item = bool> {
         known.values().map(|seen| {
             seen.failure.as_ref().is_none_or(|it| !matches!(it.stage, Stage::Dial | Stage::Timeout))
@@ -231,4 +290,45 @@ pub fn groups(facts: &Facts) -> BTreeSet<u32> {
     let of_group =
         |component: &Component| component.group.filter(|_| component.kind == Kind::Postgres);
     facts.postgres.keys().filter_map(of_group).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::examples::{answered, failed, server};
+    use super::*;
+
+    fn named(name: &str) -> Component {
+        Component::of_group(Kind::Postgres, 0, name)
+    }
+
+    fn primary_says(servers: Vec<(&str, Seen<PostgresFacts>)>) -> (Status, String) {
+        let postgres = servers.into_iter().map(|(name, seen)| (named(name), seen)).collect();
+        let facts = Facts { postgres, ..Facts::default() };
+        let readings = judge(&facts, &Writes::default(), 0);
+        assert!(readings.iter().all(|it| it.check != &SPLIT_BRAIN || it.status == Status::Ok));
+        let found = readings.into_iter().find(|it| it.check == &PRIMARY).unwrap();
+        (found.status, found.reason)
+    }
+
+    #[test]
+    fn a_server_that_is_listed_twice_is_one() {
+        let started_at = DateTime::from_timestamp_micros(1_800_000_000_000_007).unwrap();
+        let once = || answered(PostgresFacts { started_at, timeline: 1, ..server(false) });
+        let expected = (Status::Warning, "one and two are the same server".to_owned());
+        assert_eq!(primary_says(vec![("one", once()), ("two", once())]), expected);
+    }
+
+    #[test]
+    fn who_refuses_connections_has_a_host_that_is_there() {
+        for (stage, expected) in [
+            (Stage::Dial, Status::Critical),
+            (Stage::Timeout, Status::Critical),
+            (Stage::Refused, Status::Ok),
+            (Stage::Login, Status::Ok),
+        ] {
+            let silent = |name| (named(name), failed(stage, "it does not answer"));
+            let facts = Facts { postgres: ["a", "b"].map(silent).into(), ..Facts::default() };
+            assert_eq!(judge_isolation(&facts).status, expected, "{stage:?}");
+        }
+    }
 }

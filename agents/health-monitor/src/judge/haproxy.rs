@@ -37,6 +37,29 @@ fn write(servers: &[Server]) -> Reading {
     }
 }
 
+/// Compares the one server that is up behind the port for writes with what the servers of the group say,
+/// each by its name and whether it is the primary; `None` while it cannot be told.
+pub fn compare(seen: &Seen<HaproxyFacts>, group: &[(&str, Option<bool>)]) -> Option<Reading> {
+    let servers = seen.now()?.write.as_ref()?;
+    let mut up = servers.iter().filter(|it| it.is_up);
+    let (Some(one), None) = (up.next(), up.next()) else { return None };
+    let Some((_, is_primary)) = group.iter().find(|(name, _)| *name == one.name) else {
+        let reason = format!("{} is up, and no server of the group is called so", one.name);
+        return Some(Reading::new(&HAPROXY_WRITE, Status::Ok, reason));
+    };
+    let primary = group.iter().find(|(_, is_primary)| *is_primary == Some(true));
+    let reason = match (is_primary, primary) {
+        (Some(true), _) | (None, None) => return None,
+        (_, Some((primary, _))) => {
+            format!("writes go to {}, and {primary} is the primary", one.name)
+        }
+        (Some(false), None) => format!("writes go to {}, which is a standby", one.name),
+    };
+    let next = "see the health check of write_backend: it must ask Patroni for `/primary`, not only \
+                whether the port is open";
+    Some(Reading::new(&HAPROXY_WRITE, Status::Critical, reason).with_next(next))
+}
+
 /// `writes` are the servers behind the port for writes: the one that is up there is the primary, which
 /// need not serve reads.
 fn read(servers: &[Server], writes: &[Server]) -> Reading {
@@ -131,6 +154,32 @@ mod tests {
             let expected = expected.map(|(status, reason)| (status, reason.to_owned()));
             assert_eq!(judged(write, read), expected);
         }
+    }
+
+    #[test]
+    fn who_gets_the_writes_must_be_the_primary() {
+        let (primary, standby) = (Some(true), Some(false));
+        let critical = |reason: &str| Some((Status::Critical, reason.to_owned()));
+        for (group, expected) in [
+            (&[("a", primary), ("b", standby)][..], None),
+            (&[("a", standby), ("b", primary)], critical("writes go to a, and b is the primary")),
+            (&[("a", None), ("b", primary)], critical("writes go to a, and b is the primary")),
+            (&[("a", standby), ("b", standby)], critical("writes go to a, which is a standby")),
+            // Nothing is known of it, nor of another.
+            (&[("a", None), ("b", standby)], None),
+            (
+                &[("c", primary)],
+                Some((Status::Ok, "a is up, and no server of the group is called so".to_owned())),
+            ),
+        ] {
+            let write = Some(vec![server("a", true), server("b", false)]);
+            let facts = HaproxyFacts { write, read: None };
+            let found = compare(&answered(facts), group).map(|it| (it.status, it.reason));
+            assert_eq!(found, expected, "{group:?}");
+        }
+        let both = Some(vec![server("a", true), server("b", true)]);
+        let facts = HaproxyFacts { write: both, read: None };
+        assert_eq!(compare(&answered(facts), &[("b", primary)]), None);
     }
 
     #[test]

@@ -49,21 +49,26 @@ fn state(facts: &PatroniFacts) -> Reading {
     let mut troubles = Vec::new();
     // As well by archive, or to the end of its WAL: what a standby receives is another check.
     if !["running", "streaming", "in archive recovery"].contains(&facts.state.as_str()) {
-        troubles.push(format!("PostgreSQL is `{}`", facts.state));
+        let next = "see Patroni's log, and that of the server: why it does not start, or what it waits for";
+        troubles.push((format!("PostgreSQL is `{}`", facts.state), next));
     }
     if let Some(ago) = facts.store_seen_ago.filter(|ago| STORE_SILENCE < *ago) {
-        troubles.push(format!("it has not seen its store for {}", duration(ago)));
+        let next = "see the checks of etcd, and the network from this member to it";
+        troubles.push((format!("it has not seen its store for {}", duration(ago)), next));
     }
     if facts.is_paused {
-        troubles.push("it is paused, and promotes nobody".to_owned());
+        let reason = "it is paused, and promotes nobody".to_owned();
+        troubles.push((reason, "`patronictl resume` after maintenance"));
     }
     if facts.pending_restart {
-        troubles.push("PostgreSQL must be restarted before its settings hold".to_owned());
+        let reason = "PostgreSQL must be restarted before its settings hold".to_owned();
+        troubles.push((reason, "`patronictl restart` of this member"));
     }
     if troubles.is_empty() {
         return Reading::new(&PATRONI_STATE, Status::Ok, "it is in charge");
     }
-    Reading::new(&PATRONI_STATE, Status::Warning, troubles.join("; "))
+    let (reasons, steps): (Vec<_>, Vec<_>) = troubles.into_iter().unzip();
+    Reading::new(&PATRONI_STATE, Status::Warning, reasons.join("; ")).with_next(steps.join("; "))
 }
 
 #[cfg(test)]
@@ -144,6 +149,11 @@ mod tests {
         ] {
             let found = state(&facts);
             assert_eq!((found.status, found.reason.as_str()), (status, reason));
+            assert_eq!(
+                found.next_step().contains("patronictl resume"),
+                facts.is_paused,
+                "{reason}"
+            );
         }
     }
 }

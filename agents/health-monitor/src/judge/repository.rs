@@ -110,9 +110,24 @@ pub fn judge(facts: &Facts, scale: Scale<'_>, now: Duration) -> Vec<Taken> {
     }
     // A group that still has servers, and had a repository.
     let watched = group::groups(facts);
+    // Who was not asked yet, or is silent, may be the one that tells of a group.
+    let is_early = facts.unasked.iter().any(|it| it.kind == Kind::Agent);
+    let is_one_silent = agents.values().any(|it| it.failure.is_some());
+    let is_told = |it: &u32| groups.contains_key(it);
+    for group in watched.iter().filter(|it| !is_told(it) && !is_early && !groups.is_empty()) {
+        let component = Component::of_group(Kind::Repository, *group, "");
+        if !scale.before.get(&component).is_some_and(|it| it.contains_key(WAL_AGE.name)) {
+            let reason = "no backup agent tells of it";
+            let reading = Reading::new(&BACKUP_AGE, Status::Unknown, reason).with_next(
+                "see whether a backup agent has the group in its configuration, and its log",
+            );
+            taken.push((component, Reading { follows: is_one_silent, ..reading }));
+        }
+    }
     for (component, checks) in scale.before {
         let group = component.group.filter(|_| component.kind == Kind::Repository);
-        if group.is_some_and(|it| watched.contains(&it) && !groups.contains_key(&it)) {
+        let is_new = taken.iter().any(|(it, _)| it == component);
+        if !is_new && group.is_some_and(|it| watched.contains(&it) && !groups.contains_key(&it)) {
             let reason = "no backup agent tells of it any more";
             let reading = |check| Reading::new(check, Status::Unknown, reason);
             let gone = checks.values().map(|it| (component.clone(), reading(it.reading.check)));
@@ -131,6 +146,11 @@ fn doubt(reading: Reading, is_silent: bool) -> Reading {
     let next = "see the check of the agent";
     // Who was told that something is wrong stays told; that the agent is silent is told of the agent.
     Reading { status: Status::Unknown, reason, follows: true, ..reading }.with_next(next)
+}
+
+/// Whether that is the `/status` of a backup agent.
+pub(super) fn is_told_by(facts: &AgentFacts) -> bool {
+    AgentStatus::deserialize(&facts.status).is_ok()
 }
 
 /// What an agent says, if it is a backup agent.
@@ -370,6 +390,36 @@ mod tests {
         ];
         assert_eq!(judged(&agents, 100), expected);
         assert_eq!(judged(&Of::default(), 100), []);
+    }
+
+    #[test]
+    fn a_group_that_no_backup_agent_tells_of_is_not_known() {
+        let said =
+            status(&json!("2026-11-21T13:00:00Z"), &json!("2026-11-21T14:00:00Z"), &json!({}));
+        let mut facts = Facts::default();
+        facts.agents.insert(agent("a"), answered_at(self::facts(said), 100));
+        for group in [0, 1] {
+            let server = Component::of_group(Kind::Postgres, group, "p");
+            facts.postgres.insert(server, answered_at(PostgresFacts::default(), 100));
+        }
+        let of_one = |facts: &Facts| {
+            let found = judge(facts, scale(), Duration::from_secs(100)).into_iter();
+            let found = found.filter(|it| it.component.group == Some(1)).map(|it| it.reading);
+            found.map(|it| (it.status, it.reason, it.follows)).collect::<Vec<_>>()
+        };
+        let reason = || "no backup agent tells of it".to_owned();
+        assert_eq!(of_one(&facts), [(Status::Unknown, reason(), false)]);
+        // Another one may.
+        facts.unasked.insert(agent("b"));
+        assert_eq!(of_one(&facts), []);
+        facts.unasked.clear();
+        let failure = Failure { stage: Stage::Dial, error: "no connection".to_owned() };
+        let at = Duration::from_secs(100);
+        record(&mut facts.agents, &agent("b"), (at, at), Err(failure));
+        assert_eq!(of_one(&facts), [(Status::Unknown, reason(), true)]);
+        // Nobody watches backups here.
+        facts.agents.clear();
+        assert_eq!(of_one(&facts), []);
     }
 
     #[test]

@@ -23,6 +23,6 @@ pub(super) fn no_answer<T>(check: &'static Check, seen: &Seen<T>) -> Option<Read
         ),
         Stage::Tls => reading.with_next("see its certificate, and ca_file here"),
         Stage::NotAsked => not_asked(check, error),
-        Stage::Dial | Stage::Full | Stage::NotNow | Stage::Answer => reading,
+        Stage::Dial | Stage::Refused | Stage::Full | Stage::NotNow | Stage::Answer => reading,
     })
 }

@@ -61,7 +61,7 @@ impl Book {
             let begins = match notice.event {
                 Event::Began => Some(notice.problem.since),
                 Event::Changed { .. } => Some(now),
-                Event::Flapping | Event::Ended { .. } => None,
+                Event::Flapping | Event::Ended { .. } | Event::Unwatched { .. } => None,
             };
             if let Some(problem) = known.filter(|_| notice.event != Event::Flapping) {
                 let told = Told { subject: notice.subject.clone(), problem };
@@ -115,7 +115,7 @@ fn alert<'a>(
     }
     if problem.is_flapping {
         annotations
-            .insert("flapping", "it keeps changing, and counts as its worst until it is calm");
+            .insert("flapping", "it keeps changing, and is told of at its worst until it is calm");
     }
     let labels = labels(cluster, subject, problem.severity);
     Alert { labels, annotations, starts_at: problem.since, ends_at }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
+use crate::catalogue::{REACHABLE, REDUNDANCY, STREAMING};
 use crate::check::Status;
 use crate::component::{Component, Kind};
 use crate::settle::{Now, Settled};
@@ -18,6 +19,9 @@ use crate::verdict::Checks;
 /// So many problems are told at a time, the worst that began first. More than that is one problem, and
 /// the list would be read by nobody.
 const PROBLEMS_MAX: usize = 500;
+/// So long after the first look what is new to this monitor may be old: longer than any check counts until
+/// it says that something has lasted too long.
+const YOUNG_FOR: Duration = Duration::from_mins(3);
 /// Longest reason or advice that is told, in characters.
 const TEXT_MAX: usize = 300;
 
@@ -106,10 +110,14 @@ pub struct Picture {
     pub standings: BTreeMap<Subject, Standing>,
     /// Everything was asked: what is not among them is over.
     pub is_complete: bool,
+    /// What is watched: of anything else nobody knows how it is.
+    pub watched: BTreeSet<Component>,
     /// Components that do not answer: what else is wrong with them is not known.
     pub silent: BTreeSet<Component>,
     /// An agent does not answer: what it would tell of the repository is not known.
     pub is_agent_silent: bool,
+    /// This monitor has not looked for long: what it takes for new may be old, and worse than it says.
+    pub is_young: bool,
 }
 
 impl Picture {
@@ -148,6 +156,7 @@ impl Picture {
 pub struct Lookout {
     after: Duration,
     begun: BTreeMap<Subject, Duration>,
+    first_at: Option<Duration>,
 }
 
 /// What is looked at.
@@ -157,7 +166,7 @@ pub struct Sight<'a, S, Q> {
     pub checks: &'a Checks,
     /// Whether others stand in for a component.
     pub stands_in: S,
-    /// Whether a component is silenced.
+    /// Whether a check is silenced.
     pub is_silenced: Q,
     /// Everything was asked.
     pub is_complete: bool,
@@ -166,21 +175,24 @@ pub struct Sight<'a, S, Q> {
 impl Lookout {
     /// Nobody is told of what has not lasted for `after`.
     pub fn new(after: Duration) -> Self {
-        Self { after, begun: BTreeMap::new() }
+        Self { after, begun: BTreeMap::new(), first_at: None }
     }
 
     /// How things stand now.
     pub fn look<S, Q>(&mut self, sight: Sight<'_, S, Q>, now: Now) -> Picture
     where
         S: Fn(&Component) -> bool,
-        Q: Fn(&Component) -> bool,
+        Q: Fn(&Subject) -> bool,
     {
         let Sight { checks, stands_in, is_silenced, is_complete } = sight;
-        let mut picture = Picture { is_complete, ..Picture::default() };
+        let watched = checks.keys().cloned().collect();
+        let first_at = *self.first_at.get_or_insert(now.boot);
+        let is_young = now.boot.saturating_sub(first_at) < YOUNG_FOR;
+        let mut picture = Picture { is_complete, watched, is_young, ..Picture::default() };
         let mut begun = BTreeMap::new();
         for (component, checks) in checks {
             for (check, settled) in checks {
-                let Some(severity) = Severity::of(settled.status, stands_in(component)) else {
+                let Some(severity) = Severity::of(settled.worst, stands_in(component)) else {
                     continue;
                 };
                 if *check == "reachable" {
@@ -196,7 +208,7 @@ impl Lookout {
                 } else {
                     let since = *self.begun.get(&subject).unwrap_or(&now.boot);
                     begun.insert(subject.clone(), since);
-                    if is_silenced(&subject.component) {
+                    if is_silenced(&subject) {
                         Standing::Held(Hold::Silenced)
                     } else if now.boot.saturating_sub(since) < self.after {
                         Standing::Held(Hold::New)
@@ -211,6 +223,30 @@ impl Lookout {
         picture.limit(PROBLEMS_MAX);
         picture
     }
+}
+
+/// Groups of which all standbys that are missing are silenced: that they are missing need not be told.
+pub fn excused(checks: &Checks, is_silenced: impl Fn(&Component) -> bool) -> BTreeSet<Subject> {
+    let is_missing = |checks: &BTreeMap<&'static str, Settled>| {
+        let ailing = [REACHABLE.name, STREAMING.name].map(|it| checks.get(it));
+        ailing.into_iter().flatten().any(|it| it.status != Status::Ok)
+    };
+    let mut excused = BTreeSet::new();
+    for (group, of_group) in checks.iter().filter(|(it, _)| it.kind == Kind::Group) {
+        let mut missing = checks
+            .iter()
+            .filter(|(it, checks)| {
+                it.kind == Kind::Postgres && it.group == group.group && is_missing(checks)
+            })
+            .peekable();
+        // That commits wait for them has advice of its own, and hurts.
+        let hurts = of_group.get(REDUNDANCY.name).is_none_or(|it| it.reading.next.is_some());
+        if !hurts && missing.peek().is_some() && missing.all(|(it, _)| is_silenced(it)) {
+            let (component, check) = (group.clone(), REDUNDANCY.name.to_owned());
+            excused.insert(Subject { component, check });
+        }
+    }
+    excused
 }
 
 fn problem(settled: &Settled, severity: Severity) -> Problem {
@@ -230,7 +266,7 @@ fn problem(settled: &Settled, severity: Severity) -> Problem {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::catalogue::{CONNECTIONS, REACHABLE};
+    use crate::catalogue::CONNECTIONS;
     use crate::check::{Check, Reading};
 
     pub(in crate::notify) fn at(second: i64) -> Now {
@@ -257,7 +293,8 @@ pub(super) mod tests {
             .iter()
             .map(|(subject, problem)| (subject.clone(), Standing::Firing(problem.clone())))
             .collect();
-        Picture { standings, is_complete: true, ..Picture::default() }
+        let watched = ["a", "b", "c", "z"].map(server).into();
+        Picture { standings, watched, is_complete: true, ..Picture::default() }
     }
 
     fn checks(all: &[(&str, &'static Check, Status, bool)]) -> Checks {
@@ -274,7 +311,7 @@ pub(super) mod tests {
         let sight = Sight {
             checks,
             stands_in: |it: &Component| it.name == "standby",
-            is_silenced: |it: &Component| it.name == silenced,
+            is_silenced: |it: &Subject| it.component.name == silenced,
             is_complete: true,
         };
         lookout.look(sight, now)
@@ -357,6 +394,34 @@ pub(super) mod tests {
         assert!(picture.is_over(&repository));
         picture.is_complete = false;
         assert!(!picture.is_over(&subject("b", "connections")), "not all were asked");
+    }
+
+    #[test]
+    fn standbys_that_are_silenced_are_not_missed() {
+        let group = || Component::group(1);
+        let mut checks = checks(&[
+            ("a", &REACHABLE, Status::Critical, false),
+            ("b", &STREAMING, Status::Critical, false),
+            ("c", &REACHABLE, Status::Ok, false),
+        ]);
+        let redundancy = Reading::new(&REDUNDANCY, Status::Warning, "1 of 3 standbys stream");
+        let settled = Settled::new(redundancy.clone(), at(0).boot, at(0));
+        checks.insert(group(), BTreeMap::from([(REDUNDANCY.name, settled)]));
+        let all = BTreeSet::from([Subject { component: group(), check: "redundancy".to_owned() }]);
+        assert_eq!(excused(&checks, |it| ["a", "b"].contains(&it.name.as_str())), all);
+        assert_eq!(excused(&checks, |it| it.name == "a"), BTreeSet::new());
+        let hangs = Settled::new(redundancy.with_next("writes hang"), at(0).boot, at(0));
+        checks.insert(group(), BTreeMap::from([(REDUNDANCY.name, hangs)]));
+        assert_eq!(excused(&checks, |_| true), BTreeSet::new());
+    }
+
+    #[test]
+    fn what_is_new_to_a_monitor_that_is_young_may_be_old() {
+        let mut lookout = Lookout::new(Duration::ZERO);
+        let checks = checks(&[("a", &REACHABLE, Status::Warning, false)]);
+        for (second, expected) in [(100, true), (279, true), (280, false)] {
+            assert_eq!(look(&mut lookout, &checks, "", at(second)).is_young, expected, "{second}");
+        }
     }
 
     #[test]

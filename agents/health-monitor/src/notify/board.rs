@@ -16,6 +16,17 @@ use super::alerts::{Hold, Picture, Standing};
 use super::delivery::{Delivery, Kind};
 use crate::silence::Silence;
 
+/// Who is told, as far as it is not as usual.
+#[derive(Clone, Debug, Default)]
+pub struct Telling {
+    /// Why it is not known that those who must know are told.
+    pub trouble: Option<String>,
+    /// Those who take nothing now.
+    pub failing: Vec<Delivery>,
+    /// What nobody is told of, and how many of the components that are watched that is.
+    pub silences: Vec<(Silence, usize)>,
+}
+
 /// How it goes. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Board(Arc<Mutex<State>>);
@@ -24,16 +35,25 @@ pub struct Board(Arc<Mutex<State>>);
 struct State {
     cluster: String,
     is_telling: bool,
+    is_mute: bool,
     picture: Picture,
     silences: Vec<Silence>,
     deliveries: Vec<Delivery>,
+}
+
+impl State {
+    /// How much of what is watched a silence covers: none is a slip of the pen.
+    fn covered_by(&self, silence: &Silence) -> usize {
+        self.picture.watched.iter().filter(|it| silence.covers(it)).count()
+    }
 }
 
 impl Board {
     pub(super) fn new(cluster: &str, deliveries: Vec<Delivery>) -> Self {
         let (picture, silences) = (Picture::default(), Vec::new());
         let cluster = cluster.to_owned();
-        let state = State { cluster, is_telling: false, picture, silences, deliveries };
+        let state =
+            State { cluster, is_telling: false, is_mute: false, picture, silences, deliveries };
         Self(Arc::new(Mutex::new(state)))
     }
 
@@ -45,6 +65,27 @@ impl Board {
     /// Whether this replica is the one that tells.
     pub(super) fn telling(&self, is_telling: bool) {
         self.state().is_telling = is_telling;
+    }
+
+    /// Whether nobody is known to tell: etcd is away, and this replica does not.
+    pub(super) fn mute(&self, is_mute: bool) {
+        self.state().is_mute = is_mute;
+    }
+
+    /// Why it is not known that those who must know are told.
+    pub fn trouble(&self) -> Option<String> {
+        let words = "etcd does not answer, and this replica does not lead: it is not known that anybody \
+                     tells those who must know";
+        self.state().is_mute.then(|| words.to_owned())
+    }
+
+    /// What is not as usual now.
+    pub fn now(&self) -> Telling {
+        let trouble = self.trouble();
+        let state = self.state();
+        let failing = state.deliveries.iter().filter(|it| it.failing_since.is_some());
+        let silences = state.silences.iter().map(|it| (it.clone(), state.covered_by(it)));
+        Telling { trouble, failing: failing.cloned().collect(), silences: silences.collect() }
     }
 
     /// How things stand, and what is silenced.
@@ -85,10 +126,16 @@ impl Board {
         let held = held.into_iter().map(|(subject, why)| {
             json!({ "component": subject.component, "check": subject.check, "why": why })
         });
+        let all = state.silences.iter().map(|it| {
+            let mut shown = serde_json::to_value(it).unwrap_or_default();
+            shown["covers"] = json!(state.covered_by(it));
+            shown
+        });
         json!({
             "is_telling": state.is_telling,
+            "is_mute": state.is_mute,
             "deliveries": state.deliveries,
-            "silences": state.silences,
+            "silences": all.collect::<Vec<_>>(),
             "silenced": silenced.collect::<Vec<_>>(),
             "held": held.collect::<Vec<_>>(),
         })
@@ -193,6 +240,7 @@ mod tests {
         assert_eq!(status["silenced"][0]["component"]["name"], "b");
         assert_eq!(status["silenced"][0]["silence"], silence.id);
         assert_eq!(status["silences"][0]["components"][0], "b");
+        assert_eq!(status["silences"][0]["covers"], 1);
         assert_eq!(status["held"][0]["why"], "new");
         assert_eq!(status["deliveries"][0]["error"], "refused");
         assert_eq!(status["is_telling"], false);

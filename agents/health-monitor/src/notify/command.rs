@@ -5,13 +5,15 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use chrono::{DateTime, Utc};
-use clap::Args;
+use clap::{Args, ValueEnum as _};
 use shared::config;
 use shared::etcd::Etcd;
 use shared::table::Table;
 
 use super::store::Store;
+use crate::component::Kind;
 use crate::config::Config;
+use crate::roster::{self, Roster};
 use crate::silence::{SILENCE_MAX, Silence, check_component};
 
 /// Options of `silence`.
@@ -55,7 +57,12 @@ fn length(text: &str) -> Result<Duration, String> {
     Ok(length)
 }
 
-fn store(path: &Path) -> anyhow::Result<Store> {
+/// Where the service that has this configuration keeps what it keeps.
+///
+/// # Errors
+///
+/// The configuration cannot be used.
+pub fn store(path: &Path) -> anyhow::Result<Store> {
     let config: Config = config::load(path)?;
     let etcd = config.etcd.as_ref().map(Etcd::new).transpose()?;
     Ok(Store::new(etcd, config.state_directory.as_deref(), &config.cluster))
@@ -68,12 +75,17 @@ fn store(path: &Path) -> anyhow::Result<Store> {
 /// There is nowhere to keep it.
 pub async fn silence(path: &Path, args: SilenceArgs) -> anyhow::Result<String> {
     let SilenceArgs { length, component, comment, by } = args;
+    let config: Config = config::load(path)?;
+    let store = store(path)?;
+    let members = roster::load(&store).await.unwrap_or_default();
+    let unknown: String =
+        component.iter().filter_map(|it| unknown(&config, &members, it)).collect();
     let silence = Silence::new(Utc::now(), length, component).with(comment, by);
-    store(path)?.add_silence(&silence).await.context("make the silence")?;
+    store.add_silence(&silence).await.context("make the silence")?;
     let Silence { id, .. } = &silence;
     let (until, what) = (shown(silence.until), what(&silence));
     Ok(format!(
-        "nobody is told of {what} until {until}\nTo end it: health-monitor unsilence {id}\n"
+        "{unknown}nobody is told of {what} until {until}\nTo end it: health-monitor unsilence {id}\n"
     ))
 }
 
@@ -110,6 +122,30 @@ pub async fn unsilence(path: &Path, args: &UnsilenceArgs) -> anyhow::Result<Stri
     Ok(format!("silence {} is over\n", args.id))
 }
 
+/// A line about what is no kind, and no group and no name that is listed or was ever seen: it may be
+/// mistyped.
+fn unknown(config: &Config, members: &Roster, given: &str) -> Option<String> {
+    let groups = config.nodes.iter().map(|it| it.group);
+    let groups = groups.chain(members.watched().map(|it| it.group));
+    let groups = groups.chain(config.pgbouncer.iter().map(|it| it.group));
+    let mut groups = groups.chain(config.haproxy.iter().map(|it| it.group));
+    let names = config.nodes.iter().map(|it| &it.name);
+    let names = names.chain(members.watched().map(|it| &it.name));
+    let names = names.chain(config.pgbouncer.iter().map(|it| &it.name));
+    let names = names.chain(config.haproxy.iter().map(|it| &it.name));
+    let names = names.chain(config.redis.iter().map(|it| &it.name));
+    let names = names.chain(config.agents.iter().map(|it| &it.name));
+    let names = names.chain(config.disks.iter().map(|it| &it.name));
+    let mut names = names.chain(config.swarm.iter().map(|it| &it.stack));
+    let is_known = Kind::from_str(given, false).is_ok()
+        || names.any(|it| it == given)
+        || groups.any(|it| given == format!("group {it}"))
+        || config.etcd.iter().flat_map(|it| &it.endpoints).any(|it| it.contains(given));
+    (!is_known).then(|| {
+        format!("nothing that is known is called `{given}`: see that it is not mistyped\n")
+    })
+}
+
 fn shown(at: DateTime<Utc>) -> String {
     at.format("%Y-%m-%d %H:%M:%S UTC").to_string()
 }
@@ -139,17 +175,25 @@ mod tests {
             silences(&path, &SilencesArgs { json: false }).await.unwrap(),
             "nothing is silenced\n"
         );
+        let store = Store::Directory(directory.path().to_owned());
+        let member = r#"[{"group":2,"name":"b","host":"b","port":5432,"api_url":null}]"#;
+        store.save("members", member).await.unwrap();
         let args = SilenceArgs {
             length: Duration::from_hours(2),
-            component: vec!["etcd".to_owned(), "group 1".to_owned()],
+            component: ["etcd", "group 1", "a", "b", "group 2"].map(str::to_owned).into(),
             comment: "new disks".to_owned(),
             by: Some("ada".to_owned()),
         };
         let made = silence(&path, args).await.unwrap();
-        assert!(made.starts_with("nobody is told of etcd, group 1 until 2"), "{made}");
+        let warning = "nothing that is known is called `group 1`: see that it is not mistyped\n";
+        let made = made.strip_prefix(warning).expect("a warning");
+        assert!(
+            made.starts_with("nobody is told of etcd, group 1, a, b, group 2 until 2"),
+            "{made}"
+        );
         let id = made.trim_end().rsplit(' ').next().unwrap().to_owned();
         let listed = silences(&path, &SilencesArgs { json: false }).await.unwrap();
-        for part in [&id, "etcd, group 1", "ada", "new disks"] {
+        for part in [&id, "etcd, group 1, a, b", "ada", "new disks"] {
             assert!(listed.contains(part), "{listed}");
         }
         let listed = silences(&path, &SilencesArgs { json: true }).await.unwrap();

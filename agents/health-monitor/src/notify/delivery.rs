@@ -14,6 +14,16 @@ pub enum Kind {
     Webhook,
 }
 
+impl Kind {
+    /// In words.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Alertmanager => "Alertmanager",
+            Self::Webhook => "webhook",
+        }
+    }
+}
+
 /// How sending to one address goes.
 #[derive(Clone, Debug, Serialize)]
 pub struct Delivery {

@@ -70,6 +70,11 @@ impl<T: Default + Serialize + DeserializeOwned> Kept<T> {
         }
     }
 
+    /// Notes that the value is still to be kept.
+    pub(super) fn keep_later(&mut self) {
+        self.is_ahead = true;
+    }
+
     /// Whether the value is still to be kept.
     pub(super) fn is_ahead(&self) -> bool {
         self.is_ahead

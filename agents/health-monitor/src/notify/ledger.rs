@@ -56,6 +56,11 @@ pub enum Event {
         /// How long it lasted.
         after: Duration,
     },
+    /// What it is about is not watched any more: nobody knows how it is.
+    Unwatched {
+        /// How long it had lasted.
+        after: Duration,
+    },
 }
 
 impl Event {
@@ -66,7 +71,13 @@ impl Event {
             Self::Changed { .. } => "changed",
             Self::Flapping => "flapping",
             Self::Ended { .. } => "ended",
+            Self::Unwatched { .. } => "unwatched",
         }
+    }
+
+    /// Whether nothing more will be told of it.
+    pub const fn is_last(self) -> bool {
+        matches!(self, Self::Ended { .. } | Self::Unwatched { .. })
     }
 }
 
@@ -89,6 +100,10 @@ impl Ledger {
             .filter_map(|(subject, problem)| {
                 let (event, since) = match self.0.get(subject) {
                     None => (Event::Began, problem.since),
+                    // It may be as bad as it was: for how long it is so begins to count anew.
+                    Some(told) if picture.is_young && problem.severity < told.severity => {
+                        return None;
+                    }
                     Some(told) if told.severity != problem.severity => {
                         (Event::Changed { before: told.severity }, told.since)
                     }
@@ -105,12 +120,16 @@ impl Ledger {
             |(subject, problem)| {
                 let after = (now - problem.since).to_std().unwrap_or_default();
                 let (subject, problem) = (subject.clone(), problem.clone());
-                Notice { event: Event::Ended { after }, subject, problem }
+                let event = if picture.watched.contains(&subject.component) {
+                    Event::Ended { after }
+                } else {
+                    Event::Unwatched { after }
+                };
+                Notice { event, subject, problem }
             },
         ));
         due.sort_by_key(|it| {
-            let is_over = matches!(it.event, Event::Ended { .. });
-            (is_over, std::cmp::Reverse(it.problem.severity), it.problem.since)
+            (it.event.is_last(), std::cmp::Reverse(it.problem.severity), it.problem.since)
         });
         due
     }
@@ -119,7 +138,7 @@ impl Ledger {
     pub fn note(&mut self, notice: &Notice) {
         let Notice { event, subject, problem } = notice;
         match event {
-            Event::Ended { .. } => {
+            Event::Ended { .. } | Event::Unwatched { .. } => {
                 self.0.remove(subject);
             }
             Event::Began | Event::Changed { .. } | Event::Flapping => {
@@ -178,6 +197,18 @@ mod tests {
     }
 
     #[test]
+    fn a_monitor_that_has_just_begun_takes_nothing_back() {
+        let (warning, critical) = (Severity::Warning, Severity::Critical);
+        let one = |severity| firing(&[(subject("a", "x"), problem_at(severity, 5))]);
+        let young = |severity| Picture { is_young: true, ..one(severity) };
+        let told = tell(&[one(critical), young(warning), young(critical), one(warning)]);
+        assert_eq!(told, [vec!["began a critical"], vec![], vec![], vec!["changed a warning"]]);
+        let told = tell(&[one(warning), young(critical), firing(&[])]);
+        let expected = [["began a warning"], ["changed a critical"], ["ended a critical"]];
+        assert_eq!(told, expected);
+    }
+
+    #[test]
     fn a_problem_is_told_when_it_begins_changes_and_ends() {
         let (warning, critical) = (Severity::Warning, Severity::Critical);
         let one = |severity| firing(&[(subject("a", "x"), problem_at(severity, 5))]);
@@ -216,6 +247,20 @@ mod tests {
             &[],
         ];
         assert_eq!(tell(&pictures), expected);
+    }
+
+    #[test]
+    fn what_is_not_watched_any_more_is_not_well() {
+        let mut ledger = Ledger::default();
+        let picture = firing(&[(subject("a", "x"), problem_at(Severity::Critical, 5))]);
+        let due = ledger.due(&picture, at(60).wall);
+        ledger.note(&due[0]);
+        let mut gone = firing(&[]);
+        gone.watched.remove(&subject("a", "x").component);
+        let due = ledger.due(&gone, at(65).wall);
+        assert_eq!(due[0].event, Event::Unwatched { after: Duration::from_mins(1) });
+        ledger.note(&due[0]);
+        assert!(ledger.due(&gone, at(65).wall).is_empty());
     }
 
     #[test]

@@ -4,7 +4,8 @@
 //! sent. What was told is kept where the next leader finds it, in a [`store`]; so a takeover loses nothing,
 //! and repeats at most what was sent in the moment before and not noted yet: rather twice than never.
 //! Alertmanager takes that for the same alert; a webhook gets the same message again. Only who holds the lease sends. If etcd is away for everybody, nobody can
-//! hold it: then the replica that held it last goes on, because that etcd is away must be told as well.
+//! hold it: then the replica that held it last goes on, because that etcd is away must be told as well; and
+//! after a minute every other one does too, since nobody can know whether that one is still there.
 
 mod alertmanager;
 pub mod alerts;
@@ -25,12 +26,12 @@ use futures_util::future::{join, join_all};
 use shared::etcd::Etcd;
 use shared::lease::{Identity, Leadership, Sharing, TTL, replica_name};
 use tokio::sync::watch;
-use tokio::time::{MissedTickBehavior, interval, sleep};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use alertmanager::Alertmanager;
-use alerts::{Lookout, Picture, Sight};
+use alerts::{Lookout, Picture, Sight, Subject, excused};
 use board::Board;
 use delivery::{Delivery, Kind};
 use store::Store;
@@ -52,6 +53,10 @@ use crate::watch::now;
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Between two looks whether etcd answers again.
 const AWAY_RECHECK: Duration = Duration::from_secs(2);
+/// Between two looks whether etcd answers, of a replica that does not lead.
+const AWAY_CHECK: Duration = Duration::from_secs(5);
+/// When it has not answered for so long, who does not lead tells as well: rather twice than never.
+const AWAY_FOR: Duration = Duration::from_mins(1);
 /// How long a stop waits for what is being sent.
 const FINISH_LIMIT: Duration = Duration::from_secs(3);
 
@@ -182,11 +187,12 @@ async fn observe(
             for (_, checks) in state.checks.iter_mut().filter(|(it, _)| is_silenced(it)) {
                 checks.values_mut().for_each(Settled::calm);
             }
+            let excused = excused(&state.checks, is_silenced);
             let primaries = state.primaries.names();
             let sight = Sight {
                 checks: &state.checks,
                 stands_in: |it: &_| stands_in(it, &state.verdicts.components, &primaries),
-                is_silenced,
+                is_silenced: |it: &Subject| is_silenced(&it.component) || excused.contains(it),
                 is_complete: is_ready && state.is_read_at(Level::Comprehensive),
             };
             lookout.look(sight, now)
@@ -200,18 +206,21 @@ async fn observe(
     }
 }
 
-/// Tells as long as this replica leads, or led last and etcd is away.
+/// Tells as long as this replica leads, or etcd is away and this replica led last or has waited for long.
 async fn lead(sinks: &mut Sinks, mut leadership: Leadership, context: &Context) {
-    let mut led_last = false;
+    let mut alone = None;
     while !context.shutdown.is_cancelled() {
         if let Some(claim) = leadership.claim() {
-            led_last = true;
+            alone = Some("this replica led last, and goes on to tell those who must know");
             info!("this replica tells those who must know");
             context.board.telling(true);
             claim.guard(Box::pin(sinks.tell(context, false))).await;
             context.board.telling(false);
-        } else if led_last && context.store.is_away().await {
-            warn!("etcd is away: this replica led last, and goes on to tell those who must know");
+        } else if let Some(why) = alone.take()
+            && context.store.is_away().await
+        {
+            warn!("etcd is away: {why}");
+            alone = Some(why);
             context.board.telling(true);
             tokio::select! {
                 () = Box::pin(sinks.tell(context, true)) => {}
@@ -219,12 +228,31 @@ async fn lead(sinks: &mut Sinks, mut leadership: Leadership, context: &Context) 
             }
             context.board.telling(false);
         } else {
-            led_last = false;
             tokio::select! {
                 () = context.shutdown.cancelled() => return,
                 () = leadership.changed() => {}
+                () = gone(&context.store, &context.board) => {
+                    alone = Some("this replica tells those who must know, as others may");
+                }
             }
+            context.board.mute(false);
         }
+    }
+}
+
+/// Resolves when what is away has been so for long.
+async fn gone(store: &Store, board: &Board) {
+    let mut since = None;
+    loop {
+        let asked_at = Instant::now();
+        let is_away = store.is_away().await;
+        board.mute(is_away);
+        if !is_away {
+            since = None;
+        } else if AWAY_FOR <= since.get_or_insert(asked_at).elapsed() {
+            return;
+        }
+        sleep(AWAY_CHECK).await;
     }
 }
 
@@ -244,5 +272,29 @@ impl Sinks {
         let Self { alertmanager, webhooks } = self;
         let webhooks = webhooks.iter_mut().map(|it| it.run(context, goes_on));
         join(alertmanager.run(context, goes_on), join_all(webhooks)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shared::etcd::EtcdConfig;
+    use tokio::time::timeout;
+
+    use super::*;
+
+    /// A replica that begins while etcd is away would tell nobody for ever.
+    #[tokio::test(start_paused = true)]
+    async fn who_does_not_lead_waits_for_etcd_for_a_minute() {
+        let config: EtcdConfig = toml::from_str("endpoints = [\"http://127.0.0.1:1\"]").unwrap();
+        let away = Store::new(Some(Etcd::new(&config).unwrap()), None, "demo");
+        let board = Board::new("demo", Vec::new());
+        let began = Instant::now();
+        assert!(timeout(AWAY_FOR / 2, gone(&away, &board)).await.is_err());
+        assert!(board.trouble().is_some());
+        gone(&away, &board).await;
+        assert!((AWAY_FOR..AWAY_FOR * 3).contains(&began.elapsed()), "{:?}", began.elapsed());
+        let there = timeout(AWAY_FOR * 10, gone(&Store::Nowhere, &board));
+        assert!(there.await.is_err());
+        assert_eq!(board.trouble(), None);
     }
 }

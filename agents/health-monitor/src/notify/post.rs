@@ -9,9 +9,10 @@ use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Client, Response, Url};
 use shared::http;
 use shared::secret::{Secret, SecretError};
-use shared::telemetry::chain;
 use shared::tls::{self, TlsError};
 use thiserror::Error;
+
+use crate::probe::http::bottom;
 
 /// Longest wait for an answer. Source: the default of Prometheus' `alertmanager_config.timeout`.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -139,7 +140,8 @@ fn why(error: &reqwest::Error) -> String {
     if error.is_timeout() {
         return format!("no answer within {}", humantime::format_duration(ANSWER_LIMIT));
     }
-    chain(error).to_string()
+    let what = if error.is_connect() { "no connection" } else { "the connection broke" };
+    format!("{what}: {}", bottom(error))
 }
 
 /// The first line of an answer, to be shown.

@@ -252,12 +252,12 @@ impl Store {
 }
 
 /// JSON of what is known to have no parts that cannot be written.
-pub(super) fn json(value: &impl Serialize) -> String {
+pub(crate) fn json(value: &impl Serialize) -> String {
     serde_json::to_string(value).unwrap_or_default()
 }
 
 /// Reads JSON that belongs to `name`.
-pub(super) fn parse<T: DeserializeOwned>(name: &str, text: &[u8]) -> Result<T, StoreError> {
+pub(crate) fn parse<T: DeserializeOwned>(name: &str, text: &[u8]) -> Result<T, StoreError> {
     serde_json::from_slice(text)
         .map_err(|source| StoreError::Broken { name: name.to_owned(), source })
 }

@@ -35,8 +35,8 @@ const PLACEHOLDERS: [&str; 13] = [
 /// |---|---|
 /// | `{text}` | all of it in words, several notices one below the other |
 /// | `{cluster}` | the name of the cluster |
-/// | `{event}` | `began`, `changed`, `flapping` or `ended` |
-/// | `{status}` | `critical`, `warning`, or `ok` where it ended |
+/// | `{event}` | `began`, `changed`, `flapping`, `ended`, or `unwatched` |
+/// | `{status}` | `critical`, `warning`, `ok` where it ended, or `unknown` where it is not watched any more |
 /// | `{component}` `{kind}` `{group}` `{node}` | of what: `postgres worker-1 of group 1`, and its parts |
 /// | `{check}` | the check |
 /// | `{reason}` `{next}` | why, and what to do |
@@ -134,6 +134,7 @@ impl Template {
 fn status(notice: &Notice) -> &'static str {
     match notice.event {
         Event::Ended { .. } => "ok",
+        Event::Unwatched { .. } => "unknown",
         _ => notice.problem.severity.name(),
     }
 }
@@ -141,13 +142,16 @@ fn status(notice: &Notice) -> &'static str {
 fn reason(notice: &Notice) -> String {
     match notice.event {
         Event::Ended { after } => format!("well again after {}", duration(after)),
+        Event::Unwatched { after } => {
+            format!("not watched any more; it was wrong for {}", duration(after))
+        }
         _ => notice.problem.reason.clone(),
     }
 }
 
 fn next(notice: &Notice) -> &str {
     match notice.event {
-        Event::Ended { .. } => "",
+        _ if notice.event.is_last() => "",
         _ => &notice.problem.next,
     }
 }
@@ -158,10 +162,18 @@ fn text(cluster: &str, notices: &[Notice]) -> String {
     }
     let is_over = |it: &&Notice| matches!(it.event, Event::Ended { .. });
     let over = notices.iter().filter(is_over).count();
-    let is_critical = |it: &&Notice| !is_over(it) && it.problem.severity == Severity::Critical;
+    let is_unwatched = |it: &&Notice| matches!(it.event, Event::Unwatched { .. });
+    let unwatched = notices.iter().filter(is_unwatched).count();
+    let is_critical =
+        |it: &&Notice| !it.event.is_last() && it.problem.severity == Severity::Critical;
     let critical = notices.iter().filter(is_critical).count();
-    let warning = notices.len() - over - critical;
-    let counts = [(critical, "critical"), (warning, "warning"), (over, "well again")];
+    let warning = notices.len() - over - unwatched - critical;
+    let counts = [
+        (critical, "critical"),
+        (warning, "warning"),
+        (unwatched, "not watched any more"),
+        (over, "well again"),
+    ];
     let counts: Vec<_> = counts
         .iter()
         .filter(|(count, _)| *count > 0)
@@ -188,6 +200,10 @@ fn line(notice: &Notice) -> String {
         Event::Flapping => format!("{severity}, keeps changing"),
         Event::Ended { after } => {
             return format!("OK: {component}: {check} is well again after {}", duration(*after));
+        }
+        Event::Unwatched { after } => {
+            let after = duration(*after);
+            return format!("{component} is not watched any more: {check} was wrong for {after}");
         }
     };
     let since = problem.since.format("%H:%M:%S UTC");
@@ -220,6 +236,10 @@ mod tests {
     fn one_notice_says_all_that_one_needs() {
         let before = Severity::Warning;
         for (event, expected) in [
+            (
+                Event::Unwatched { after: Duration::from_mins(5) },
+                "[demo] postgres a of group 1 is not watched any more: reachable was wrong for 5 min",
+            ),
             (
                 Event::Began,
                 "[demo] CRITICAL: postgres a of group 1: no connection: refused \

@@ -10,12 +10,23 @@ use super::Context;
 use super::config::WebhookConfig;
 use super::delivery::Kind;
 use super::kept::{Kept, RETRY};
-use super::ledger::Ledger;
+use super::ledger::{Ledger, Notice};
 use super::post::{self, Post, PostSetupError};
 use super::template::{DEFAULT_BODY, Template};
 
+/// Others may tell it too: it is the same fault.
+const MARK: &str = "etcd is away, so every replica may tell this";
 /// What follows within so long is told with it: faults come in company.
 const GATHER: Duration = Duration::from_secs(2);
+
+/// What is told while nobody can hold the lease.
+fn marked(notices: &[Notice]) -> Vec<Notice> {
+    let mut marked = notices.to_vec();
+    for Notice { problem, .. } in &mut marked {
+        problem.next = format!("{}; {MARK}", problem.next);
+    }
+    marked
+}
 
 /// A webhook, and what it was told.
 #[derive(Debug)]
@@ -78,14 +89,23 @@ impl Webhook {
             } else if !std::mem::replace(&mut is_gathered, true) {
                 Some(GATHER)
             } else {
-                let body = self.template.render(&context.cluster, message);
+                let body = if goes_on {
+                    self.template.render(&context.cluster, &marked(message))
+                } else {
+                    self.template.render(&context.cluster, message)
+                };
                 let outcome = self.post.send(body).await;
                 failures = if outcome.is_ok() { 0 } else { failures + 1 };
                 if outcome.is_ok() {
                     for notice in message {
                         self.told.value.note(notice);
                     }
-                    self.told.save(&context.store).await;
+                    if goes_on {
+                        // To try that now, where etcd is away, would hold up what is told next.
+                        self.told.keep_later();
+                    } else {
+                        self.told.save(&context.store).await;
+                    }
                 }
                 context.board.delivered((Kind::Webhook, &self.name), outcome);
                 Some(if failures == 0 { Duration::ZERO } else { post::wait(failures) })
@@ -103,5 +123,21 @@ impl Webhook {
                 self.told.save(&context.store).await;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::alerts::Severity;
+    use super::super::alerts::tests::{problem_at, subject};
+    use super::super::ledger::Event;
+    use super::*;
+
+    #[test]
+    fn what_is_told_while_etcd_is_away_says_so() {
+        let (subject, problem) = (subject("a", "x"), problem_at(Severity::Critical, 0));
+        let marked = marked(&[Notice { event: Event::Began, subject, problem }]);
+        let text = Template::parse(DEFAULT_BODY).unwrap().render("demo", &marked);
+        assert!(text.contains("Next: look at it; etcd is away"), "{text}");
     }
 }

@@ -8,6 +8,7 @@ mod backups;
 mod groups;
 mod notes;
 mod strip;
+mod told;
 mod view;
 
 use askama::Template;
@@ -16,6 +17,7 @@ use base64::engine::general_purpose::STANDARD;
 use sha2::{Digest as _, Sha256};
 
 use crate::monitor::Monitor;
+use crate::notify::board::Telling;
 use crate::settle::Now;
 use view::Page;
 
@@ -34,9 +36,9 @@ pub fn policy() -> String {
 }
 
 /// The page as HTML.
-pub fn render(monitor: &Monitor, now: Now) -> String {
+pub fn render(monitor: &Monitor, telling: &Telling, now: Now) -> String {
     let not_ready = monitor.not_ready();
-    let page = Page::of(&monitor.state(), not_ready, now);
+    let page = Page::of(&monitor.state(), not_ready, telling, now);
     // Writing to a string does not fail.
     page.render().unwrap_or_default()
 }

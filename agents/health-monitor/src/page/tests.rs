@@ -9,6 +9,7 @@ use tokio_postgres::types::PgLsn;
 use super::*;
 use crate::component::{Component, Kind};
 use crate::facts::{Failure, Stage};
+use crate::notify::board::Telling;
 use crate::probe::agent::AgentFacts;
 use crate::probe::disk::DiskFacts;
 use crate::probe::etcd::EtcdFacts;
@@ -16,6 +17,7 @@ use crate::probe::haproxy::{HaproxyFacts, Server};
 use crate::probe::pgbouncer::PgbouncerFacts;
 use crate::probe::postgres::{PostgresFacts, Receiver, Sender, StandardFacts};
 use crate::probe::redis::RedisFacts;
+use crate::silence::Silence;
 use crate::thresholds::Thresholds;
 
 /// What a server says.
@@ -62,7 +64,7 @@ impl Scene {
             Component::of_group(Kind::Pgbouncer, 0, "pgbouncer-2"),
             Component::of_group(Kind::Haproxy, 0, "haproxy-1"),
             one(Kind::Redis, "cache"),
-            one(Kind::Agent, "backup-agent"),
+            one(Kind::Agent, "repository-agent"),
             one(Kind::Agent, "lag-exporter"),
             one(Kind::Disk, "/var/lib"),
         ];
@@ -123,7 +125,7 @@ impl Scene {
                     self.monitor.record(|it| &mut it.redis, it, times, said(cut, facts, failure()));
                 }
                 Kind::Agent => {
-                    let status = if it.name == "backup-agent" { backups() } else { json!({}) };
+                    let status = if it.name == "repository-agent" { backups() } else { json!({}) };
                     let facts = AgentFacts { not_ready: vec![], status };
                     let facts = said(cut, facts, failure());
                     self.monitor.record(|it| &mut it.agents, it, times, facts);
@@ -178,7 +180,7 @@ impl Scene {
     }
 
     fn page(&self) -> String {
-        render(&self.monitor, self.now())
+        render(&self.monitor, &Telling::default(), self.now())
     }
 
     /// An hour in which all was well but for a minute.
@@ -271,6 +273,20 @@ fn what_is_wrong_stands_on_top_with_the_next_step() {
 }
 
 #[test]
+fn what_others_stand_in_for_is_a_warning_beside_what_is_critical() {
+    let mut scene = Scene::after_an_hour(1, 2);
+    scene.says("coordinator-2", Nothing).says("coordinator-1", Nothing);
+    let page = scene.pass(30, 1).page();
+    let (_, wrong) = page.split_once("What is wrong").unwrap();
+    let (wrong, _) = wrong.split_once("</section>").unwrap();
+    let of = |name: &str| {
+        let (before, _) = wrong.split_once(&format!("<b>postgres {name} ")).unwrap();
+        before.rsplit_once("<li class=\"").unwrap().1.split_once('"').unwrap().0.to_owned()
+    };
+    assert_eq!([of("coordinator-1"), of("coordinator-2")], ["critical", "warning"], "{wrong}");
+}
+
+#[test]
 fn a_monitor_that_reaches_nobody_says_only_that() {
     let mut scene = Scene::after_an_hour(2, 1);
     scene.is_cut_off = true;
@@ -329,7 +345,12 @@ fn nothing_from_outside_becomes_markup() {
     scene.monitor.record(|it| &mut it.agents, agent, times, Ok(facts));
     scene.monitor.record(|it| &mut it.redis, &scene.others[1], times, Err(failure));
     scene.monitor.decide(scene.now());
-    for page in [well, bad, scene.page()] {
+    let silence = Silence::new(DateTime::UNIX_EPOCH, Duration::from_secs(1), vec![evil.to_owned()]);
+    let trouble = Some(evil.to_owned());
+    let telling = Telling { trouble, silences: vec![(silence, 0)], ..Telling::default() };
+    let told = render(&scene.monitor, &telling, scene.now());
+    assert!(told.contains("nobody is told of"), "{told}");
+    for page in [well, bad, scene.page(), told] {
         assert!(page.contains("alert(1)"), "{page}");
         assert_eq!(page.matches("<script>").count(), 1, "{page}");
         assert!(!page.contains("<img") && !page.contains(evil), "{page}");

@@ -10,6 +10,7 @@ use super::backups::{Backup, backups};
 use super::groups::{Group, groups};
 use super::notes::note;
 use super::strip::{Strip, strip};
+use super::told::{Told, told};
 use super::{SCRIPT, STYLE};
 use crate::advice::{Advice, NotMeasured};
 use crate::catalogue::ISOLATION;
@@ -19,7 +20,9 @@ use crate::failover::Failover;
 use crate::journal::{Event, What};
 use crate::judge::words::{bytes, counted, duration};
 use crate::monitor::State;
+use crate::notify::board::Telling;
 use crate::settle::Now;
+use crate::verdict::{Verdicts, stands_in};
 
 /// So many problems are listed at most, and so many events.
 const PROBLEMS_MAX: usize = 20;
@@ -49,6 +52,7 @@ pub(super) struct Page {
     groups: Vec<Group>,
     others: Vec<Other>,
     backups: Vec<Backup>,
+    told: Vec<Told>,
     advice: Vec<Advised>,
     sizes: Vec<(u32, String)>,
     not_measured: &'static [NotMeasured],
@@ -97,7 +101,12 @@ struct Happened {
 
 impl Page {
     /// What there is to show. `not_ready` says why little is known yet.
-    pub(super) fn of(state: &State, not_ready: Option<String>, now: Now) -> Self {
+    pub(super) fn of(
+        state: &State,
+        not_ready: Option<String>,
+        telling: &Telling,
+        now: Now,
+    ) -> Self {
         let all = problems(state, now);
         // If nobody is reached, one thing is wrong, and nothing is known of the rest.
         let is_isolated = state
@@ -127,6 +136,7 @@ impl Page {
             groups: groups(state, now),
             others: others(state),
             backups: backups(state, now),
+            told: told(telling, now.wall),
             advice: scaling.advice.into_iter().filter(|it| it.is_sustained).map(advised).collect(),
             sizes: scaling.sizes.iter().map(|(group, it)| (*group, it.to_string())).collect(),
             not_measured: scaling.not_measured,
@@ -173,7 +183,8 @@ fn headline(state: &State, status: Status, not_ready: Option<String>, now: Now) 
     let others =
         others.filter(|it| !matches!(it.kind, Kind::Postgres | Kind::Group | Kind::Cluster));
     let (reason, next) = match not_ready {
-        Some(why) if status <= Status::Unknown => {
+        // Where a check says what is not known, it says what to do as well.
+        Some(why) if status <= Status::Unknown && verdict.since.is_none() => {
             (format!("Not everything is known yet: {why}"), "wait a few seconds".to_owned())
         }
         _ if status == Status::Ok => {
@@ -217,13 +228,21 @@ fn advised(it: Advice) -> Advised {
     }
 }
 
-/// What is wrong, the worst first, of equals what began first. A check counts as no worse than what it
-/// comes to for its group or the cluster: a standby that others stand in for is a warning.
+/// The worst that a component counts as: a standby that others stand in for is a warning, as people are told.
+fn most(verdicts: &Verdicts, primaries: &BTreeMap<u32, String>, component: &Component) -> Status {
+    let Verdicts { cluster, groups, components } = verdicts;
+    if stands_in(component, components, primaries) {
+        return Status::Warning;
+    }
+    component.group.and_then(|it| groups.get(&it)).unwrap_or(cluster).status
+}
+
+/// What is wrong, the worst first, of equals what began first.
 fn problems(state: &State, now: Now) -> Vec<Problem> {
     let mut all = Vec::new();
+    let primaries = state.primaries.names();
     for (component, checks) in &state.checks {
-        let most = component.group.and_then(|it| state.verdicts.groups.get(&it));
-        let most = most.unwrap_or(&state.verdicts.cluster).status;
+        let most = most(&state.verdicts, &primaries, component);
         for (name, it) in checks.iter().filter(|(_, it)| it.status != Status::Ok) {
             let status = it.status.min(most);
             all.push((
@@ -252,10 +271,10 @@ fn others(state: &State) -> Vec<Other> {
             kinds.entry(component.kind).or_default().push(component);
         }
     }
+    let primaries = state.primaries.names();
     let status = |component: &Component| {
+        let most = most(&state.verdicts, &primaries, component);
         let verdict = state.verdicts.components.get(component);
-        let most = component.group.and_then(|it| state.verdicts.groups.get(&it));
-        let most = most.unwrap_or(&state.verdicts.cluster).status;
         verdict.map_or(Status::Unknown, |it| it.status.min(most))
     };
     let mut rows = Vec::new();
@@ -312,6 +331,7 @@ fn happened(event: &Event, now: DateTime<Utc>) -> Happened {
 
 fn failover(it: &Failover) -> String {
     let lost = match it.lost_bytes_at_most {
+        None if it.both_wrote => "both wrote at once: what one of them wrote is lost".to_owned(),
         None => "what is lost cannot be told".to_owned(),
         Some(0) => "no WAL is known to be lost".to_owned(),
         Some(lost) => format!("at most {} of WAL are lost", bytes(lost)),

@@ -6,7 +6,7 @@ use rustix::fs::statvfs;
 use rustix::io::Errno;
 use tokio::task::{JoinHandle, spawn_blocking};
 
-use super::Probe;
+use super::{Probe, bare};
 use crate::config::DiskConfig;
 use crate::facts::{Failure, Stage};
 
@@ -50,7 +50,7 @@ impl Probe for DiskProbe {
         let failure = |error: String| Failure { stage: Stage::Answer, error };
         answer
             .map_err(|error| failure(error.to_string()))?
-            .map_err(|error| failure(format!("{}: {}", self.path.display(), words(error))))
+            .map_err(|error| failure(format!("{}: {}", self.path.display(), bare(error))))
     }
 }
 
@@ -62,9 +62,4 @@ fn read(path: &Path) -> Result<DiskFacts, Errno> {
         free_inodes: found.f_favail,
         inodes: found.f_files,
     })
-}
-
-/// Without the number, which is of no use to who reads it.
-fn words(error: Errno) -> String {
-    error.to_string().split(" (os error ").next().unwrap_or_default().to_owned()
 }

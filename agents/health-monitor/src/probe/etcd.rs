@@ -3,7 +3,7 @@
 use reqwest::Url;
 use shared::etcd::{EtcdConfig, EtcdMember, EtcdSetupError, MemberError};
 
-use super::Probe;
+use super::{Probe, bare};
 use crate::facts::{Failure, Stage};
 
 pub use shared::etcd::MemberStatus as EtcdFacts;
@@ -32,11 +32,12 @@ impl Probe for EtcdProbe {
         self.0.status().await.map_err(|error| {
             let stage = match error {
                 MemberError::Unreachable(_) => Stage::Dial,
+                MemberError::NotListening(_) => Stage::Refused,
                 MemberError::Tls(_) => Stage::Tls,
                 MemberError::Login(_) => Stage::Login,
                 MemberError::Refused(_) => Stage::Answer,
             };
-            Failure { stage, error: error.to_string() }
+            Failure { stage, error: bare(error) }
         })
     }
 }

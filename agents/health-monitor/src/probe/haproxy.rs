@@ -90,6 +90,9 @@ struct Row {
 }
 
 fn read(page: &[u8]) -> Result<Vec<Row>, Failure> {
+    if !page.starts_with(b"# pxname,") {
+        return Err(wrong("the statistics are not CSV".to_owned()));
+    }
     let rows: Result<_, csv::Error> = csv::Reader::from_reader(page).into_deserialize().collect();
     rows.map_err(|error| wrong(format!("the statistics are not CSV: {error}")))
 }
@@ -153,6 +156,12 @@ mod tests {
         );
         assert_eq!(servers(&rows, "replicas"), [server("a", true, "no check")], "a backup alone");
         assert_eq!(servers(&rows, "none"), []);
-        assert!(read(b"<html>\n<body>\n").is_err());
+        for page in [&b"<html>\n<body>\n"[..], b"<html></html>", b""] {
+            assert!(read(page).is_err());
+        }
+        assert_eq!(
+            read(b"# pxname,svname,status,bck,check_status,check_code,last_chk,\n").unwrap().len(),
+            0
+        );
     }
 }

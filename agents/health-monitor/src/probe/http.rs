@@ -8,7 +8,7 @@ use reqwest::{Client, ClientBuilder, StatusCode, Url, header};
 use shared::secret::Secret;
 use shared::tls;
 
-use super::SetupError;
+use super::{SetupError, bare};
 use crate::facts::{Failure, Stage};
 
 /// Longest answer to read, in bytes. The longest are those of a large Swarm and of agents that watch
@@ -120,18 +120,16 @@ fn why(error: &reqwest::Error) -> Failure {
         return failure(Stage::Tls, format!("no TLS: {trouble}"));
     }
     if error.is_connect() {
-        return failure(Stage::Dial, format!("no connection: {}", bottom(error)));
+        return failure(Stage::of_dial(error), format!("no connection: {}", bottom(error)));
     }
     failure(Stage::Answer, format!("the connection broke: {}", bottom(error)))
 }
 
-/// What is at the bottom of an error: what is above names the libraries that passed it on. The number
-/// of an error of the operating system is of no use to who reads it.
-fn bottom(error: &dyn Error) -> String {
+/// What is at the bottom of an error: what is above names the libraries that passed it on.
+pub(crate) fn bottom(error: &dyn Error) -> String {
     let mut cause = error;
     while let Some(next) = cause.source() {
         cause = next;
     }
-    let text = cause.to_string();
-    text.split(" (os error ").next().unwrap_or_default().to_owned()
+    bare(cause)
 }

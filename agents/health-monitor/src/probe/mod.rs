@@ -15,6 +15,7 @@ pub mod postgres;
 pub mod redis;
 pub mod swarm;
 
+use std::fmt;
 use std::path::Path;
 
 use shared::secret::{Secret, SecretError};
@@ -63,6 +64,11 @@ impl SetupError {
     }
 }
 
+/// An error without the number that the operating system has for it: that is of no use to who reads it.
+pub(crate) fn bare(error: impl fmt::Display) -> String {
+    error.to_string().split(" (os error ").next().unwrap_or_default().to_owned()
+}
+
 /// Asks one component.
 pub trait Probe: Send {
     /// What it finds out.
@@ -72,7 +78,8 @@ pub trait Probe: Send {
     /// next one must begin with a new connection.
     fn ask(&mut self) -> impl Future<Output = Result<Self::Facts, Failure>> + Send;
 
-    /// Resolves when a connection that is kept ends: then there is something to ask at once.
+    /// Resolves when there is something to ask at once: a connection that is kept ended, or a new one was
+    /// refused.
     fn lost(&mut self) -> impl Future<Output = ()> + Send {
         std::future::pending()
     }

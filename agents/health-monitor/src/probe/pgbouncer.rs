@@ -91,6 +91,7 @@ impl PgbouncerProbe {
             password: SetupError::secret(config.password_file.as_deref(), || key("password_file"))?,
             database: CONSOLE.to_owned(),
             tls,
+            allow_weak_auth: config.allow_weak_auth,
             application_name: "pgmesh/health-monitor".to_owned(),
             connect_timeout: limit,
             statement_timeout: limit,

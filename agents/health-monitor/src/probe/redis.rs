@@ -4,7 +4,7 @@ use shared::secret::Secret;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 
-use super::{Probe, SetupError};
+use super::{Probe, SetupError, bare};
 use crate::config::RedisConfig;
 use crate::facts::{Failure, Stage};
 
@@ -65,8 +65,9 @@ impl Probe for RedisProbe {
 
     async fn ask(&mut self) -> Result<RedisFacts, Failure> {
         let connected = TcpStream::connect((self.host.as_str(), self.port)).await;
-        let stream = connected
-            .map_err(|error| failure(Stage::Dial, format!("no connection: {}", words(&error))))?;
+        let stream = connected.map_err(|error| {
+            failure(Stage::of_dial(&error), format!("no connection: {}", bare(&error)))
+        })?;
         let mut stream = BufReader::new(stream);
         if let Some(password) = &self.password {
             let mut login = vec!["AUTH"];
@@ -103,10 +104,6 @@ impl Probe for RedisProbe {
 
 fn failure(stage: Stage, error: impl Into<String>) -> Failure {
     Failure { stage, error: error.into() }
-}
-
-fn words(error: &std::io::Error) -> String {
-    error.to_string().split(" (os error ").next().unwrap_or_default().to_owned()
 }
 
 /// A reply to one of our commands.
@@ -159,7 +156,7 @@ async fn read_reply(stream: &mut (impl AsyncBufRead + Unpin)) -> Result<Reply, F
 }
 
 fn broken(error: &std::io::Error) -> Failure {
-    failure(Stage::Answer, format!("the connection broke: {}", words(error)))
+    failure(Stage::Answer, format!("the connection broke: {}", bare(error)))
 }
 
 /// Reads what `INFO` says; `None` if it does not say what role it has.

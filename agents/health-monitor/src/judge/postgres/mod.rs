@@ -69,7 +69,7 @@ pub fn judge(
 fn no_answer(failure: &Failure, failing_for: Duration) -> Reading {
     let reading = |status| Reading::new(&REACHABLE, status, failure.error.as_str());
     match failure.stage {
-        Stage::Dial => reading(Status::Critical),
+        Stage::Dial | Stage::Refused => reading(Status::Critical),
         Stage::Timeout => reading(Status::Critical).with_next(
             "it hangs, or the network to it does: see whether its host answers, then its processes and \
              disks",

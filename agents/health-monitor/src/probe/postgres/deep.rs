@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shared::pg::{Connection, Node, Settings, connect};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 use tracing::warn;
@@ -24,6 +24,8 @@ use crate::probe::Probe;
 pub const LIMIT: Duration = Duration::from_secs(20);
 /// The limit on dialling, TLS and login together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// Intervals between two new connections: each costs both sides a login.
+const LOGIN_EACH: u32 = 10;
 /// The server's limit on one question.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Questions that are not asked before so much of [`LIMIT`] is gone stay unanswered.
@@ -44,6 +46,7 @@ const CHECKPOINTS_SPAN: Duration = Duration::from_hours(1);
 pub struct DeepProbe {
     node: Node,
     settings: Arc<Settings>,
+    login_every: Duration,
     cache: Counters<4>,
     checkpoints: Counters<2>,
     sizes: Option<(Duration, Sizes)>,
@@ -52,8 +55,8 @@ pub struct DeepProbe {
 }
 
 impl DeepProbe {
-    /// For a server, with how to log in.
-    pub fn new(node: Node, settings: &Settings) -> Self {
+    /// For a server that is asked whether it is there in each `interval`, with how to log in.
+    pub fn new(node: Node, settings: &Settings, interval: Duration) -> Self {
         let settings = Settings {
             connect_timeout: CONNECT_TIMEOUT,
             statement_timeout: STATEMENT_TIMEOUT,
@@ -64,6 +67,7 @@ impl DeepProbe {
         Self {
             node,
             settings: Arc::new(settings),
+            login_every: interval * LOGIN_EACH,
             cache: Counters::over(CACHE_SPAN),
             checkpoints: Counters::over(CHECKPOINTS_SPAN),
             sizes: None,
@@ -136,6 +140,17 @@ impl Probe for DeepProbe {
         }
         facts.sizes = self.sizes.as_ref().map(|(_, sizes)| sizes.clone());
         Ok(facts)
+    }
+
+    /// A postmaster that hangs is not seen on a kept connection: between two questions a new one is made
+    /// now and then, and given up again.
+    async fn lost(&mut self) {
+        loop {
+            sleep(self.login_every).await;
+            if Box::pin(connect(&self.settings, &self.node)).await.is_err() {
+                return;
+            }
+        }
     }
 }
 

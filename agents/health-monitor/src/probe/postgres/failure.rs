@@ -1,10 +1,13 @@
 //! Why a server gives no answer, in words that do not name it.
 
+use std::error::Error;
+
 use shared::pg::{ConnectError, QueryError};
 use shared::telemetry::chain;
 use shared::tls::explain;
 use tokio_postgres::error::{DbError, Severity, SqlState};
 
+use super::super::bare;
 use super::query::AnswerError;
 use crate::facts::{Failure, Stage};
 
@@ -12,6 +15,11 @@ use crate::facts::{Failure, Stage};
 /// says the same of the server as a whole: the code is the same.
 /// Source: `src/backend/utils/init/miscinit.c`.
 const ROLE_LIMIT_ROUTINE: &str = "InitializeSessionUserId";
+
+/// An error with its causes.
+fn words(error: &(dyn Error + 'static)) -> String {
+    bare(chain(error))
+}
 
 fn failure(stage: Stage, error: impl Into<String>) -> Failure {
     Failure { stage, error: error.into() }
@@ -21,14 +29,14 @@ fn failure(stage: Stage, error: impl Into<String>) -> Failure {
 pub(in crate::probe) fn of_connect(error: &ConnectError) -> Failure {
     match error {
         ConnectError::Unreachable { source, .. } => {
-            failure(Stage::Dial, format!("no connection: {}", chain(source)))
+            failure(Stage::of_dial(source), format!("no connection: {}", words(source)))
         }
         ConnectError::TimedOut { limit, .. } => failure(
             Stage::Timeout,
             format!("no login within {}", humantime::format_duration(*limit)),
         ),
         ConnectError::Broken { source, .. } => {
-            failure(Stage::Dial, format!("the connection broke at the login: {}", chain(source)))
+            failure(Stage::Dial, format!("the connection broke at the login: {}", words(source)))
         }
         ConnectError::TlsNotOffered { .. } => {
             failure(Stage::Tls, "it does not offer TLS, and tls is \"verify-full\"")
@@ -40,12 +48,18 @@ pub(in crate::probe) fn of_connect(error: &ConnectError) -> Failure {
             failure(Stage::Tls, format!("its certificate does not name the host {expected}"))
         }
         ConnectError::Tls { source, .. } => {
-            let words = explain(source).unwrap_or_else(|| chain(source).to_string());
+            let words = explain(source).unwrap_or_else(|| words(source));
             failure(Stage::Tls, words)
         }
         ConnectError::PasswordMissing { user, .. } => {
             let words =
                 format!("it asks for the password of role {user}, and no password_file is set");
+            failure(Stage::Login, words)
+        }
+        ConnectError::WeakAuth { user, how, .. } => {
+            let words = format!(
+                "it asks for the password of role {user} {how}, and without TLS that is not given"
+            );
             failure(Stage::Login, words)
         }
         ConnectError::WrongPassword { user, .. } => {
@@ -89,7 +103,7 @@ pub(super) fn of_answer(error: &AnswerError) -> Failure {
             return failure(Stage::Answer, chain(error).to_string());
         }
     };
-    let words = chain(source).to_string();
+    let words = words(source);
     match source.as_db_error() {
         // Without a message from the server it is the connection that failed.
         None => failure(Stage::Dial, format!("the connection broke: {words}")),
@@ -123,8 +137,16 @@ mod tests {
                     node: node(),
                     source: io::Error::from_raw_os_error(111),
                 },
+                Stage::Refused,
+                "no connection: Connection refused",
+            ),
+            (
+                ConnectError::Unreachable {
+                    node: node(),
+                    source: io::Error::from_raw_os_error(113),
+                },
                 Stage::Dial,
-                "no connection: Connection refused (os error 111)",
+                "no connection: No route to host",
             ),
             (
                 ConnectError::TimedOut { node: node(), limit: Duration::from_secs(3) },
