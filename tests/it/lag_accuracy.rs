@@ -40,7 +40,7 @@ const REPLAY_LAG: &str = "
     SELECT extract(epoch FROM replay_lag)::float8 FROM pg_stat_replication
      WHERE application_name = 'standby'";
 /// The standby has a part of a record that it cannot replay.
-const PARTIAL_RECORD: &str = "
+pub(crate) const PARTIAL_RECORD: &str = "
     SELECT (pg_last_wal_receive_lsn() - '0/0') % 8192 = 0
            AND pg_last_wal_replay_lsn() < pg_last_wal_receive_lsn()";
 
@@ -203,8 +203,12 @@ impl Bench {
     async fn phase(&mut self, name: &str, seconds: f64) {
         let until = Instant::now() + Duration::from_secs_f64(seconds);
         let (mut told, mut others): (Vec<Told>, Vec<_>) = (Vec::new(), Vec::new());
+        let mut upper_bounds = Vec::new();
         while Instant::now() < until {
-            let scraped = Told::of(&self.exporter.scrape().await);
+            let before = now();
+            let scrape = self.exporter.scrape().await;
+            upper_bounds.push((before, now(), scrape.lag("standby")[2]));
+            let scraped = Told::of(&scrape);
             if told.last().is_none_or(|last| last.moment + ERROR < scraped.moment) {
                 told.push(scraped);
             }
@@ -219,6 +223,19 @@ impl Bench {
         // So that there is a look after the last sample.
         sleep(LOOK_EVERY * 20).await;
         self.judge(name, &told, &others);
+        self.judge_upper_bounds(name, &upper_bounds);
+    }
+
+    /// An upper bound holds when it is scraped.
+    fn judge_upper_bounds(&mut self, name: &str, bounds: &[(f64, f64, Option<f64>)]) {
+        let truth = self.truth.lock().unwrap();
+        for &(before, after, upper) in bounds {
+            let least = [before, after].map(|moment| truth.at(moment).map_or(0.0, |it| it.0));
+            let least = least[0].min(least[1]);
+            if upper.is_some_and(|upper| upper < least - ERROR) {
+                self.wrong.push(format!("{name}: scraped {upper:?}, truth at least {least:.3}"));
+            }
+        }
     }
 
     fn judge(&mut self, name: &str, told: &[Told], others: &[(f64, Option<f64>, Option<f64>)]) {

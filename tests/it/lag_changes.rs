@@ -15,12 +15,14 @@ use tokio::time::{Instant, sleep};
 use crate::exporter::{Exporter, INTERVAL, LIMIT, Scrape, node, server};
 use crate::scene::write;
 
-const NO_LAG: [Option<f64>; 3] = [None, None, None];
+pub(crate) const NO_LAG: [Option<f64>; 3] = [None, None, None];
 /// A sample older than this says nothing: `Limits::stale_after`.
 const STALE_AFTER: f64 = 3.0 + 0.25 * 3.0;
 /// How long the primary is away, in seconds; the default is long enough for each state to be seen.
 const OUTAGE_VARIABLE: &str = "PGMESH_TEST_OUTAGE_SECONDS";
 const OUTAGE_SECONDS: u64 = 12;
+/// A scrape takes not more than that, on a busy machine.
+const SCRAPE: Duration = Duration::from_millis(100);
 /// What a test and an agent on a busy machine may differ by, in seconds, besides the interval
 /// between two samples.
 const ERROR: f64 = 0.5;
@@ -37,7 +39,10 @@ impl Three {
     async fn start() -> Self {
         let primary = PgServer::builder().name("a").primary().await;
         primary.psql("CREATE TABLE t AS SELECT generate_series(1, 1000) AS i").await;
-        let (first, second) = (primary.standby("b").await, primary.standby("c").await);
+        // Its promotion takes as long as that: it is in recovery, on its new timeline.
+        let slow = ("recovery_end_command", "sleep 1");
+        let (first, second) =
+            (primary.standby_with("b", &[slow]).await, primary.standby("c").await);
         let nodes = [server(&primary), server(&first), server(&second)];
         let exporter = Exporter::start(&nodes).await;
         for standby in ["b", "c"] {
@@ -60,7 +65,7 @@ pub(crate) fn split_brain(scrape: &Scrape, state: &str) -> bool {
 }
 
 /// Makes a server that is stopped a standby of another one.
-fn make_standby_of(server: &PgServer, primary: &PgServer) {
+pub(crate) fn make_standby_of(server: &PgServer, primary: &PgServer) {
     let data = server.data_directory();
     fs::write(data.join("standby.signal"), "").unwrap();
     give_to_server_user(&data.join("standby.signal"));
@@ -71,7 +76,7 @@ fn make_standby_of(server: &PgServer, primary: &PgServer) {
 }
 
 /// Makes the data directory of a server that is stopped anew, at the same place.
-async fn rebuild(server: &PgServer, primary: &PgServer) {
+pub(crate) async fn rebuild(server: &PgServer, primary: &PgServer) {
     let data = server.data_directory();
     fs::remove_dir_all(data).unwrap();
     let mut copy = primary.program("pg_basebackup");
@@ -126,6 +131,16 @@ async fn a_failover_is_followed_and_what_diverged_has_no_lag() {
                 .all(|name| it.of(name, "a") == Some(0.0))
         })
         .await;
+    // What is lost at least stays known, and who should be promoted.
+    let scrape = exporter
+        .until("nothing is told of now", LIMIT, |it| it.value("group_rpo_seconds", &[]).is_none());
+    let scrape = scrape.await;
+    let lost = scrape.value("group_rpo_lower_bytes", &[]);
+    assert!(lost > Some(100_000.0), "{}", scrape.text);
+    eventually("the log names a standby", LIMIT, async || {
+        exporter.log().lines().any(|it| it.contains("primary unknown") && it.contains("most_wal"))
+    })
+    .await;
     first.promote().await;
     insert(&first).await;
     let promoted = exporter.until("b is the primary", LIMIT, |it| {
@@ -136,13 +151,13 @@ async fn a_failover_is_followed_and_what_diverged_has_no_lag() {
     let scrape = promoted.await;
     assert_eq!((scrape.state("b"), scrape.lag("b")), (None, NO_LAG));
     second.follow(&first).await;
-    exporter.state("c", "caught_up").await;
-    let scrape = exporter
-        .until("only b is a primary", LIMIT, |it| {
-            primaries(it) == Some(1.0) && it.state("a") == Some("unreachable")
+    exporter
+        .until("c follows b", LIMIT, |it| {
+            it.state("c") == Some("caught_up") && it.of("timeline_id", "c") == Some(2.0)
         })
         .await;
-    assert_eq!(scrape.of("timeline_id", "c"), Some(2.0));
+    let is_alone = |it: &Scrape| primaries(it) == Some(1.0) && it.state("a") == Some("unreachable");
+    exporter.until("only b is a primary", LIMIT, is_alone).await;
 
     // It comes back as the primary that it was.
     primary.start().await;
@@ -193,9 +208,15 @@ async fn ages_survive_a_switchover() {
     assert_age(&scrape, "c", since, 0.0);
     sleep(Duration::from_secs(1)).await;
 
-    // In order: the standbys have all of it.
+    // In order: the standbys have all of it. And b is asked while it is in recovery on its new timeline.
+    let session = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pgmesh/lag-exporter'";
+    let session = Pid::from_raw(first.psql(session).await.parse().unwrap()).unwrap();
+    kill_process(session, Signal::STOP).unwrap();
     primary.stop(Mode::Fast).await;
-    first.promote().await;
+    tokio::join!(first.promote(), async {
+        sleep(INTERVAL).await;
+        kill_process(session, Signal::CONT).unwrap();
+    });
     make_standby_of(&primary, &first);
     primary.start().await;
     second.follow(&first).await;
@@ -338,6 +359,8 @@ async fn a_server_that_hangs_delays_nobody() {
 
     hangs.sigstop();
     let stopped_at = Instant::now();
+    insert(&primary).await;
+    let since = Instant::now();
     let mut silent = 0;
     while stopped_at.elapsed() < Duration::from_secs(8) {
         let is_stale = STALE_AFTER + ERROR < stopped_at.elapsed().as_secs_f64();
@@ -352,6 +375,10 @@ async fn a_server_that_hangs_delays_nobody() {
             assert_eq!((scrape.state("b"), scrape.lag("b")), (Some("unreachable"), NO_LAG));
             assert_eq!(scrape.of("target_up", "b"), Some(0.0));
             silent += 1;
+        } else if let Some(upper) = scrape.lag("b")[2] {
+            // Up to then it may have caught up, for all that is known: at most this is the truth.
+            let truth = since.elapsed().saturating_sub(SCRAPE).as_secs_f64();
+            assert!(truth <= upper, "{truth}, not {upper}");
         }
         sleep(INTERVAL / 4).await;
     }

@@ -3,11 +3,14 @@
 use std::time::Duration;
 
 use harness::postgres::postgres_is_missing;
-use harness::{PgServer, Proxy, eventually};
+use harness::{PgServer, Proxy, directory, eventually, server_port};
 use shared::pg::{Node, Settings, Tls, connect};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep};
 
-use crate::exporter::{Exporter, INTERVAL, LIMIT, node, server};
+use crate::exporter::{Exporter, INTERVAL, LIMIT, Scrape, node, server};
+use crate::scene::write;
 
 /// The exporter's sessions at a server.
 const SESSIONS: &str = "FROM pg_stat_activity WHERE application_name = 'pgmesh/lag-exporter'";
@@ -51,6 +54,44 @@ async fn a_session_that_was_terminated_is_replaced_at_once() {
     assert!(finished.unexpected_log_lines(&[]).is_empty(), "{finished}");
 }
 
+#[tokio::test]
+async fn clients_that_say_nothing_hold_up_no_scrape() {
+    let exporter = Exporter::start(&[node("dead", "127.0.0.1", server_port())]).await;
+    let mut silent = Vec::new();
+    for _ in 0..5 {
+        for number in 0..40 {
+            let mut client = TcpStream::connect(exporter.address()).await.unwrap();
+            if number % 2 == 0 {
+                client.write_all(b"GET /metrics HTTP/1.1\r\n").await.unwrap();
+            }
+            silent.push(client);
+        }
+        // Fails if it takes long.
+        exporter.scrape().await;
+    }
+}
+
+#[tokio::test]
+async fn a_password_that_was_changed_is_read_again() {
+    if postgres_is_missing() {
+        return;
+    }
+    let primary = PgServer::builder().name("a").password("new").primary().await;
+    let directory = directory();
+    let file = directory.path().join("password");
+    write(&file, "old\n");
+    let mut exporter = Exporter::configured("postgres", &server(&primary), "");
+    let config = std::fs::read_to_string(exporter.config()).unwrap();
+    let key = format!("[postgres]\npassword_file = \"{}\"", file.display());
+    write(&exporter.config(), &config.replace("[postgres]", &key));
+    exporter.run().await;
+    let is_up = |up| move |it: &Scrape| it.of("target_up", "a") == Some(up);
+    exporter.until("the password is refused", LIMIT, is_up(0.0)).await;
+    assert!(exporter.log().contains("refuses the password"), "{}", exporter.log());
+    write(&file, "new\n");
+    exporter.until("the password is right", LIMIT, is_up(1.0)).await;
+}
+
 /// The network loses a connection without a word: the exporter notices, and makes a new one. The
 /// server does not notice, and keeps the dead session.
 #[tokio::test]
@@ -64,7 +105,7 @@ async fn sessions_that_the_network_lost_do_not_use_up_the_limit_of_the_role() {
     let topology = node("a", "127.0.0.1", link.port());
     let mut exporter = Exporter::configured("lag", &topology, "");
     exporter.run().await;
-    let is = |up| move |it: &crate::exporter::Scrape| it.of("target_up", "a") == Some(up);
+    let is = |up| move |it: &Scrape| it.of("target_up", "a") == Some(up);
     exporter.until("it is asked", LIMIT, is(1.0)).await;
     for lost in 1..=3 {
         link.lose();

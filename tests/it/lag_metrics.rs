@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use harness::postgres::postgres_is_missing;
-use harness::{PgServer, directory, program, server_port, skip};
+use harness::{PgServer, directory, eventually, program, server_port, skip};
 use serde_json::Value;
 use tokio::time::{Instant, sleep};
 
@@ -29,6 +29,36 @@ async fn pair() -> (PgServer, PgServer) {
 async fn role(primary: &PgServer, standby: &PgServer, name: &str, grants: &str) {
     primary.psql(&format!("CREATE ROLE {name} LOGIN; {grants}")).await;
     standby.catch_up(primary).await;
+}
+
+/// Behind one address, by the name that a receiver has unless somebody gives it one.
+#[tokio::test]
+async fn two_standbys_of_one_name_count_as_two() {
+    if postgres_is_missing() {
+        return;
+    }
+    let primary = PgServer::builder().name("a").primary().await;
+    let mut nodes = server(&primary);
+    let mut standbys = Vec::new();
+    for name in ["b", "c"] {
+        let standby = primary.standby("walreceiver").await;
+        nodes += &node(name, &standby.socket_directory().display().to_string(), standby.port());
+        standbys.push(standby);
+    }
+    let counted = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'";
+    eventually("both stream", LIMIT, async || primary.psql(counted).await == "2").await;
+    primary.set("synchronous_standby_names", "ANY 2 (*)").await;
+    // It is not asked for before the reload.
+    sleep(Duration::from_millis(500)).await;
+    let mut exporter = Exporter::configured("postgres", &nodes, "");
+    exporter.run().await;
+    let is_told = |it: &Scrape| it.values("sender_state", &[]).len() > 1;
+    let scrape = exporter.until("both are told", LIMIT, is_told).await;
+    let streaming = scrape.values("sender_state", &[("state", "streaming")]);
+    assert_eq!(streaming, [1.0, 1.0], "{}", scrape.text);
+    // One of them might be dead.
+    assert_ne!(scrape.value("group_sync_quorum_met", &[]), Some(0.0), "{}", scrape.text);
+    primary.psql("CREATE TABLE t (i int)").await;
 }
 
 fn is_missing(program: &str) -> bool {
@@ -109,7 +139,7 @@ async fn prometheus_scrapes_it_without_a_warning() {
         .stderr(file)
         .kill_on_drop(true);
     let mut prometheus = prometheus.spawn().unwrap();
-    harness::eventually("Prometheus has scraped five times", LIMIT, async || {
+    eventually("Prometheus has scraped five times", LIMIT, async || {
         query(port, "count_over_time(up[1m])").await.first().is_some_and(|it| 5.0 <= *it)
     })
     .await;
@@ -188,6 +218,7 @@ async fn without_pg_monitor_nothing_is_made_up() {
     }
     let (primary, standby) = pair().await;
     role(&primary, &standby, "lag", "").await;
+    primary.set("synchronous_standby_names", "standby").await;
     let nodes = [server(&primary), server(&standby)].concat();
     let mut exporter = Exporter::configured("lag", &nodes, "");
     exporter.run().await;
@@ -197,6 +228,8 @@ async fn without_pg_monitor_nothing_is_made_up() {
     for (name, node) in &FOR_MONITORS[..3] {
         assert_eq!(scrape.values(name, &[("node", node)]), Vec::<f64>::new(), "{name}");
     }
+    // Nor whether commits hang, which they do not.
+    assert_eq!(scrape.value("group_sync_quorum_met", &[]), None);
     // Nor whether it is on the primary's timeline.
     assert_eq!(scrape.state("standby"), Some("unknown"));
     // The receiver streams, which this role may not know.
@@ -264,6 +297,9 @@ async fn commands_say_by_their_exit_code_what_is_the_matter() {
     for (extra, topology, text) in [
         ("", format!("surplus = 1\n{nodes}"), "surplus"),
         ("state_directory = \"/nowhere\"\n", nodes.clone(), "state_directory"),
+        ("state_directory = \"/proc\"\n", nodes.clone(), "state_directory"),
+        ("history = \"500years\"\n", nodes.clone(), "history"),
+        ("", node("a", "127.0.0.1:5432", 5432), "nodes[0].host"),
         ("", String::new(), "nodes: must list at least one server"),
     ] {
         let exporter = Exporter::configured("postgres", &topology, extra);

@@ -2,11 +2,13 @@
 
 use std::path::Path;
 
+use anyhow::Context as _;
 use shared::cli::print;
 use shared::config;
 
 use crate::cli::{Cli, Command};
 use crate::config::Config;
+use crate::history;
 use crate::service;
 use crate::show;
 
@@ -37,6 +39,7 @@ fn check_config(path: &Path, config: &Config) -> anyhow::Result<()> {
     if let Some(directory) = &config.state_directory {
         let is_there = directory.is_dir();
         anyhow::ensure!(is_there, "state_directory: {} is no directory", directory.display());
+        history::check(directory).context("state_directory")?;
     }
     print(format!("{} is fine\n", path.display()))
 }

@@ -15,6 +15,8 @@ use shared::topology::{PatroniConfig, TopologyConfig};
 const SAMPLE_INTERVAL_MIN: Duration = Duration::from_millis(100);
 /// How seldom: beyond this the lag of a standby that keeps up is anything up to the interval.
 const SAMPLE_INTERVAL_MAX: Duration = Duration::from_secs(10);
+/// So far back nobody looks.
+const HISTORY_MAX: Duration = Duration::from_hours(366 * 24);
 /// Below this a scrape every 15 s would miss a node that vanished and came back.
 const FORGET_AFTER_MIN: Duration = Duration::from_secs(30);
 
@@ -106,6 +108,9 @@ impl Check for Config {
         if self.history < self.sample_interval * 10 {
             problems.add("history", "must be at least ten times sample_interval");
         }
+        if self.history > HISTORY_MAX {
+            problems.add("history", "must be at most 366days");
+        }
         if self.forget_after < FORGET_AFTER_MIN {
             problems.add("forget_after", "must be at least 30s");
         }
@@ -171,6 +176,8 @@ mod tests {
              postgres.user: must not be empty\n\
              nodes: must list at least one server\n"
         );
+        let long = format!("history = \"500years\"\n{MINIMAL}");
+        assert_eq!(load(&long).unwrap_err(), "history: must be at most 366days\n");
         let unknown = format!("compat = \"pgwatch\"\n{MINIMAL}");
         assert_eq!(
             load(&unknown).unwrap_err(),

@@ -68,6 +68,8 @@ pub(crate) struct NodeMemory {
     has_streamed: bool,
     /// What it was when it last told, in recovery, both its timeline and how far it had replayed.
     replayed: Option<Replayed>,
+    /// The same, the last time on an older timeline.
+    replayed_before: Option<Replayed>,
     pub(crate) replay_pace: Pace,
     pub(crate) reign: Option<Reign>,
     pub(crate) details: Option<Box<Details>>,
@@ -92,6 +94,7 @@ impl NodeMemory {
             streams_since: None,
             has_streamed: false,
             replayed: None,
+            replayed_before: None,
             replay_pace: Pace::over(REPLAY_WINDOW),
             reign: None,
             details: None,
@@ -140,6 +143,9 @@ impl NodeMemory {
             }
             self.replay_pace.push(sample.answered_at, lsn);
             if let Some(timeline) = position.timeline.and(self.timeline) {
+                if self.replayed.is_some_and(|it| it.timeline < timeline) {
+                    self.replayed_before = self.replayed;
+                }
                 let Sample { asked_at, answered_at, .. } = *sample;
                 self.replayed = Some(Replayed { asked_at, answered_at, timeline, lsn });
             }
@@ -317,7 +323,7 @@ impl Group {
         let identity = sample.identity;
         node.forget_unless(identity.system_identifier, identity.started_at);
         (node.up, node.is_refused) = (Some(true), false);
-        let replayed = node.replayed;
+        let replayed = [node.replayed, node.replayed_before];
         let run = |timeline| Run::of(&sample, timeline);
         let offer = |timeline, flush_lsn, inserted, fork_lsn| Offer {
             name,
@@ -326,7 +332,9 @@ impl Group {
             flush_lsn,
             inserted,
             fork_lsn,
-            replayed,
+            // It is in recovery for a while after it has begun a timeline, until its
+            // `recovery_end_command` has ended.
+            replayed: replayed.into_iter().flatten().find(|it| it.timeline < timeline),
         };
         let offer = match sample.position {
             Position::Standby(position) => {

@@ -170,12 +170,26 @@ pub fn write(directory: &Path, bytes: &[u8]) -> Result<(), HistoryError> {
 /// Whatever the file system says, or the file is far too large.
 pub fn read(directory: &Path) -> Result<Option<Vec<u8>>, HistoryError> {
     let path = directory.join(FILE);
-    match fs::metadata(&path).and_then(|it| Ok((it.len() <= BYTES_MAX, fs::read(&path)?))) {
-        Ok((true, bytes)) => Ok(Some(bytes)),
-        Ok((false, _)) => Err(HistoryError::Damaged("too large")),
+    let failed = |source| HistoryError::Read { path: path.clone(), source };
+    match fs::metadata(&path) {
+        // To open a pipe would wait for somebody who writes.
+        Ok(it) if !it.is_file() => Err(HistoryError::Damaged("no file")),
+        Ok(it) if it.len() > BYTES_MAX => Err(HistoryError::Damaged("too large")),
+        Ok(_) => fs::read(&path).map(Some).map_err(failed),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(HistoryError::Read { path, source }),
+        Err(error) => Err(failed(error)),
     }
+}
+
+/// Tries whether a history can be written there.
+///
+/// # Errors
+///
+/// It cannot.
+pub fn check(directory: &Path) -> Result<(), HistoryError> {
+    let path = directory.join(format!("{FILE}.check"));
+    let written = fs::write(&path, "").and_then(|()| fs::remove_file(&path));
+    written.map_err(|source| HistoryError::Write { path, source })
 }
 
 /// Entries as steps from one to the next, which are short numbers.

@@ -72,7 +72,7 @@ pub struct Offer<'a> {
     pub inserted: u64,
     /// Where that timeline began, if it says so.
     pub fork_lsn: Option<u64>,
-    /// What it was when it was last seen in recovery.
+    /// What it was when it was last seen in recovery, on an older timeline.
     pub replayed: Option<Replayed>,
 }
 

@@ -4,7 +4,8 @@
 //! Two servers may write the same timeline, and a primary may come back without its newest WAL.
 //! What a server alone has stays in its directory when it is restarted, and it then says of itself
 //! what any standby does. It has been rebuilt if it goes on to replay what it streams: a record names
-//! the one before it, so the WAL of another history does not fit.
+//! the one before it, so the WAL of another history does not fit. One thing looks the same: if the
+//! server begins its replay before its own WAL, and its receiver has laid the primary's over that.
 
 use std::collections::BTreeMap;
 

@@ -1,6 +1,7 @@
 //! The service: watches every node of the topology, and publishes what is known.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -85,6 +86,7 @@ pub struct Watcher {
     /// Which nodes there are.
     pub topology: Topology,
     settings: Arc<Settings>,
+    password_file: Option<PathBuf>,
     interval: Duration,
 }
 
@@ -106,6 +108,7 @@ impl Watcher {
             fleet: Fleet::new(&config.cluster, limits),
             topology: Topology::new(config.topology(), etcd)?,
             settings: Arc::new(settings),
+            password_file: config.postgres.password_file.clone(),
             interval: config.sample_interval,
         })
     }
@@ -154,7 +157,8 @@ impl Watcher {
 
     fn watch_one(&self, node: Node, start: Duration, phase: f64) -> Watch {
         let (settings, fleet) = (Arc::clone(&self.settings), self.fleet.clone());
-        Watch { node, settings, interval: self.interval, start, phase, fleet }
+        let password_file = self.password_file.clone();
+        Watch { node, settings, password_file, interval: self.interval, start, phase, fleet }
     }
 }
 

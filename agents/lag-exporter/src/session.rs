@@ -31,6 +31,9 @@ pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
 /// An exporter that stands still for less than that need not connect anew.
 const LATE_BY: Duration = Duration::from_secs(10);
 
+/// What `PgBouncer` says to limits, which a server takes. Behind a pool nobody knows which server answers.
+const POOL_REFUSES: &str = "unsupported startup parameter";
+
 /// Why a server gave no answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
@@ -60,7 +63,11 @@ impl From<ConnectError> for Failure {
             | ConnectError::TooOld { .. }
             | ConnectError::Refused { .. } => Stage::Auth,
         };
-        Self { stage, error: chain(&error).to_string(), is_final: true }
+        let mut text = chain(&error).to_string();
+        if text.contains(POOL_REFUSES) {
+            text += "; this is a connection pool: give the address of the server itself";
+        }
+        Self { stage, error: text, is_final: true }
     }
 }
 

@@ -4,10 +4,13 @@
 //! server that hangs costs one socket and delays nobody else.
 
 use std::convert::Infallible;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use shared::pg::{Node, Settings};
+use shared::pg::{Connection, Node, Settings};
+use shared::secret::Secret;
+use tokio::task::spawn_blocking;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
 use tracing::{info, warn};
 
@@ -25,6 +28,9 @@ const FRESH_CONNECT_EVERY: Duration = Duration::from_secs(40);
 const RECONNECT_FIRST: Duration = Duration::from_secs(1);
 /// … up to this.
 const RECONNECT_MAX: Duration = Duration::from_secs(8);
+/// … or this where nobody listens: to ask costs next to nothing, and who starts there may be a second
+/// primary.
+const RECONNECT_REFUSED_MAX: Duration = Duration::from_secs(2);
 
 /// One server that is watched.
 #[derive(Clone, Debug)]
@@ -33,6 +39,8 @@ pub struct Watch {
     pub node: Node,
     /// How to log in.
     pub settings: Arc<Settings>,
+    /// The file with the password, read again for each connection: it may have been changed.
+    pub password_file: Option<PathBuf>,
     /// Between two samples.
     pub interval: Duration,
     /// Over what time the first connections to all servers are spread.
@@ -83,17 +91,34 @@ impl Watch {
                 let (group, node, error) = (self.node.group, &self.node.name, &failure.error);
                 warn!(group, node, error, "node does not answer");
             }
+            let wait_max = match &learnt {
+                Learnt::NoConnection(failure) if failure.stage == Stage::Dial => {
+                    RECONNECT_REFUSED_MAX
+                }
+                _ => RECONNECT_MAX,
+            };
             self.fleet.record(&self.node, learnt);
-            sleep(self.spread(wait)).await;
-            wait = (wait * 2).min(RECONNECT_MAX);
+            sleep(self.spread(wait.min(wait_max))).await;
+            wait = (wait * 2).min(wait_max);
         }
     }
 
     /// Connects and prepares the questions. The outer error is that there is no connection.
     async fn open<'a>(&self, told: &'a mut Told) -> Result<Result<Session<'a>, Failure>, Failure> {
-        let connection = Box::pin(new_connection(&self.settings, &self.node)).await?;
+        let connection = Box::pin(self.connect()).await?;
         self.fleet.record(&self.node, Learnt::FreshConnect(Ok(())));
         Ok(Box::pin(Session::open(connection, told)).await)
+    }
+
+    /// Makes a new connection. While the file with the password cannot be read, the last one will do.
+    async fn connect(&self) -> Result<Connection, Failure> {
+        let mut settings = Settings::clone(&self.settings);
+        if let Some(path) = self.password_file.clone()
+            && let Ok(Ok(password)) = spawn_blocking(move || Secret::read(&path)).await
+        {
+            settings.password = Some(password);
+        }
+        new_connection(&settings, &self.node).await
     }
 
     /// Asks on one connection until it is of no more use, and says why. Beside that new ones are
@@ -137,7 +162,7 @@ impl Watch {
     async fn try_new_connections(&self) -> Infallible {
         loop {
             sleep(self.spread(FRESH_CONNECT_EVERY)).await;
-            let outcome = Box::pin(new_connection(&self.settings, &self.node)).await.map(drop);
+            let outcome = Box::pin(self.connect()).await.map(drop);
             self.fleet.record(&self.node, Learnt::FreshConnect(outcome));
         }
     }
@@ -158,7 +183,6 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use shared::pg::Tls;
-    use shared::secret::Secret;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{TcpListener, TcpStream};
     use tokio::task::JoinSet;
@@ -194,6 +218,7 @@ mod tests {
         let watch = Watch {
             node,
             settings: Arc::new(limited(settings, interval)),
+            password_file: None,
             interval,
             start: interval,
             phase: 0.5,
@@ -248,6 +273,20 @@ mod tests {
         assert_eq!(target.fresh_connect_error, Some(expected));
         let node = node(&fleet);
         assert_eq!((node.up, node.fresh_connect), (Some(false), Some(false)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_refuses_is_asked_again_soon() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        drop(listener);
+        let (watch, fleet) = watch(port);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(watch.run());
+        sleep(Duration::from_mins(2)).await;
+        let refused = fleet.snapshot().targets.remove(0).failures[0];
+        // Every 2.5 s in the end.
+        assert!((45..=50).contains(&refused), "{refused}");
     }
 
     /// A server of which only the questions at a login and for the positions are answered.

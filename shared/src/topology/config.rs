@@ -1,6 +1,7 @@
 //! The keys that say which nodes there are: `[etcd]`, `[patroni]` and `[[nodes]]`.
 
 use std::collections::BTreeSet;
+use std::net::Ipv6Addr;
 use std::path::PathBuf;
 
 use serde::Deserialize;
@@ -107,9 +108,15 @@ pub fn check_nodes(nodes: &[Node], problems: &mut Problems) {
                 if value.is_empty() {
                     problems.add(key, "must not be empty");
                 }
+                if value.contains(char::is_control) {
+                    problems.add(key, "must not have control characters");
+                }
             }
             if node.host.starts_with('[') {
                 problems.add("host", "must be an IPv6 address without brackets");
+            } else if has_port(node) {
+                let problem = format!("`{}` is no IPv6 address; a port belongs in port", node.host);
+                problems.add("host", problem);
             }
             if node.port == 0 {
                 problems.add("port", "must not be 0");
@@ -125,6 +132,13 @@ pub fn check_nodes(nodes: &[Node], problems: &mut Problems) {
     }
 }
 
+/// Whether there is a `:` in a host that is no address, such as `10.0.0.1:5432`.
+fn has_port(node: &Node) -> bool {
+    // Without the zone: `fe80::1%eth0`.
+    let address = node.host.split('%').next().unwrap_or_default();
+    !node.is_local() && address.contains(':') && address.parse::<Ipv6Addr>().is_err()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -137,8 +151,15 @@ mod tests {
     fn the_list_of_nodes_is_checked() {
         let mut problems = Problems::default();
         check_nodes(&[], &mut problems);
-        let twice =
-            [node("a", "x", 5432), node("a", "x", 5432), node("", "", 0), node("d", "[::1]", 1)];
+        let twice = [
+            node("a", "x", 5432),
+            node("a", "x", 5432),
+            node("", "", 0),
+            node("d", "[::1]", 1),
+            node("e\n", "10.0.0.1:5432", 1),
+            node("f", "fe80::1%eth0", 1),
+            node("g", "/run/a:b", 1),
+        ];
         check_nodes(&twice, &mut problems);
         let found: Vec<_> =
             problems.found().iter().map(|it| format!("{}: {}", it.key, it.problem)).collect();
@@ -152,6 +173,8 @@ mod tests {
                 "nodes[2].host: must not be empty",
                 "nodes[2].port: must not be 0",
                 "nodes[3].host: must be an IPv6 address without brackets",
+                "nodes[4].name: must not have control characters",
+                "nodes[4].host: `10.0.0.1:5432` is no IPv6 address; a port belongs in port",
             ]
         );
     }

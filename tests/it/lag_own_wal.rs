@@ -1,0 +1,114 @@
+//! Standbys with WAL that their primary has not: they say what any standby does.
+
+use std::time::Duration;
+
+use harness::postgres::postgres_is_missing;
+use harness::{Mode, PgServer, directory, program, run};
+use tokio::time::{Instant, sleep};
+
+use crate::exporter::{Exporter, INTERVAL, LIMIT, server};
+use crate::lag_changes::{NO_LAG, insert, make_standby_of, rebuild, split_brain};
+
+const MUCH: &str = "INSERT INTO t SELECT generate_series(1, 5000)";
+
+/// Checks for a while that `node` is in that state, without a number, and that nobody counts on it.
+async fn stays(exporter: &Exporter, node: &str, state: &str) {
+    let until = Instant::now() + Duration::from_secs(3);
+    while Instant::now() < until {
+        let scrape = exporter.scrape().await;
+        assert_eq!((scrape.state(node), scrape.lag(node)), (Some(state), NO_LAG));
+        let lost = scrape.value("group_rpo_seconds", &[]);
+        assert!(lost.is_none_or(f64::is_infinite), "{lost:?}");
+        sleep(INTERVAL).await;
+    }
+}
+
+#[tokio::test]
+async fn who_wrote_the_primarys_timeline_too_has_no_lag_until_it_is_rebuilt() {
+    if postgres_is_missing() {
+        return;
+    }
+    let mut primary = PgServer::builder().name("a").primary().await;
+    primary.psql("CREATE TABLE t AS SELECT generate_series(1, 1000) AS i").await;
+    let (first, mut second) = (primary.standby("b").await, primary.standby("c").await);
+    let state = directory();
+    let keep = format!("state_directory = \"{}\"\n", state.path().display());
+    let nodes = [server(&first), server(&second)].concat();
+    let mut exporter = Exporter::configured("postgres", &nodes, &keep);
+    exporter.run().await;
+    first.catch_up(&primary).await;
+    second.catch_up(&primary).await;
+    primary.stop(Mode::Immediate).await;
+    // Neither knows of the other: each begins timeline 2.
+    tokio::join!(first.promote(), second.promote());
+    exporter.until("both are primaries", LIMIT, |it| split_brain(it, "candidate")).await;
+    first.psql(MUCH).await;
+    insert(&second).await;
+    exporter.until("both write", LIMIT, |it| split_brain(it, "confirmed")).await;
+
+    // Without a rewind.
+    second.stop(Mode::Fast).await;
+    make_standby_of(&second, &first);
+    second.start().await;
+    exporter.state("c", "unknown").await;
+    first.psql(MUCH).await;
+    stays(&exporter, "c", "unknown").await;
+    exporter.stop().await;
+    exporter.run().await;
+    exporter.state("c", "unknown").await;
+    stays(&exporter, "c", "unknown").await;
+
+    second.stop(Mode::Fast).await;
+    rebuild(&second, &first).await;
+    second.start().await;
+    second.catch_up(&first).await;
+    sleep(INTERVAL * 2).await;
+    // It replays what it streams.
+    insert(&first).await;
+    exporter.state("c", "caught_up").await;
+}
+
+#[tokio::test]
+async fn what_a_primary_lost_is_remembered_of_the_standby_that_has_it() {
+    if postgres_is_missing() {
+        return;
+    }
+    let mut primary = PgServer::builder().name("a").primary().await;
+    primary.psql("CREATE TABLE t AS SELECT generate_series(1, 1000) AS i").await;
+    let mut standby = primary.standby("b").await;
+    let state = directory();
+    let keep = format!("state_directory = \"{}\"\n", state.path().display());
+    let nodes = [server(&primary), server(&standby)].concat();
+    let mut exporter = Exporter::configured("postgres", &nodes, &keep);
+    exporter.run().await;
+    primary.stop(Mode::Fast).await;
+    let (data, kept) = (primary.data_directory().display().to_string(), directory());
+    let snapshot = kept.path().join("snapshot").display().to_string();
+    run(program::command("/bin/cp").args(["-a", &data, &snapshot])).await;
+    primary.start().await;
+    insert(&primary).await;
+    exporter.state("b", "caught_up").await;
+    standby.catch_up(&primary).await;
+    sleep(INTERVAL * 2).await;
+
+    primary.stop(Mode::Immediate).await;
+    run(program::command("/bin/rm").args(["-r", &data])).await;
+    run(program::command("/bin/mv").args([&snapshot, &data])).await;
+    primary.start().await;
+    exporter.state("b", "diverged").await;
+    // It writes more than the standby has.
+    primary.psql(MUCH).await;
+    stays(&exporter, "b", "diverged").await;
+    exporter.stop().await;
+    exporter.run().await;
+    exporter.state("b", "diverged").await;
+    stays(&exporter, "b", "diverged").await;
+
+    standby.stop(Mode::Fast).await;
+    rebuild(&standby, &primary).await;
+    standby.start().await;
+    standby.catch_up(&primary).await;
+    sleep(INTERVAL * 2).await;
+    insert(&primary).await;
+    exporter.state("b", "caught_up").await;
+}
