@@ -36,6 +36,7 @@ mod patroni;
 mod pieces;
 mod prefetch;
 mod promotion;
+mod rebalance_apply;
 mod rebalance_plan;
 mod receive;
 mod replicas;

@@ -21,11 +21,11 @@ const STAND_IN: &str = include_str!("../stand-in/citus.sql");
 const ROLES: &str = include_str!("../../init-scripts/10-roles.sql");
 
 /// A coordinator and two workers, and an agent that may look.
-struct Cluster {
-    coordinator: PgServer,
-    workers: Vec<PgServer>,
-    directory: TempDir,
-    port: u16,
+pub(crate) struct Cluster {
+    pub(crate) coordinator: PgServer,
+    pub(crate) workers: Vec<PgServer>,
+    pub(crate) directory: TempDir,
+    pub(crate) port: u16,
 }
 
 async fn stand_in(name: &str, group: u32) -> PgServer {
@@ -37,7 +37,7 @@ async fn stand_in(name: &str, group: u32) -> PgServer {
 
 impl Cluster {
     /// All of two colocated tables on the first worker: four shard groups of 1 GiB and a little.
-    async fn skewed() -> Self {
+    pub(crate) async fn skewed() -> Self {
         let coordinator = stand_in("coordinator", 0).await;
         let workers = vec![stand_in("worker-1", 1).await, stand_in("worker-2", 2).await];
         let nodes = [&coordinator, &workers[0], &workers[1]];
@@ -75,7 +75,7 @@ impl Cluster {
     }
 
     /// The workers are found by Citus.
-    fn configure(&self, extra: &str) {
+    pub(crate) fn configure(&self, extra: &str) {
         let text = format!(
             "cluster = \"tests\"\nadmin_address = \"127.0.0.1:{}\"\ninterval = \"5s\"\n{extra}\
              [postgres]\nuser = \"pgmesh_rebalance\"\ntls = \"disable\"\n{}",
@@ -85,11 +85,11 @@ impl Cluster {
         write(&self.config(), &text);
     }
 
-    fn agent(&self) -> Agent {
+    pub(crate) fn agent(&self) -> Agent {
         Agent::rebalance_agent(&self.config())
     }
 
-    async fn plan(&self) -> Value {
+    pub(crate) async fn plan(&self) -> Value {
         let finished = self.agent().run(&["plan", "--json"]).await;
         serde_json::from_str(&finished.stdout).unwrap_or_else(|_| panic!("{finished}"))
     }
@@ -116,7 +116,7 @@ impl Cluster {
     }
 
     /// Changes the stand-in's catalogue on the coordinator.
-    async fn change(&self, sql: &str) {
+    pub(crate) async fn change(&self, sql: &str) {
         self.coordinator.psql(&format!("SET allow_system_table_mods = on; {sql}")).await;
     }
 
@@ -407,11 +407,10 @@ async fn what_others_say_closes_its_gate() {
     );
     cluster.configure(&keys.replace("health.urls", "# "));
     etcd_cluster.kill9(0).await;
-    Cluster::assert_refused(
-        &cluster.refused().await,
-        "activity",
-        "what other agents do is unknown",
-    );
+    let refused = cluster.refused().await;
+    let gates: Vec<_> = refused.iter().map(|(gate, _)| gate.as_str()).collect();
+    assert_eq!(gates, ["paused", "budget", "activity"], "{refused:?}");
+    assert!(refused[2].1.contains("what other agents do is unknown"), "{refused:?}");
 }
 
 async fn get(port: u16, path: &str) -> (u16, String) {

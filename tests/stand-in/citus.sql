@@ -1,9 +1,10 @@
 -- A STAND-IN for Citus' catalogue: this is not Citus, and nothing in it is distributed or moves.
 --
 -- It gives a plain PostgreSQL 17 the relations, views and functions of Citus 14 that the rebalance agent
--- reads, with the names, columns and types that were recorded of a real one, so that its questions can
--- be tried where there is no Citus. What they answer stands in the tables of the schema stand_in, for a
--- test to change. Run it on each server, with the number of its group: psql -v group=1.
+-- reads and calls, with the names, columns, types and errors that were recorded of a real one, so that it
+-- can be tried where there is no Citus. What they answer stands in the tables of the schema stand_in, for a
+-- test to change; a move changes the catalogue, and no data. Run it on each server, with the number of its
+-- group: psql -v group=1.
 
 SET allow_system_table_mods = on;
 SET client_min_messages = warning;
@@ -135,11 +136,58 @@ BEGIN
     PERFORM stand_in.may_fail('get_rebalance_progress');
     RETURN QUERY SELECT 1, shard.logicalrelid, it.shardid, 0::bigint, a.nodename, a.nodeport, b.nodename, b.nodeport,
            it.progress, 0::bigint, 0::bigint, 'move', NULL::pg_lsn, NULL::pg_lsn, it.status
-      FROM stand_in.progress AS it
+      FROM (SELECT * FROM stand_in.progress
+            UNION ALL
+            SELECT placement.shardid, source.nodeid, source.nodeid, 1, 'Copying Data'
+              FROM pg_locks
+              JOIN pg_dist_placement AS placement ON placement.shardid = pg_locks.objid::bigint
+              JOIN pg_dist_node AS source ON source.groupid = placement.groupid AND source.noderole = 'primary'
+             WHERE locktype = 'advisory' AND classid::int8 = (hashtext('move')::int8 & 4294967295) AND granted) AS it
       JOIN pg_dist_shard AS shard ON shard.shardid = it.shardid
       JOIN pg_dist_node AS a ON a.nodeid = it.source
       JOIN pg_dist_node AS b ON b.nodeid = it.target;
 END $$;
+
+-- How long a move copies. At its end it needs the lock on the other table, as a real one that of the shard.
+CREATE TABLE stand_in.copying (seconds float NOT NULL);
+INSERT INTO stand_in.copying VALUES (0.2);
+CREATE TABLE stand_in.cutover ();
+
+-- It shows as under way while it holds an advisory lock on the shard. What it leaves to be dropped is a
+-- record, as of a real one.
+CREATE FUNCTION pg_catalog.citus_move_shard_placement(
+    shard_id bigint, source_node_id int, target_node_id int, transfer_mode citus.shard_transfer_mode = 'auto')
+    RETURNS void LANGUAGE plpgsql SECURITY DEFINER AS $$
+DECLARE
+    source int := (SELECT groupid FROM pg_dist_node WHERE nodeid = source_node_id);
+    target int := (SELECT groupid FROM pg_dist_node WHERE nodeid = target_node_id);
+    moved record;
+BEGIN
+    PERFORM pg_advisory_xact_lock(hashtext('move'), shard_id::int);
+    PERFORM pg_sleep(seconds) FROM stand_in.copying;
+    PERFORM stand_in.may_fail('citus_move_shard_placement');
+    LOCK TABLE stand_in.cutover IN ACCESS EXCLUSIVE MODE;
+    FOR moved IN
+        SELECT other.shardid, other.logicalrelid
+          FROM pg_dist_shard AS first
+          JOIN pg_dist_partition AS first_table ON first_table.logicalrelid = first.logicalrelid
+          JOIN pg_dist_partition AS other_table ON other_table.colocationid = first_table.colocationid
+          JOIN pg_dist_shard AS other
+            ON other.logicalrelid = other_table.logicalrelid AND other.shardminvalue = first.shardminvalue
+         WHERE first.shardid = shard_id
+    LOOP
+        UPDATE pg_dist_placement SET groupid = target WHERE shardid = moved.shardid AND groupid = source;
+        IF NOT FOUND THEN
+            RAISE EXCEPTION 'could not find placement matching "%"', source USING ERRCODE = '22000';
+        END IF;
+        INSERT INTO pg_dist_cleanup (operation_id, object_type, object_name, node_group_id, policy_type)
+        VALUES (7, 1, moved.logicalrelid::text || '_' || moved.shardid, source, 2);
+    END LOOP;
+END $$;
+
+-- What is called stuck stays.
+CREATE PROCEDURE pg_catalog.citus_cleanup_orphaned_resources() LANGUAGE sql SECURITY DEFINER
+    AS $$ DELETE FROM pg_catalog.pg_dist_cleanup WHERE object_name NOT LIKE 'stuck%' $$;
 
 -- Copies each reference table to the nodes without it. Not for everybody: it must be granted.
 CREATE FUNCTION pg_catalog.replicate_reference_tables(shard_transfer_mode citus.shard_transfer_mode = 'auto')

@@ -4,15 +4,17 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
 
+use chrono::Utc;
 use shared::cli::print;
 use shared::{config, http};
 
-use crate::cli::{Cli, Command, ShowArgs};
+use crate::cli::{Cli, Command, MoveArgs, ShowArgs};
 use crate::config::Config;
+use crate::control::{Pause, Request};
 use crate::observe::Observer;
 use crate::rebalance::{Board, Rebalancer};
 use crate::report::{Report, Turn};
-use crate::{service, show};
+use crate::{requests, service, show};
 
 /// The service's name: package, configuration file, log target.
 pub const AGENT: &str = "rebalance-agent";
@@ -45,6 +47,29 @@ pub async fn run(cli: Cli) -> anyhow::Result<()> {
             };
             tell(&report, args, show::status)
         }
+        Command::Pause(args) => {
+            let since = Utc::now();
+            let until = args.length.map(|it| since + it);
+            requests::ask(config, Request::Pause(Pause { since, until, comment: args.comment }))
+                .await
+        }
+        Command::Resume => requests::ask(config, Request::Resume).await,
+        Command::Drain(args) => {
+            let group = requests::group(&config, &args.node).await?;
+            Box::pin(requests::carry_out(config, Request::Drain { group }, args.wait)).await
+        }
+        Command::Undrain { node } => {
+            let group = requests::group(&config, &node).await?;
+            requests::ask(config, Request::Undrain { group }).await
+        }
+        Command::Move(MoveArgs { shard, node: Some(node), wait, .. }) => {
+            let to = requests::group(&config, &node).await?;
+            Box::pin(requests::carry_out(config, Request::Move { shard, to }, wait)).await
+        }
+        Command::Move(MoveArgs { shard, .. }) => {
+            requests::ask(config, Request::Drop { shard }).await
+        }
+        Command::Cleanup => requests::clean_up(config).await,
         Command::CheckConfig => check_config(&path, &config),
     }
 }
@@ -55,11 +80,12 @@ fn check_config(path: &Path, config: &Config) -> anyhow::Result<()> {
 }
 
 /// Looks once.
-async fn look(config: Config) -> anyhow::Result<Report> {
+pub(crate) async fn look(config: Config) -> anyhow::Result<Report> {
     let observer = Observer::new(&config, APPLICATION_NAME)?;
     let (cluster, mode, board) = (config.cluster.clone(), config.mode, Board::new(&config));
-    let turn = Box::pin(Rebalancer::new(config, observer, board).turn()).await;
-    Ok(Report { cluster, mode, turn })
+    let (rebalancer, _) = Rebalancer::new(config, observer, board);
+    let turn = Box::pin(rebalancer.turn()).await;
+    Ok(Report { cluster, mode, leads: None, moving: None, turn })
 }
 
 /// What the agent knows that runs here; `None` if none does, or that of another cluster.

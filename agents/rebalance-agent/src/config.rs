@@ -20,6 +20,13 @@ const INTERVAL_MIN: Duration = Duration::from_secs(5);
 /// How seldom: what is decided is acted on, and must not be of yesterday.
 const INTERVAL_MAX: Duration = Duration::from_hours(1);
 
+/// A shorter one would be over before any other transaction ends.
+const LOCK_TIMEOUT_MIN: Duration = Duration::from_millis(10);
+/// A longer one is no bound that an application would notice.
+const LOCK_TIMEOUT_MAX: Duration = Duration::from_mins(1);
+/// Its state is asked for each 2 s, of servers that may take a while to answer.
+const STALL_TIMEOUT_MIN: Duration = Duration::from_secs(30);
+
 /// The configuration of the rebalance agent.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -49,6 +56,9 @@ pub struct Config {
     /// What must hold of the servers.
     #[serde(default)]
     pub guard: Guard,
+    /// How something is moved.
+    #[serde(default)]
+    pub apply: Apply,
     /// The health monitor whose verdict must be good; without it nobody is asked.
     pub health: Option<HealthConfig>,
     /// How the servers are reached. `database` is the one that Citus distributes.
@@ -69,6 +79,8 @@ pub enum Mode {
     /// Looks, plans and tells; moves nothing.
     #[default]
     DryRun,
+    /// Moves what is planned.
+    Apply,
 }
 
 /// Whose plan is followed.
@@ -158,7 +170,7 @@ impl Balance {
     }
 }
 
-/// The table `[budget]`. A run is what is moved without a pause for a look.
+/// The table `[budget]`. A run is one opening of the window; without a window, an hour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
@@ -236,6 +248,50 @@ impl Guard {
     }
 }
 
+/// The table `[apply]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Apply {
+    /// How long a move waits for a lock, and writers with it: at its end it locks the shard group.
+    /// Past it the move is broken off, and tried again later.
+    #[serde(with = "humantime_serde")]
+    pub lock_timeout: Duration,
+    /// How long one move may take.
+    #[serde(with = "humantime_serde")]
+    pub move_timeout: Duration,
+    /// How long a move may stand still: the same phase, no byte and no WAL position further.
+    #[serde(with = "humantime_serde")]
+    pub stall_timeout: Duration,
+    /// How long nothing is moved after a move.
+    #[serde(with = "humantime_serde")]
+    pub pause: Duration,
+}
+
+impl Default for Apply {
+    fn default() -> Self {
+        Self {
+            lock_timeout: Duration::from_secs(1),
+            move_timeout: Duration::from_hours(6),
+            stall_timeout: Duration::from_mins(10),
+            pause: Duration::from_secs(10),
+        }
+    }
+}
+
+impl Apply {
+    fn check(&self, problems: &mut Problems) {
+        if !(LOCK_TIMEOUT_MIN..=LOCK_TIMEOUT_MAX).contains(&self.lock_timeout) {
+            problems.add("lock_timeout", "must be 10ms to 1m: writers wait as long");
+        }
+        if self.stall_timeout < STALL_TIMEOUT_MIN {
+            problems.add("stall_timeout", "must be 30s or more: a move tells its state each few s");
+        }
+        if self.move_timeout < self.stall_timeout {
+            problems.add("move_timeout", "must not be below stall_timeout");
+        }
+    }
+}
+
 /// The table `[health]`.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -301,6 +357,7 @@ impl Check for Config {
         problems.within("balance", |problems| self.balance.check(problems));
         problems.within("budget", |problems| self.budget.check(problems));
         problems.within("guard", |problems| self.guard.check(problems));
+        problems.within("apply", |problems| self.apply.check(problems));
         if let Some(health) = &self.health {
             problems.within("health", |problems| health.check(problems));
         }
@@ -352,6 +409,7 @@ mod tests {
         let config: Config = config::load(&path).unwrap();
         assert_eq!((config.balance, config.budget), (Balance::default(), Limits::default()));
         assert_eq!((config.guard, config.interval), (Guard::default(), default_interval()));
+        assert_eq!(config.apply, Apply::default());
         assert_eq!((config.admin_address, config.mode), (default_admin_address(), Mode::DryRun));
         assert_eq!(config.shutdown_grace, default_grace());
 
@@ -384,6 +442,7 @@ mod tests {
             weights = [{ group = 1, weight = 0 }, { group = 1, weight = 1 }]\n\
             [budget]\nbytes_per_run = 0\n\
             [guard]\ntransaction_age_max = \"0s\"\ndisk_free_min = 1.0\n\
+            [apply]\nlock_timeout = \"0s\"\nstall_timeout = \"1s\"\nmove_timeout = \"0s\"\n\
             [health]\nurls = [\"x:9631\"]\nca_file = \"/ca\"\n\
             [postgres]\nuser = \"\"\n[[nodes]]\ngroup = 1\nname = \"a\"\nhost = \"a\"\n";
         assert_eq!(
@@ -399,6 +458,9 @@ mod tests {
              budget.bytes_per_run: must be above 0; to move nothing, leave mode = \"dry_run\"\n\
              guard.transaction_age_max: must be above zero\n\
              guard.disk_free_min: must be 0 or more, and below 1\n\
+             apply.lock_timeout: must be 10ms to 1m: writers wait as long\n\
+             apply.stall_timeout: must be 30s or more: a move tells its state each few s\n\
+             apply.move_timeout: must not be below stall_timeout\n\
              health.urls[0]: `x:9631` must begin with http:// or https://\n\
              health.ca_file: has no use without an https:// address\n\
              postgres.user: must not be empty\n\
@@ -407,11 +469,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_yet_is_refused() {
-        let text = format!("mode = \"apply\"\n{MINIMAL}");
+    fn something_is_moved_only_where_that_is_said() {
+        let with = |mode| load(&format!("mode = \"{mode}\"\n{MINIMAL}")).map(|it| it.mode);
+        assert_eq!(with("apply"), Ok(Mode::Apply));
         assert_eq!(
-            load(&text).unwrap_err(),
-            "mode: unknown variant `apply`, expected `dry_run` (line 1)\n"
+            with("move").unwrap_err(),
+            "mode: unknown variant `move`, expected `dry_run` or `apply` (line 1)\n"
         );
     }
 }

@@ -1,6 +1,6 @@
-//! What operators ask of the agent, and what it has used of its budget: what replicas share.
+//! What operators ask of the agent. Pure.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
@@ -23,6 +23,18 @@ pub enum Request {
         /// Its number.
         group: u32,
     },
+    /// Move a shard, with its shard group.
+    Move {
+        /// Its number.
+        shard: i64,
+        /// The group it is to be on.
+        to: u32,
+    },
+    /// Do not, or no more: it is there.
+    Drop {
+        /// Its number.
+        shard: i64,
+    },
 }
 
 /// That nothing is to be moved for now.
@@ -44,6 +56,9 @@ pub struct Control {
     /// Groups that are to be emptied.
     #[serde(default)]
     pub drains: BTreeSet<u32>,
+    /// Shards that are to be on a group of servers.
+    #[serde(default)]
+    pub moves: BTreeMap<i64, u32>,
 }
 
 impl Control {
@@ -58,6 +73,12 @@ impl Control {
             Request::Undrain { group } => {
                 self.drains.remove(&group);
             }
+            Request::Move { shard, to } => {
+                self.moves.insert(shard, to);
+            }
+            Request::Drop { shard } => {
+                self.moves.remove(&shard);
+            }
         }
         self
     }
@@ -66,15 +87,6 @@ impl Control {
     pub fn pause_at(&self, now: DateTime<Utc>) -> Option<&Pause> {
         self.pause.as_ref().filter(|it| it.until.is_none_or(|until| now < until))
     }
-}
-
-/// What was moved in the last 24 hours.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Spent {
-    /// Bytes.
-    pub bytes: u64,
-    /// Shard groups.
-    pub moves: u32,
 }
 
 #[cfg(test)]
@@ -97,12 +109,16 @@ mod tests {
             Request::Drain { group: 3 },
             Request::Undrain { group: 2 },
             Request::Pause(pause.clone()),
+            Request::Move { shard: 101, to: 3 },
+            Request::Move { shard: 102, to: 3 },
+            Request::Drop { shard: 101 },
         ];
         let control = requests.into_iter().fold(Control::default(), |control, request| {
             let text = serde_json::to_string(&request).unwrap();
             control.with(serde_json::from_str(&text).unwrap())
         });
-        assert_eq!(control, Control { pause: Some(pause), drains: [3].into() });
+        let expected = Control { pause: Some(pause), drains: [3].into(), moves: [(102, 3)].into() };
+        assert_eq!(control, expected);
         let text = serde_json::to_string(&control).unwrap();
         assert_eq!(serde_json::from_str::<Control>(&text).unwrap(), control);
         assert_eq!(control.with(Request::Resume).pause, None);

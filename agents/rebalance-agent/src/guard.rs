@@ -10,14 +10,18 @@ mod tables;
 
 use std::fmt::{self, Display};
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Guard, Limits};
-use crate::control::{Control, Spent};
+use crate::control::Control;
 use crate::known::Known;
+use crate::ledger::{DAY, Ledger, Spent};
 use crate::observation::Observation;
 use crate::window::Window;
+
+/// How long a run is where no window says so.
+const RUN: TimeDelta = TimeDelta::hours(1);
 
 /// One thing that must be known and good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -47,8 +51,10 @@ pub enum Gate {
     Window,
     /// Nobody has paused the agent.
     Paused,
-    /// Something is left of the day's budget.
+    /// Something is left of the budget.
     Budget,
+    /// The last moves did not all fail.
+    Setbacks,
     /// The health monitor's verdict.
     Health,
     /// No other agent is at work there.
@@ -73,7 +79,7 @@ pub enum Gate {
 
 impl Gate {
     /// All, in the order in which they are shown.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::Coordinator,
         Self::Nodes,
         Self::Reachable,
@@ -87,6 +93,7 @@ impl Gate {
         Self::Window,
         Self::Paused,
         Self::Budget,
+        Self::Setbacks,
         Self::Health,
         Self::Activity,
         Self::BaseBackup,
@@ -98,6 +105,23 @@ impl Gate {
         Self::ReplicaIdentity,
         Self::Owner,
     ];
+
+    /// Whether a move that is under way is broken off when it closes. The others close because of
+    /// the move itself, or only make it wait: standbys that fall behind, or a base backup, delay
+    /// what comes next.
+    pub const fn ends_a_move(self) -> bool {
+        matches!(
+            self,
+            Self::Coordinator
+                | Self::Nodes
+                | Self::Reachable
+                | Self::Patroni
+                | Self::Window
+                | Self::Paused
+                | Self::Health
+                | Self::Disk
+        )
+    }
 
     /// Its name in metrics, logs and JSON.
     pub const fn name(self) -> &'static str {
@@ -115,6 +139,7 @@ impl Gate {
             Self::Window => "window",
             Self::Paused => "paused",
             Self::Budget => "budget",
+            Self::Setbacks => "setbacks",
             Self::Health => "health",
             Self::Activity => "activity",
             Self::BaseBackup => "base_backup",
@@ -178,9 +203,19 @@ pub struct Inputs<'a> {
     /// What operators ask for.
     pub control: &'a Known<Control>,
     /// What was moved in the last 24 hours.
-    pub spent: &'a Known<Spent>,
+    pub ledger: &'a Known<Ledger>,
     /// The time.
     pub now: DateTime<Utc>,
+}
+
+/// When the run began that `now` belongs to.
+pub fn run_began(window: Option<&Window>, now: DateTime<Utc>) -> DateTime<Utc> {
+    window.map_or(now - RUN, |it| it.opened_at(now))
+}
+
+/// What was moved in the last 24 hours, and in this run.
+pub fn spent(ledger: &Ledger, window: Option<&Window>, now: DateTime<Utc>) -> (Spent, Spent) {
+    (ledger.spent(now - DAY), ledger.spent(run_began(window, now)))
 }
 
 /// Returns every reason not to move something now, gate by gate; none means that all is known and good.

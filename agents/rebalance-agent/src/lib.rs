@@ -2,9 +2,11 @@
 //!
 //! In the order data flows: [`observe`] asks; [`catalogue`], [`servers`] and [`surroundings`] are
 //! what there is to know, [`observation`] all of it, with [`known`] for what is not; [`control`] is
-//! what operators ask for. [`guard`] says why nothing may be moved, [`situation`] puts it together,
-//! [`balance`] measures and [`mod@plan`] decides. [`rebalance`] is the loop, [`audit`] keeps what was
-//! decided; [`report`], [`show`] and [`metrics`] are what one can see of it.
+//! what operators ask for, [`ledger`] what was moved, [`memory`] where both are kept. [`guard`] says
+//! why nothing may be moved, [`situation`] puts it together, [`balance`] measures, [`mod@plan`] decides
+//! what to move, [`mod@step`] what is done next, and [`apply`] does it. [`rebalance`] is the loop,
+//! [`audit`] keeps what was decided; [`report`], [`show`] and [`metrics`] are what one can see of it,
+//! and with [`requests`] operators ask.
 
 pub mod config;
 pub mod window;
@@ -13,16 +15,21 @@ pub mod known;
 
 pub mod catalogue;
 pub mod control;
+pub mod ledger;
 pub mod observation;
 pub mod servers;
 pub mod surroundings;
 
+pub mod memory;
 pub mod observe;
 
 pub mod balance;
 pub mod guard;
 pub mod plan;
 pub mod situation;
+pub mod step;
+
+pub mod apply;
 
 pub mod audit;
 pub mod rebalance;
@@ -31,6 +38,7 @@ pub mod report;
 pub mod cli;
 pub mod commands;
 pub mod metrics;
+pub mod requests;
 pub mod service;
 pub mod show;
 pub mod words;

@@ -9,6 +9,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::guard::Gate;
+use crate::ledger::Spent;
 use crate::rebalance::Board;
 use crate::report::{NodeView, Turn, View};
 
@@ -20,6 +21,9 @@ struct ReportCollector(Board);
 pub fn register(registry: &mut Registry, board: &Board) {
     let ours = registry.sub_registry_with_prefix("rebalance");
     ours.register("looks", "Looks at the cluster, by how they came out", board.looks.clone());
+    ours.register("moves", "Moves, by how they ended", board.moves.clone());
+    let help = "Size of the shard groups that were moved";
+    ours.register_with_unit("moved", help, Unit::Bytes, board.moved_bytes.clone());
     ours.register_collector(Box::new(ReportCollector(board.clone())));
 }
 
@@ -87,6 +91,10 @@ impl Collector for ReportCollector {
             Turn::Decided(_) => Some(1.0),
         };
         families.one("citus", "Whether the database is distributed", None, has_citus)?;
+        let help = "Whether this replica is the one that moves; not while nothing is to be moved";
+        families.one("leader", help, None, report.leads.map(flag))?;
+        let help = "Whether a shard group is moved now";
+        families.one("moving", help, None, Some(flag(report.moving.is_some())))?;
         let at = has_citus.and(report.turn.at()).map(seconds);
         let help = "When the cluster was last looked at and found";
         families.one("last_success_timestamp", help, Some(&Unit::Seconds), at)?;
@@ -108,6 +116,23 @@ fn decided(view: &View, families: &mut Families<'_, '_>) -> Result<(), fmt::Erro
     families.one("closed", "Whether nothing at all may be moved now", None, Some(is_closed))?;
     let is_open = view.window.map(|it| flag(it.is_open));
     families.one("window_open", "Whether the window is open", None, is_open)?;
+    let is_paused = flag(view.refusals.iter().any(|it| it.gate == Gate::Paused));
+    families.one("paused", "Whether an operator wants nothing moved", None, Some(is_paused))?;
+    let spent = view.spent.map(|(day, run)| [("day", day), ("run", run)]);
+    let rows = |of: fn(Spent) -> f64| {
+        let row = move |(within, it): (&str, _)| (vec![("within", within.to_owned())], of(it));
+        spent.into_iter().flatten().map(row)
+    };
+    let help = "What was moved in 24 hours, and in this run";
+    families.add("spent", help, Some(&Unit::Bytes), rows(|it| number(it.bytes)))?;
+    let help = "Shard groups that were moved in 24 hours, and in this run";
+    families.add("spent_moves", help, None, rows(|it| f64::from(it.moves)))?;
+    let drains = view.drains.iter().map(|it| {
+        let group = vec![("group", it.group.to_string())];
+        (group, number(it.shards as u64))
+    });
+    let help = "Shards left on a group that is to be emptied";
+    families.add("drain_shards_left", help, None, drains)?;
     let differences = view.comparison.as_ref().map(|it| number(it.differences.len() as u64));
     let help = "Shard groups that Citus' own plan treats in another way";
     families.one("plan_differences", help, None, differences)?;
@@ -163,14 +188,11 @@ fn nodes(view: &View, families: &mut Families<'_, '_>) -> Result<(), fmt::Error>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Mode;
-    use crate::report::Report;
-    use crate::report::tests::{config, skewed, view};
+    use crate::report::tests::{config, report, skewed, view};
 
     fn scrape(turn: Turn) -> String {
         let board = Board::new(&config());
-        let report = Report { cluster: "demo".to_owned(), mode: Mode::DryRun, turn };
-        board.set(report);
+        board.set(report(turn));
         let mut registry = shared::metrics::registry();
         register(&mut registry, &board);
         shared::metrics::encode(&registry).unwrap()
@@ -198,6 +220,10 @@ mod tests {
             "pgmesh_rebalance_closed{cluster=\"demo\"} 1.0",
             "pgmesh_rebalance_plan_differences{cluster=\"demo\"} 1.0",
             "pgmesh_rebalance_hot_shard_groups{cluster=\"demo\"} 0.0",
+            "pgmesh_rebalance_moving{cluster=\"demo\"} 0.0",
+            "pgmesh_rebalance_paused{cluster=\"demo\"} 0.0",
+            "pgmesh_rebalance_spent_bytes{cluster=\"demo\",within=\"day\"} 0.0",
+            "pgmesh_rebalance_spent_moves{cluster=\"demo\",within=\"run\"} 0.0",
             "pgmesh_rebalance_node_draining{cluster=\"demo\",group=\"0\",node=\"coord:5432\"} 0.0",
             "pgmesh_rebalance_node_blocked{cluster=\"demo\",group=\"1\",node=\"w1:5432\"} 0.0",
             "pgmesh_rebalance_last_success_timestamp_seconds{cluster=\"demo\"} 1773108000.0",
@@ -219,7 +245,14 @@ mod tests {
                 samples,
                 [
                     "pgmesh_rebalance_looks_total{outcome=\"failed\"} 0",
-                    "pgmesh_rebalance_looks_total{outcome=\"ok\"} 0"
+                    "pgmesh_rebalance_looks_total{outcome=\"ok\"} 0",
+                    "pgmesh_rebalance_moved_bytes_total 0",
+                    "pgmesh_rebalance_moves_total{outcome=\"failed\"} 0",
+                    "pgmesh_rebalance_moves_total{outcome=\"moved\"} 0",
+                    "pgmesh_rebalance_moves_total{outcome=\"no_lock\"} 0",
+                    "pgmesh_rebalance_moves_total{outcome=\"stopped\"} 0",
+                    "pgmesh_rebalance_moves_total{outcome=\"unknown\"} 0",
+                    "pgmesh_rebalance_moving{cluster=\"demo\"} 0.0",
                 ]
             );
         }

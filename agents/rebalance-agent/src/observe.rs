@@ -48,7 +48,12 @@ pub enum Seen {
         database: String,
     },
     /// It is.
-    Citus(Box<Observation>),
+    Citus {
+        /// What was found.
+        observation: Box<Observation>,
+        /// The coordinator's primary, which is told what to do.
+        coordinator: Node,
+    },
 }
 
 /// Why there is nothing to decide from.
@@ -127,6 +132,16 @@ impl Observer {
         })
     }
 
+    /// How servers are reached.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Where activities are kept, if anywhere.
+    pub fn etcd(&self) -> Option<&Etcd> {
+        self.etcd.as_ref()
+    }
+
     /// Which servers there are. Somebody must [follow](Topology::follow) it.
     pub fn topology(&self) -> &Topology {
         &self.topology
@@ -168,7 +183,7 @@ impl Observer {
         let servers = groups
             .into_iter()
             .map(async |(group, nodes)| (group, servers::ask(&self.settings, &nodes).await));
-        Ok(Seen::Citus(Box::new(Observation {
+        let observation = Observation {
             at,
             coordinator: node.name.clone(),
             role: self.settings.user.clone(),
@@ -177,6 +192,7 @@ impl Observer {
             verdict,
             activities,
             patroni,
-        })))
+        };
+        Ok(Seen::Citus { observation: Box::new(observation), coordinator: node.clone() })
     }
 }

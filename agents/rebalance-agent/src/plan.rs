@@ -1,9 +1,9 @@
 //! What to move, in which order, and what it brings. Pure.
 //!
-//! Nodes that are drained come first. Then, one at a time, the move that lowers the figure most for
+//! What is asked for by name comes first, then nodes that are drained. Then, one at a time, the move that lowers the figure most for
 //! what it costs: its bytes, and a cutover. Where that leads into a dead end or to the end of the
 //! budget, the moves that lower it most, whatever they cost, are tried too, and the better plan is
-//! taken. No move raises the figure, and no shard group is moved twice.
+//! taken. No move of those raises the figure, and no shard group is moved twice.
 
 mod citus;
 mod planner;
@@ -29,6 +29,10 @@ pub struct Situation {
     pub groups: Vec<ShardGroup>,
     /// Colocation groups that must stay, and why.
     pub held: BTreeMap<u32, String>,
+    /// Shard groups that must stay for a while, and why.
+    pub resting: BTreeMap<i64, String>,
+    /// Shards that somebody wants on a group of servers.
+    pub asked: BTreeMap<i64, u32>,
     /// What Citus would move.
     pub citus: Known<Vec<Wish>>,
 }
@@ -46,6 +50,8 @@ pub struct Budget {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Why {
+    /// Somebody wants it there.
+    Asked,
     /// Its node is drained.
     Drain,
     /// The load is spread better afterwards.
@@ -75,7 +81,8 @@ pub struct Move {
     pub to: u32,
     /// Why.
     pub why: Why,
-    /// By how much it lowers the figure, when its turn comes; negative only in a plan of Citus.
+    /// By how much it lowers the figure, when its turn comes; negative only if it is asked for, or in a
+    /// plan of Citus.
     pub gain: f64,
     /// The figure after it.
     pub figure_after: f64,
@@ -140,6 +147,7 @@ pub fn plan(situation: &Situation, balance: &Balance, budget: Budget) -> Known<P
     let loads = Loads::new(&situation.places, &situation.groups, balance.count_share)?;
     let before = loads.figure();
     let mut planner = Planner::new(situation, balance, budget, loads);
+    planner.ask();
     let end = match balance.strategy {
         Strategy::Own => match planner.drain() {
             Some(end) => end,

@@ -1,4 +1,4 @@
-//! The loop: look, decide, record.
+//! The loop: look, decide, act, record.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -7,17 +7,28 @@ use chrono::Utc;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use serde_json::Value;
-use shared::lease::replica_name;
+use shared::lease::{Claim, Identity, Leadership, Sharing, TTL, replica_name};
+use shared::pg::Node;
 use shared::telemetry::chain;
-use tokio::time::{Instant, MissedTickBehavior, interval_at};
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::apply::{End, Hand, Order, Progress};
 use crate::audit::{Audit, Trail};
-use crate::config::Config;
-use crate::control::{Control, Spent};
+use crate::commands::AGENT;
+use crate::config::{Config, Mode};
+use crate::control::{Control, Request};
+use crate::guard::Scope;
+use crate::ledger::{Entry, Outcome};
+use crate::memory::Memory;
 use crate::observe::{Observer, Seen};
-use crate::report::{Report, Turn, View};
+use crate::plan::{Move, Why};
+use crate::report::{Moving, Report, Turn, View};
+use crate::step::{Step, next, why};
+
+/// While something is moved, the cluster is looked at no less often.
+const LOOK_MAX: Duration = Duration::from_secs(15);
 
 /// How looks came out: `ok` or `failed`.
 pub type Looks = Family<[(&'static str, &'static str); 1], Counter>;
@@ -28,6 +39,10 @@ pub struct Board {
     state: Arc<Mutex<State>>,
     /// How looks came out.
     pub looks: Looks,
+    /// How moves ended.
+    pub moves: Looks,
+    /// Bytes of the moves that were carried to their end.
+    pub moved_bytes: Counter,
 }
 
 #[derive(Debug)]
@@ -40,16 +55,26 @@ impl Board {
     /// Before the first look.
     pub fn new(config: &Config) -> Self {
         let (cluster, mode) = (config.cluster.clone(), config.mode);
-        let report = Arc::new(Report { cluster, mode, turn: Turn::Starting });
-        let looks = Looks::default();
+        let report = Report { cluster, mode, leads: None, moving: None, turn: Turn::Starting };
+        let (looks, moves) = (Looks::default(), Looks::default());
         for outcome in ["ok", "failed"] {
             drop(looks.get_or_create(&[("outcome", outcome)]));
         }
-        Self { state: Arc::new(Mutex::new(State { report, trail: Trail::default() })), looks }
+        for outcome in Outcome::ENDS {
+            drop(moves.get_or_create(&[("outcome", outcome.name())]));
+        }
+        let state = State { report: Arc::new(report), trail: Trail::default() };
+        let moved_bytes = Counter::default();
+        Self { state: Arc::new(Mutex::new(state)), looks, moves, moved_bytes }
     }
 
     fn with<T>(&self, act: impl FnOnce(&mut State) -> T) -> T {
         act(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Changes the report; those who have the old one keep it.
+    fn change(&self, act: impl FnOnce(&mut Report)) {
+        self.with(|it| act(Arc::make_mut(&mut it.report)));
     }
 
     /// The newest report.
@@ -74,7 +99,7 @@ impl Board {
     }
 
     /// Takes up what came of a look, and says what is new.
-    fn publish(&self, turn: Turn, replica: &str) {
+    fn publish(&self, turn: Turn, leads: Option<bool>, replica: &str) {
         let outcome = if matches!(turn, Turn::Unknown { .. }) { "failed" } else { "ok" };
         self.looks.get_or_create(&[("outcome", outcome)]).inc();
         self.with(|state| {
@@ -86,10 +111,21 @@ impl Board {
                     info!(summary = audit.summary, audit = line, "decision changed");
                 }
             }
-            let Report { cluster, mode, .. } = &*state.report;
-            let (cluster, mode) = (cluster.clone(), *mode);
-            state.report = Arc::new(Report { cluster, mode, turn });
         });
+        self.change(|it| (it.turn, it.leads) = (turn, leads));
+    }
+
+    /// Shows what is moved now.
+    fn show(&self, moving: Option<Moving>) {
+        self.change(|it| it.moving = moving);
+    }
+
+    /// Takes up how a move ended.
+    fn count(&self, entry: &Entry) {
+        self.moves.get_or_create(&[("outcome", entry.outcome.name())]).inc();
+        if entry.outcome == Outcome::Moved {
+            self.moved_bytes.inc_by(entry.bytes);
+        }
     }
 }
 
@@ -109,57 +145,237 @@ fn tell(before: &Turn, now: &Turn) {
     }
 }
 
-/// Looks and decides.
+/// Looks, decides and acts.
 #[derive(Debug)]
 pub struct Rebalancer {
     config: Config,
     observer: Observer,
+    memory: Memory,
+    /// Who of the replicas moves.
+    leadership: Leadership,
+    replica: String,
     board: Board,
+    /// Which moves are wanted, if not all.
+    only: Option<Why>,
 }
 
+/// What came of a look, with who is to be told what follows from it.
+type Looked = (Turn, Option<Node>);
+
 impl Rebalancer {
-    /// One that shows what it does on `board`.
-    pub fn new(config: Config, observer: Observer, board: Board) -> Self {
-        Self { config, observer, board }
+    /// One that shows what it does on `board`. Somebody must run the [`Sharing`], or it never leads.
+    pub fn new(config: Config, observer: Observer, board: Board) -> (Self, Sharing) {
+        let memory = match observer.etcd() {
+            Some(etcd) => Memory::in_etcd(etcd.clone(), &config.cluster),
+            None => Memory::of_process(Control::default()),
+        };
+        let replica = replica_name();
+        let identity = Identity {
+            cluster: config.cluster.clone(),
+            agent: AGENT.to_owned(),
+            replica: replica.clone(),
+        };
+        let (leadership, sharing) = Leadership::new(observer.etcd().cloned(), identity, TTL);
+        let it = Self { config, observer, memory, leadership, replica, board, only: None };
+        (it, sharing)
+    }
+
+    /// One that moves for that reason only.
+    pub fn only(self, why: Why) -> Self {
+        Self { only: Some(why), ..self }
+    }
+
+    /// What is asked for, and what was moved.
+    pub fn memory(&self) -> &Memory {
+        &self.memory
     }
 
     /// Looks and decides once.
     pub async fn turn(&self) -> Turn {
-        match self.observer.look().await {
-            Err(error) => Turn::Unknown { at: Utc::now(), reason: chain(&error).to_string() },
-            Ok(Seen::NoCitus { coordinator, database }) => {
-                Turn::NoCitus { at: Utc::now(), coordinator, database }
+        self.look().await.0
+    }
+
+    async fn look(&self) -> Looked {
+        let seen = Box::pin(self.observer.look());
+        let (seen, (control, ledger)) = tokio::join!(seen, self.memory.read());
+        match seen {
+            Err(error) => {
+                (Turn::Unknown { at: Utc::now(), reason: chain(&error).to_string() }, None)
             }
-            Ok(Seen::Citus(observation)) => {
-                // A dry run moves nothing, and nobody can ask anything of it.
-                let (control, spent) = (Ok(Control::default()), Ok(Spent::default()));
-                let view = View::new(&observation, &self.config, &control, &spent, Utc::now());
-                Turn::Decided(Box::new(view))
+            Ok(Seen::NoCitus { coordinator, database }) => {
+                (Turn::NoCitus { at: Utc::now(), coordinator, database }, None)
+            }
+            Ok(Seen::Citus { observation, coordinator }) => {
+                let view = View::new(&observation, &self.config, &control, &ledger, Utc::now());
+                (Turn::Decided(Box::new(view)), Some(coordinator))
             }
         }
     }
 
-    /// Looks and decides until `shutdown`. A look that is under way then is dropped: it changes
-    /// nothing.
+    /// Looks, decides and acts until `shutdown`. What only asks is dropped then; a move is broken off.
     ///
     /// # Errors
     ///
-    /// None: what is not known is a state.
+    /// None: what is not known is a state, and what fails is tried again later.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
-        let replica = replica_name();
-        let every: Duration = self.config.interval;
-        let mut ticks = interval_at(Instant::now(), every);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut leadership = self.leadership.clone();
+        let mut pause = Duration::ZERO;
         loop {
             tokio::select! {
-                () = shutdown.cancelled() => return Ok(()),
-                _ = ticks.tick() => {}
+                () = shutdown.cancelled() => break,
+                () = sleep(pause) => {}
+                // Who leads begins at once.
+                () = leadership.changed() => {}
             }
-            let turn = tokio::select! {
-                () = shutdown.cancelled() => return Ok(()),
-                turn = self.turn() => turn,
+            let Some((turn, coordinator)) = shutdown.run_until_cancelled(self.look()).await else {
+                break;
             };
-            self.board.publish(turn, &replica);
+            let claim = self.leadership.claim();
+            let leads = (self.config.mode == Mode::Apply).then_some(claim.is_some());
+            if let (Turn::Decided(view), Some(_)) = (&turn, &claim) {
+                self.forget(view).await;
+            }
+            let step = match &turn {
+                Turn::Decided(view) => next(view, self.config.mode, claim.is_some(), self.only),
+                _ => Step::Rest,
+            };
+            self.board.publish(turn, leads, &self.replica);
+            pause = match (coordinator, claim) {
+                (Some(coordinator), Some(claim)) => {
+                    self.act(step, &coordinator, &claim, &shutdown).await
+                }
+                _ => self.config.interval,
+            };
+        }
+        Ok(())
+    }
+
+    /// Does it, and returns after how long to look again.
+    async fn act(
+        &self,
+        step: Step,
+        coordinator: &Node,
+        claim: &Claim,
+        shutdown: &CancellationToken,
+    ) -> Duration {
+        let Config { interval, apply: limits, .. } = &self.config;
+        let hand = Hand { settings: self.observer.settings(), limits, coordinator };
+        let what = match step {
+            Step::Rest => return *interval,
+            Step::Move(it) => {
+                self.carry(&hand, &it, claim, shutdown).await;
+                return limits.pause;
+            }
+            Step::CleanUp => "clean_up",
+            Step::ReferenceTables => "copy_reference_tables",
+        };
+        info!(step = what, "step begins");
+        let work = async {
+            match step {
+                Step::ReferenceTables => hand.copy_reference_tables().await,
+                _ => hand.clean_up().await,
+            }
+        };
+        if let Some(Err(error)) = shutdown.run_until_cancelled(claim.guard(work)).await.flatten() {
+            warn!(step = what, error = %chain(&error), "step failed");
+        }
+        // What stays is no reason to try again and again.
+        *interval
+    }
+
+    /// Moves a shard group, and writes down that it does, and how it ended.
+    async fn carry(&self, hand: &Hand<'_>, it: &Move, claim: &Claim, shutdown: &CancellationToken) {
+        let mut entry = Entry {
+            at: Utc::now(),
+            shard: it.shard,
+            from: it.from,
+            to: it.to,
+            bytes: it.bytes,
+            replica: self.replica.clone(),
+            outcome: Outcome::Started,
+            reason: String::new(),
+        };
+        // What is not written down would not count.
+        if let Err(error) = self.memory.record(&entry).await {
+            warn!(error = %chain(&error), "move not begun: it cannot be written down");
+            return;
+        }
+        let Move { shard, from, to, bytes, .. } = *it;
+        info!(shard, from, to, bytes, why = why(it.why), tables = ?it.tables, "move begins");
+        self.board.show(Some(Moving { entry: entry.clone(), phase: None, copied_bytes: None }));
+        let began = Instant::now();
+        let order = Order { shard, shards: &it.shards, from, to };
+        let show = |progress: &Progress| {
+            let (entry, phase) = (entry.clone(), progress.phase.clone());
+            let moving = Moving { entry, phase, copied_bytes: progress.bytes };
+            self.board.show(Some(moving));
+        };
+        let end = if claim.is_valid() {
+            hand.carry(order, self.halted(it, claim, shutdown), show).await
+        } else {
+            End { outcome: Outcome::Stopped, reason: "another replica leads".to_owned() }
+        };
+        self.board.show(None);
+        (entry.outcome, entry.reason) = (end.outcome, end.reason);
+        let outcome = entry.outcome.name();
+        let seconds = began.elapsed().as_secs_f64();
+        if entry.outcome == Outcome::Moved {
+            info!(shard, from, to, bytes, seconds, outcome, "move ended");
+        } else {
+            warn!(shard, from, to, seconds, outcome, error = entry.reason, "move ended");
+        }
+        self.board.count(&entry);
+        // If that fails, it counts all the same, and as a failure.
+        if let Err(error) = self.memory.record(&entry).await {
+            warn!(error = %chain(&error), shard, "how a move ended is not written down");
+        }
+        // Then the next look finds nothing that is left.
+        if let Err(error) = hand.clean_up().await {
+            warn!(step = "clean_up", error = %chain(&error), "step failed");
+        }
+    }
+
+    /// Forgets what was asked for and is so.
+    async fn forget(&self, view: &View) {
+        for shard in view.settled.iter().copied() {
+            if let Err(error) = self.memory.ask(Request::Drop { shard }).await {
+                warn!(error = %chain(&error), shard, "what was asked for stays asked for");
+            }
+        }
+    }
+
+    /// Says why a move that is under way must not go on, once that is so.
+    async fn halted(&self, it: &Move, claim: &Claim, shutdown: &CancellationToken) -> String {
+        tokio::select! {
+            () = shutdown.cancelled() => "the agent stops".to_owned(),
+            () = claim.ended() => "another replica may lead: the lease was not renewed".to_owned(),
+            why = self.turned(it) => why,
+        }
+    }
+
+    /// Looks again and again, until a gate has closed that ends a move of these groups.
+    async fn turned(&self, it: &Move) -> String {
+        let mut unknown = 0;
+        loop {
+            sleep(self.config.interval.min(LOOK_MAX)).await;
+            match self.turn().await {
+                Turn::Decided(view) => {
+                    unknown = 0;
+                    let of_it = |scope| match scope {
+                        Scope::Cluster => true,
+                        Scope::Group(group) => [0, it.from, it.to].contains(&group),
+                        Scope::Colocation(id) => id == it.colocation,
+                    };
+                    let mut closed = view.refusals.iter();
+                    if let Some(it) = closed.find(|it| it.gate.ends_a_move() && of_it(it.scope)) {
+                        return it.reason.clone();
+                    }
+                }
+                // A failover on the way to the coordinator ends the session by itself.
+                Turn::Unknown { reason, .. } if 0 < unknown => return reason,
+                Turn::Unknown { .. } => unknown += 1,
+                Turn::Starting | Turn::NoCitus { .. } => {}
+            }
         }
     }
 }
@@ -174,8 +390,8 @@ mod tests {
         let board = Board::new(&config());
         assert_eq!(board.status()["state"], "starting");
         assert!(board.report().turn.not_ready().is_some());
-        board.publish(Turn::Decided(Box::new(view(skewed))), "host-1");
-        board.publish(Turn::Decided(Box::new(view(skewed))), "host-1");
+        board.publish(Turn::Decided(Box::new(view(skewed))), None, "host-1");
+        board.publish(Turn::Decided(Box::new(view(skewed))), None, "host-1");
         let status = board.status();
         assert_eq!((&status["state"], &status["cluster"]), (&"decided".into(), &"demo".into()));
         assert_eq!(status["plan"]["moves"][0]["shard"], 102);
@@ -184,7 +400,7 @@ mod tests {
         assert_eq!(board.report().turn.not_ready(), None);
 
         let reason = "no route to host".to_owned();
-        board.publish(Turn::Unknown { at: Utc::now(), reason: reason.clone() }, "host-1");
+        board.publish(Turn::Unknown { at: Utc::now(), reason: reason.clone() }, None, "host-1");
         assert_eq!(board.report().turn.not_ready(), Some(reason));
         // What was decided before is history, and is not shown as if it were known.
         assert!(board.status()["plan"].is_null());
@@ -197,7 +413,7 @@ mod tests {
     fn without_citus_the_agent_is_ready() {
         let board = Board::new(&config());
         let [coordinator, database] = ["a (a:5432)", "app"].map(str::to_owned);
-        board.publish(Turn::NoCitus { at: Utc::now(), coordinator, database }, "host-1");
+        board.publish(Turn::NoCitus { at: Utc::now(), coordinator, database }, None, "host-1");
         assert_eq!(board.report().turn.not_ready(), None);
         assert_eq!(board.status()["state"], "no_citus");
     }

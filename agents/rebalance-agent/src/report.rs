@@ -4,14 +4,19 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
 use crate::balance::{Load, Loads, Place};
+use crate::catalogue::{CitusNode, Placement, TableKind};
 use crate::config::{Config, Mode};
-use crate::control::{Control, Spent};
-use crate::guard::{Inputs, Refusal, Scope, refusals};
+use crate::control::Control;
+use crate::guard::{Inputs, Refusal, Scope, refusals, spent};
 use crate::known::Known;
+use crate::ledger::{Entry, Ledger, Spent};
 use crate::observation::Observation;
 use crate::plan::{Budget, Comparison, Plan, Situation, compare, plan};
 use crate::window::Opening;
 use crate::words::{bytes, count};
+
+/// So many of the last moves are shown.
+const RECENT_MAX: usize = 20;
 
 /// What the agent knows, and what it makes of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -20,9 +25,27 @@ pub struct Report {
     pub cluster: String,
     /// Whether anything is moved.
     pub mode: Mode,
+    /// Whether this replica is the one that moves; `None` while it moves nothing anyway.
+    #[serde(default)]
+    pub leads: Option<bool>,
+    /// What it moves now.
+    #[serde(default)]
+    pub moving: Option<Moving>,
     /// The last look.
     #[serde(flatten)]
     pub turn: Turn,
+}
+
+/// A move under way.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Moving {
+    /// What is moved.
+    #[serde(flatten)]
+    pub entry: Entry,
+    /// What Citus does, as it calls it: `Copying Data`, `Catching Up` …; `None` while it does not tell.
+    pub phase: Option<String>,
+    /// What has arrived, in bytes.
+    pub copied_bytes: Option<u64>,
 }
 
 /// What came of a look.
@@ -66,6 +89,16 @@ pub struct View {
     pub refusals: Vec<Refusal>,
     /// Whether the window is open; `None` without one.
     pub window: Option<WindowView>,
+    /// What operators ask for.
+    pub control: Control,
+    /// Shards that are where somebody wants them.
+    pub settled: Vec<i64>,
+    /// The groups that are to be emptied, and what is left of that.
+    pub drains: Vec<Drain>,
+    /// What was moved in the last 24 hours, and in this run; `None` if that is unknown.
+    pub spent: Option<(Spent, Spent)>,
+    /// The last moves, the newest first.
+    pub recent: Vec<Entry>,
     /// What would be moved, whatever is refused for the whole cluster.
     pub plan: Option<Plan>,
     /// Why there is no plan.
@@ -105,6 +138,45 @@ pub struct NodeView {
     pub active_connections: Option<u32>,
 }
 
+/// A group of servers that is to be emptied.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Drain {
+    /// Its number.
+    pub group: u32,
+    /// Its node, if it has one.
+    pub node: Option<String>,
+    /// Shards that are on it, without those of reference tables, which every node has.
+    pub shards: usize,
+    /// What Citus has to drop there still; `None` if that is unknown.
+    pub cleanup: Option<usize>,
+    /// Whether Citus puts no new shards there: `shouldhaveshards` is false.
+    pub is_closed: bool,
+}
+
+impl Drain {
+    /// Whether the node can be removed: nothing is on it, and nothing will be.
+    pub fn is_safe(&self) -> bool {
+        self.shards == 0 && self.cleanup == Some(0) && self.is_closed
+    }
+
+    fn new(group: u32, observation: &Observation) -> Self {
+        let catalogue = &observation.catalogue;
+        let node = catalogue.primary(group);
+        let is_own = |it: &&Placement| {
+            let table = catalogue.tables.get(&it.table);
+            it.group == group && table.is_none_or(|it| it.kind != TableKind::Reference)
+        };
+        let records = catalogue.cleanup.as_ref().ok();
+        Self {
+            group,
+            node: node.map(CitusNode::address),
+            shards: catalogue.placements.iter().filter(is_own).count(),
+            cleanup: records.map(|it| it.iter().filter(|it| it.group == group).count()),
+            is_closed: node.is_none_or(|it| !it.should_have_shards),
+        }
+    }
+}
+
 /// When something may be moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WindowView {
@@ -120,27 +192,38 @@ impl View {
         observation: &Observation,
         config: &Config,
         control: &Known<Control>,
-        spent: &Known<Spent>,
+        ledger: &Known<Ledger>,
         now: DateTime<Utc>,
     ) -> Self {
+        let window = config.window.as_ref();
         let refusals = refusals(Inputs {
             observation,
-            window: config.window.as_ref(),
+            window,
             budget: &config.budget,
             limits: &config.guard,
             control,
-            spent,
+            ledger,
             now,
         });
-        let none = Control::default();
-        let control = control.as_ref().unwrap_or(&none);
+        // Unknown closes the guard; the plan is shown as if nothing were asked for, and nothing
+        // had been moved.
+        let (no_control, no_ledger) = (Control::default(), Ledger::default());
+        let control = control.as_ref().unwrap_or(&no_control);
+        let spent = ledger.as_ref().ok().map(|it| spent(it, window, now));
+        let ledger = ledger.as_ref().unwrap_or(&no_ledger);
         let situation =
-            Situation::new(observation, &refusals, control, &config.balance, &config.guard);
-        let made = plan(&situation, &config.balance, budget(config, spent));
+            Situation::new(observation, &refusals, control, &config.balance, &config.guard)
+                .resting(ledger, now);
+        let made = plan(&situation, &config.balance, budget(config, spent.unwrap_or_default()));
         let loads = Loads::new(&situation.places, &situation.groups, config.balance.count_share);
         let moves = made.as_ref().map(|it| it.moves.as_slice()).unwrap_or_default();
         let comparison = situation.citus.as_ref().map(|wishes| compare(moves, wishes));
         let loads = loads.as_ref().ok();
+        let is_there = |shard: i64, to: u32| {
+            let mut groups = situation.groups.iter();
+            groups.any(|it| it.place == Ok(to) && it.shards.contains(&shard))
+        };
+        let settled = control.moves.iter().filter(|(shard, to)| is_there(**shard, **to));
         let nodes = situation.places.iter().map(|it| NodeView::new(it, loads, observation));
         Self {
             at: observation.at,
@@ -148,7 +231,12 @@ impl View {
             citus_version: observation.catalogue.version.clone(),
             nodes: nodes.collect(),
             refusals,
-            window: config.window.as_ref().map(|it| it.at(now).into()),
+            window: window.map(|it| it.at(now).into()),
+            drains: control.drains.iter().map(|it| Drain::new(*it, observation)).collect(),
+            settled: settled.map(|it| *it.0).collect(),
+            control: control.clone(),
+            spent,
+            recent: ledger.newest().take(RECENT_MAX).cloned().collect(),
             comparison_unknown: comparison.as_ref().err().map(ToString::to_string),
             comparison: comparison.ok(),
             plan_unknown: made.as_ref().err().map(ToString::to_string),
@@ -185,14 +273,14 @@ impl View {
     }
 }
 
-/// What is left for a run.
-fn budget(config: &Config, spent: &Known<Spent>) -> Budget {
+/// What is left for this run, of what it may move and of what a day may.
+fn budget(config: &Config, (day, run): (Spent, Spent)) -> Budget {
     let limits = config.budget;
-    // Unknown closes the guard; the plan is shown as if nothing had been moved.
-    let spent = spent.as_ref().copied().unwrap_or_default();
+    let left = |limit: u64, spent: u64| limit.saturating_sub(spent);
     Budget {
-        bytes: limits.bytes_per_run.min(limits.bytes_per_day.saturating_sub(spent.bytes)),
-        moves: limits.moves_per_run.min(limits.moves_per_day.saturating_sub(spent.moves)),
+        bytes: left(limits.bytes_per_run, run.bytes).min(left(limits.bytes_per_day, day.bytes)),
+        moves: (limits.moves_per_run.saturating_sub(run.moves))
+            .min(limits.moves_per_day.saturating_sub(day.moves)),
     }
 }
 
@@ -266,8 +354,14 @@ pub(crate) mod tests {
     pub(crate) fn view(change: impl FnOnce(&mut Observation)) -> View {
         let mut observation = well();
         change(&mut observation);
-        let (control, spent) = (Ok(Control::default()), Ok(Spent::default()));
-        View::new(&observation, &config(), &control, &spent, observation.at)
+        let (control, ledger) = (Ok(Control::default()), Ok(Ledger::default()));
+        View::new(&observation, &config(), &control, &ledger, observation.at)
+    }
+
+    /// Of one that moves nothing.
+    pub(crate) fn report(turn: Turn) -> Report {
+        let cluster = "demo".to_owned();
+        Report { cluster, mode: Mode::DryRun, leads: None, moving: None, turn }
     }
 
     /// All of the second worker's on the first.
@@ -310,7 +404,7 @@ pub(crate) mod tests {
                 it.catalogue.is_coordinator = false;
             }))),
         ] {
-            let report = Report { cluster: "demo".to_owned(), mode: Mode::DryRun, turn };
+            let report = report(turn);
             let text = serde_json::to_string(&report).unwrap();
             assert_eq!(serde_json::from_str::<Report>(&text).unwrap(), report, "{text}");
         }
@@ -321,9 +415,10 @@ pub(crate) mod tests {
         let mut config = config();
         config.budget.bytes_per_day = 100;
         config.budget.bytes_per_run = 50;
-        for (spent, bytes) in [(0, 50), (60, 40), (200, 0)] {
-            let spent = Ok(Spent { bytes: spent, moves: 250 });
-            assert_eq!(budget(&config, &spent), Budget { bytes, moves: 6 });
+        for (day, run, bytes) in [(0, 0, 50), (60, 0, 40), (200, 0, 0), (20, 20, 30), (70, 40, 10)]
+        {
+            let (day, run) = (Spent { bytes: day, moves: 250 }, Spent { bytes: run, moves: 1 });
+            assert_eq!(budget(&config, (day, run)), Budget { bytes, moves: 6 });
         }
     }
 }

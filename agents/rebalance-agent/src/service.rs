@@ -40,10 +40,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     .with_context(|| format!("listen on {}", config.admin_address))?;
 
     let grace = config.shutdown_grace;
-    let rebalancer = Rebalancer::new(config, observer, board);
+    let (rebalancer, sharing) = Rebalancer::new(config, observer, board);
     let mut tasks = Tasks::default();
     tasks.spawn("admin", |shutdown| admin.serve(shutdown));
     tasks.spawn("topology", |shutdown| topology.follow(shutdown));
+    tasks.spawn("leadership", |shutdown| sharing.run(shutdown));
     tasks.spawn("rebalance", |shutdown| rebalancer.run(shutdown));
     tasks.join(stop, grace).await?;
     info!("agent stopped");

@@ -6,7 +6,7 @@ use shared::table::Table;
 
 use crate::config::Mode;
 use crate::plan::{Comparison, Hot, Plan};
-use crate::report::{NodeView, Report, Turn, View};
+use crate::report::{Drain, Moving, NodeView, Report, Turn, View};
 use crate::words::{bytes, count, percent, some};
 
 /// What would be moved, and every reason not to.
@@ -25,6 +25,7 @@ pub fn plan(report: &Report) -> String {
             add(&mut text, &format!("No plan: {why}\n"));
         }
     }
+    add(&mut text, &drains(view));
     add(&mut text, &refused(view));
     add(&mut text, &compared(view));
     text
@@ -42,6 +43,9 @@ pub fn status(report: &Report) -> String {
         Turn::Decided(view) => {
             let mut text = head(report, view);
             add(&mut text, &format!("{}\n", sentence(&view.summary())));
+            add(&mut text, &under_way(report, view));
+            add(&mut text, &drains(view));
+            add(&mut text, &recent(view));
             add(&mut text, &refused(view));
             text
         }
@@ -63,9 +67,11 @@ fn sentence(text: &str) -> String {
 
 fn head(report: &Report, view: &View) -> String {
     let View { coordinator, citus_version, nodes, .. } = view;
-    let Report { cluster, mode, .. } = report;
-    let mode = match mode {
-        Mode::DryRun => "dry run",
+    let Report { cluster, mode, leads, .. } = report;
+    let mode = match (mode, leads) {
+        (Mode::DryRun, _) => "dry run",
+        (Mode::Apply, Some(false)) => "apply, another replica leads",
+        (Mode::Apply, _) => "apply",
     };
     let at = view.at.format("%Y-%m-%d %H:%M:%S UTC");
     let title =
@@ -157,6 +163,64 @@ fn hot(hot: &[Hot]) -> String {
     text
 }
 
+fn under_way(report: &Report, view: &View) -> String {
+    let Some(Moving { entry, phase, copied_bytes }) = &report.moving else { return String::new() };
+    let (shard, from, to) = (entry.shard, view.address(entry.from), view.address(entry.to));
+    let phase = phase.as_deref().unwrap_or("it does not tell its phase");
+    let copied = copied_bytes.map_or_else(|| "?".to_owned(), bytes);
+    let (since, size) = (entry.at.format("%H:%M:%S UTC"), bytes(entry.bytes));
+    format!("Moves shard {shard} from {from} to {to} since {since}: {phase}, {copied} of {size}.\n")
+}
+
+fn drains(view: &View) -> String {
+    let mut table = Table::new(&["DRAINED", "SHARDS LEFT", "TO DROP", "NEXT"]).numbers(&[1, 2]);
+    for it in &view.drains {
+        let node = it.node.clone().unwrap_or_else(|| "no node".to_owned());
+        table.row([
+            format!("group {}, {node}", it.group),
+            it.shards.to_string(),
+            it.cleanup.map_or_else(|| "?".to_owned(), |it| it.to_string()),
+            next_of_drain(it),
+        ]);
+    }
+    if table.is_empty() { String::new() } else { table.to_string() }
+}
+
+/// What to do about a node that is to be emptied.
+fn next_of_drain(drain: &Drain) -> String {
+    let Drain { shards, cleanup, is_closed, node, .. } = drain;
+    match (shards, cleanup) {
+        _ if !is_closed => {
+            let node = node.as_deref().unwrap_or_default();
+            let (host, port) = node.rsplit_once(':').unwrap_or((node, "5432"));
+            format!(
+                "so that no shard of a new table comes there, as a superuser: SELECT \
+                 citus_set_node_property('{host}', {port}, 'shouldhaveshards', false)"
+            )
+        }
+        (0, Some(0)) => "it is empty: it can be removed".to_owned(),
+        (0, _) => "wait until Citus has dropped what was moved".to_owned(),
+        _ => "wait; what stays, and why, is in rebalance-agent plan".to_owned(),
+    }
+}
+
+fn recent(view: &View) -> String {
+    let header = ["LAST MOVES", "SHARD", "FROM", "TO", "BYTES", "ENDED", "BECAUSE"];
+    let mut table = Table::new(&header).numbers(&[1, 4]);
+    for it in view.recent.iter().take(5) {
+        table.row([
+            it.at.format("%Y-%m-%d %H:%M:%S").to_string(),
+            it.shard.to_string(),
+            view.address(it.from),
+            view.address(it.to),
+            bytes(it.bytes),
+            it.outcome.name().to_owned(),
+            it.reason.clone(),
+        ]);
+    }
+    if table.is_empty() { String::new() } else { table.to_string() }
+}
+
 fn refused(view: &View) -> String {
     if view.refusals.is_empty() {
         return String::new();
@@ -202,11 +266,8 @@ mod tests {
 
     use super::*;
     use crate::catalogue::PlannedShard;
-    use crate::report::tests::{skewed, view};
-
-    fn report(turn: Turn) -> Report {
-        Report { cluster: "demo".to_owned(), mode: Mode::DryRun, turn }
-    }
+    use crate::ledger::{Entry, Outcome};
+    use crate::report::tests::{report, skewed, view};
 
     #[test]
     fn a_plan_is_shown_with_every_reason_not_to() {
@@ -242,6 +303,66 @@ replica_identity  colocation group 2  public.other has no replica identity   giv
 Citus would move the same.
 ";
         assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn a_node_that_is_drained_is_not_called_empty_too_soon() {
+        let drain = |shards, cleanup, is_closed| Drain {
+            group: 2,
+            node: Some("w2:5432".to_owned()),
+            shards,
+            cleanup,
+            is_closed,
+        };
+        for (drain, is_safe, expected) in [
+            (drain(0, Some(0), true), true, "it is empty: it can be removed"),
+            (drain(1, Some(0), true), false, "wait; what stays, and why"),
+            (drain(0, Some(1), true), false, "wait until Citus has dropped"),
+            (drain(0, None, true), false, "wait until Citus has dropped"),
+            (drain(0, Some(0), false), false, "so that no shard of a new table comes there"),
+        ] {
+            let text = next_of_drain(&drain);
+            assert!(text.starts_with(expected), "{drain:?} {text}");
+            assert_eq!(drain.is_safe(), is_safe, "{drain:?}");
+        }
+        assert!(
+            next_of_drain(&drain(3, None, false))
+                .ends_with("citus_set_node_property('w2', 5432, 'shouldhaveshards', false)")
+        );
+    }
+
+    #[test]
+    fn what_is_moved_and_was_moved_is_shown() {
+        let entry = Entry {
+            at: "2026-03-10T01:59:00Z".parse().unwrap(),
+            shard: 102,
+            from: 1,
+            to: 2,
+            bytes: 40,
+            replica: "host-1".to_owned(),
+            outcome: Outcome::NoLock,
+            reason: "it did not get a lock within 1s".to_owned(),
+        };
+        let mut seen = view(skewed);
+        seen.recent = vec![entry.clone()];
+        let mut report = report(Turn::Decided(Box::new(seen)));
+        let phase = Some("Copying Data".to_owned());
+        report.moving = Some(Moving { entry, phase, copied_bytes: Some(20) });
+        (report.mode, report.leads) = (Mode::Apply, Some(false));
+        let text = status(&report);
+        assert!(text.starts_with(
+            "demo: Citus 14.0-1, coordinator coord, 2026-03-10 02:00:00 UTC, apply, another \
+             replica leads\n"
+        ));
+        let expected = "
+1 shard group to move, 40 B
+
+Moves shard 102 from w1:5432 to w2:5432 since 01:59:00 UTC: Copying Data, 20 B of 40 B.
+
+LAST MOVES           SHARD  FROM     TO       BYTES  ENDED    BECAUSE
+2026-03-10 01:59:00    102  w1:5432  w2:5432   40 B  no_lock  it did not get a lock within 1s
+";
+        assert!(text.ends_with(expected), "{text}");
     }
 
     #[test]

@@ -2,11 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use chrono::{DateTime, Utc};
+
 use crate::balance::Place;
 use crate::config::{Balance, Guard};
 use crate::control::Control;
 use crate::guard::{Refusal, Scope};
 use crate::known::{Known, Unknown};
+use crate::ledger::Ledger;
 use crate::observation::Observation;
 use crate::plan::{Situation, wishes};
 use crate::servers::Primary;
@@ -68,7 +71,18 @@ impl Situation {
                 held.entry(id).or_insert_with(|| refusal.reason.clone());
             }
         }
-        Self { places, groups, held, citus }
+        let (resting, asked) = (BTreeMap::new(), control.moves.clone());
+        Self { places, groups, held, resting, asked, citus }
+    }
+
+    /// What failed lately rests.
+    pub fn resting(mut self, ledger: &Ledger, now: DateTime<Utc>) -> Self {
+        let resting = self.groups.iter().filter_map(|group| {
+            let (until, reason) = ledger.rest(group.id).filter(|(until, _)| now < *until)?;
+            Some((group.id, format!("it rests until {}: {reason}", until.format("%H:%M:%S UTC"))))
+        });
+        self.resting = resting.collect();
+        self
     }
 }
 

@@ -57,6 +57,14 @@ impl Window {
         opened.map_or(Opening::Closed { next }, |it| Opening::Open { until: it + self.length })
     }
 
+    /// Since when it is open at `now`; `now` if it is not.
+    pub fn opened_at(&self, now: DateTime<Utc>) -> DateTime<Utc> {
+        match self.at(now) {
+            Opening::Open { until } => until - self.length,
+            Opening::Closed { .. } => now,
+        }
+    }
+
     pub(crate) fn check(&self, problems: &mut Problems) {
         if !(LENGTH_MIN..=LENGTH_MAX).contains(&self.length) {
             problems.add("length", "must be 1m to 7days");

@@ -298,7 +298,7 @@ impl Connection {
     }
 
     /// Asks the server to cancel the statement under way. Whether it does is not known.
-    async fn cancel(&self) {
+    pub async fn cancel(&self) {
         let token = self.client.cancel_token();
         let cancelled = timeout(CANCEL_LIMIT, async {
             match &self.tls {

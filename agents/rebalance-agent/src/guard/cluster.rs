@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use humantime::format_duration;
 
-use super::{Gate, Inputs, Refusals, Scope};
+use super::{Gate, Inputs, Refusals, Scope, spent};
 use crate::catalogue::{Catalogue, Link};
+use crate::config::Limits;
 use crate::observation::Observation;
 use crate::surroundings::Health;
 use crate::window::Opening;
@@ -185,17 +186,33 @@ fn asked(inputs: Inputs<'_>, refusals: &mut Refusals) {
         refusals.add(Gate::Paused, ALL, reason, "end it with rebalance-agent resume");
     }
     let what = "what was moved in the last 24 hours";
-    let Some(spent) = refusals.known(Gate::Budget, ALL, what, inputs.spent) else { return };
-    let next = "wait, or raise [budget]";
-    if inputs.budget.moves_per_day <= spent.moves {
-        let moves = count(spent.moves as usize, "shard group");
-        let reason = format!("{moves} were moved in the last 24 hours, as many as may be");
-        refusals.add(Gate::Budget, ALL, reason, next);
+    let Some(ledger) = refusals.known(Gate::Budget, ALL, what, inputs.ledger) else { return };
+    if let Some((until, failures, why)) = ledger.setbacks().filter(|it| inputs.now < it.0) {
+        let reason = format!("the last {failures} moves failed: {why}");
+        let next = format!(
+            "it is tried again at {}; see the logs of the coordinator and of both nodes",
+            until.format("%Y-%m-%d %H:%M:%S UTC")
+        );
+        refusals.add(Gate::Setbacks, ALL, reason, next);
     }
-    if inputs.budget.bytes_per_day <= spent.bytes {
-        let (spent, limit) = (bytes(spent.bytes), bytes(inputs.budget.bytes_per_day));
-        let reason = format!("{spent} of {limit} were moved in the last 24 hours");
-        refusals.add(Gate::Budget, ALL, reason, next);
+    let (day, run) = spent(ledger, inputs.window, inputs.now);
+    let Limits { bytes_per_day, moves_per_day, bytes_per_run, moves_per_run } = *inputs.budget;
+    let of_run =
+        if inputs.window.is_some() { "since the window opened" } else { "in the last hour" };
+    for (spent, bytes_max, moves_max, when) in [
+        (day, bytes_per_day, moves_per_day, "in the last 24 hours"),
+        (run, bytes_per_run, moves_per_run, of_run),
+    ] {
+        let next = "wait, or raise [budget]";
+        if moves_max <= spent.moves {
+            let moves = count(spent.moves as usize, "shard group");
+            let reason = format!("{moves} were moved {when}, as many as may be");
+            refusals.add(Gate::Budget, ALL, reason, next);
+        }
+        if bytes_max <= spent.bytes {
+            let (spent, limit) = (bytes(spent.bytes), bytes(bytes_max));
+            refusals.add(Gate::Budget, ALL, format!("{spent} of {limit} were moved {when}"), next);
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use crate::catalogue::tests::{empty, placement, table};
 use crate::catalogue::{CleanupRecord, Job, Link, Progress, TableKind};
 use crate::control::Pause;
 use crate::known::Unknown;
+use crate::ledger::{Entry, Outcome};
 use crate::servers::{Disk, GroupServers, Primary, Resource, Sender, Standby, Transaction, Wal};
 use crate::surroundings::{Activity, Health, PatroniGroup, Verdict};
 
@@ -90,12 +91,35 @@ pub(crate) fn well() -> Observation {
     }
 }
 
+/// So many shard groups, of so many bytes together, so many minutes ago.
+fn moved(minutes: i64, moves: i64, bytes: u64) -> Ledger {
+    let entry = |shard| Entry {
+        at: now() - TimeDelta::minutes(minutes),
+        shard,
+        from: 1,
+        to: 2,
+        bytes: if shard == 0 { bytes } else { 0 },
+        replica: String::new(),
+        outcome: Outcome::Moved,
+        reason: String::new(),
+    };
+    Ledger::new((0..moves).map(entry).collect())
+}
+
+/// So many failures in a row, all so many minutes ago.
+fn failed(minutes: i64, moves: i64) -> Ledger {
+    let entries = moved(minutes, moves, 5).newest().cloned().collect::<Vec<_>>();
+    let (outcome, reason) = (Outcome::Failed, "no route to host");
+    let fail = |it: Entry| Entry { outcome, reason: reason.to_owned(), ..it };
+    Ledger::new(entries.into_iter().map(fail).collect())
+}
+
 /// All that is decided from, to be changed.
 struct World {
     observation: Observation,
     window: Option<Window>,
     control: Known<Control>,
-    spent: Known<Spent>,
+    ledger: Known<Ledger>,
 }
 
 impl World {
@@ -105,7 +129,7 @@ impl World {
             observation: well(),
             window: Some(toml::from_str(window).unwrap()),
             control: Ok(Control::default()),
-            spent: Ok(Spent::default()),
+            ledger: Ok(Ledger::default()),
         }
     }
 
@@ -116,7 +140,7 @@ impl World {
             budget: &Limits::default(),
             limits: &Guard::default(),
             control: &self.control,
-            spent: &self.spent,
+            ledger: &self.ledger,
             now: now(),
         })
     }
@@ -261,14 +285,35 @@ const BAD: &[Case] = &[
         let pause = Pause { since: now(), until, comment: "an upgrade".to_owned() };
         it.control.as_mut().unwrap().pause = Some(pause);
     }),
+    case(Gate::Setbacks, ALL, "the last 3 moves failed: no route to host", |it| {
+        it.ledger = Ok(failed(4, 3));
+    }),
     case(
         Gate::Budget,
         ALL,
         "256 shard groups were moved in the last 24 hours, as many as may be",
-        |it| it.spent = Ok(Spent { bytes: 5, moves: 256 }),
+        |it| it.ledger = Ok(moved(90, 256, 5)),
     ),
+    case(
+        Gate::Budget,
+        ALL,
+        "32 shard groups were moved since the window opened, as many as may be",
+        |it| it.ledger = Ok(moved(60, 32, 5)),
+    ),
+    case(
+        Gate::Budget,
+        ALL,
+        "32 shard groups were moved in the last hour, as many as may be",
+        |it| {
+            it.window = None;
+            it.ledger = Ok(moved(60, 32, 5));
+        },
+    ),
+    case(Gate::Budget, ALL, "100.0 GiB of 100.0 GiB were moved since the window opened", |it| {
+        it.ledger = Ok(moved(59, 1, 100 * GIB));
+    }),
     case(Gate::Budget, ALL, "500.0 GiB of 500.0 GiB were moved in the last 24 hours", |it| {
-        it.spent = Ok(Spent { bytes: 500 * GIB, moves: 1 });
+        it.ledger = Ok(moved(90, 1, 500 * GIB));
     }),
     case(Gate::Health, ALL, "the health monitor says critical: group 2 has no primary", |it| {
         it.verdict().health = Health::Critical;
@@ -385,14 +430,16 @@ fn each_gate_closes_on_what_is_bad_and_no_other_with_it() {
 
 #[test]
 fn at_their_limits_gates_are_open() {
-    let changes: [fn(&mut World); 11] = [
+    let changes: [fn(&mut World); 13] = [
+        |it| it.ledger = Ok(failed(5, 3)),
+        |it| it.ledger = Ok(failed(1, 2)),
         |it| lag(it, Some(64 << 20)),
         |it| {
             let (name, age) = ("pid 7 of app".to_owned(), Duration::from_mins(1));
             it.primary(1).oldest_transaction = Ok(Some(Transaction { name, age }));
         },
         |it| it.primary(1).resources.as_mut().unwrap()[1].used = 8,
-        |it| it.spent = Ok(Spent { bytes: 500 * GIB - 1, moves: 255 }),
+        |it| it.ledger = Ok(moved(61, 255, 500 * GIB - 1)),
         |it| it.verdict().health = Health::Warning,
         |it| it.verdict().decided_at = now() - TimeDelta::seconds(60),
         |it| activity(it, "drill", Some(1)),
@@ -450,7 +497,7 @@ const UNKNOWN: &[Case] = &[
         it.control = unknown();
     }),
     case(Gate::Budget, ALL, "what was moved in the last 24 hours is unknown: no answer", |it| {
-        it.spent = unknown();
+        it.ledger = unknown();
     }),
     case(Gate::Health, ALL, "the health monitor's verdict is unknown: no answer", |it| {
         it.observation.verdict = Some(unknown());

@@ -77,7 +77,8 @@ impl<'a> Planner<'a> {
             let (from, bytes) = (*group.place.as_ref().ok()?, *group.bytes.as_ref().ok()?);
             let is_free = self.place(from).is_some_and(|it| it.blocked.is_none());
             let is_held = self.situation.held.contains_key(&group.colocation);
-            let can_move = is_free && !is_held && !self.moved.contains(&group.id);
+            let is_resting = self.situation.resting.contains_key(&group.id);
+            let can_move = is_free && !is_held && !is_resting && !self.moved.contains(&group.id);
             can_move.then_some(Candidate { group, from, bytes })
         })
     }
@@ -105,6 +106,8 @@ impl<'a> Planner<'a> {
         for group in &self.situation.groups {
             if let Err(unknown) = &group.place {
                 self.skip(name(group), &unknown.0);
+            } else if let Some(reason) = self.situation.resting.get(&group.id) {
+                self.skip(name(group), reason);
             }
         }
     }
@@ -168,6 +171,34 @@ impl<'a> Planner<'a> {
             gain: before - figure_after,
             figure_after,
         });
+    }
+
+    /// Moves what somebody wants elsewhere, as far as it is allowed.
+    pub(super) fn ask(&mut self) {
+        for (shard, to) in &self.situation.asked {
+            match self.situation.groups.iter().find(|it| it.shards.contains(shard)) {
+                Some(group) => self.send(group, *to, Why::Asked),
+                None => self.skip(format!("shard {shard}"), "there is none that can be moved"),
+            }
+        }
+    }
+
+    /// Moves a shard group to where it is wanted, or says why not.
+    fn send(&mut self, group: &ShardGroup, to: u32, why: Why) {
+        if group.place == Ok(to) {
+            return;
+        }
+        let Some(candidate) = self.candidates().find(|it| it.group.id == group.id) else {
+            return self.skip(name(group), "it must stay where it is");
+        };
+        let refusal = self.place(to).map_or_else(
+            || Some(format!("group {to} has no primary")),
+            |it| self.refusal(it, candidate.bytes),
+        );
+        match self.too_dear(candidate.bytes).or(refusal) {
+            Some(reason) => self.skip(name(group), reason),
+            None => self.take(candidate, to, why),
+        }
     }
 
     /// Empties the nodes that are drained, the largest shard groups first: those are the hardest to
@@ -297,20 +328,8 @@ impl<'a> Planner<'a> {
                 return "the budget allows no more moves".to_owned();
             }
             let group = self.situation.groups.iter().find(|it| it.id == wish.shard);
-            let Some(group) = group else { continue };
-            let Some(candidate) = self.candidates().find(|it| it.group.id == wish.shard) else {
-                self.skip(name(group), "it must stay where it is");
-                continue;
-            };
-            let place = self.place(wish.to);
-            let refusal = place.map_or_else(
-                || Some(format!("group {} has no primary", wish.to)),
-                |it| self.refusal(it, candidate.bytes),
-            );
-            match self.too_dear(candidate.bytes).or(refusal) {
-                Some(reason) => self.skip(name(group), reason),
-                None if candidate.from == wish.to => {}
-                None => self.take(candidate, wish.to, Why::Citus),
+            if let Some(group) = group {
+                self.send(group, wish.to, Why::Citus);
             }
         }
         "that is what Citus would do".to_owned()

@@ -22,7 +22,18 @@ fn balance() -> Balance {
 fn situation(places: Vec<Place>, groups: &[(u32, u64)]) -> Situation {
     let groups = (100_i64..).zip(groups);
     let groups = groups.map(|(id, (place, gib))| shard(id, *place, gib * GIB)).collect();
-    Situation { places, groups, held: BTreeMap::new(), citus: Ok(Vec::new()) }
+    Situation { places, groups, ..nothing() }
+}
+
+fn nothing() -> Situation {
+    Situation {
+        places: Vec::new(),
+        groups: Vec::new(),
+        held: BTreeMap::new(),
+        resting: BTreeMap::new(),
+        asked: BTreeMap::new(),
+        citus: Ok(Vec::new()),
+    }
 }
 
 /// `100 1>2`: that shard, from there to there.
@@ -316,7 +327,7 @@ proptest! {
             groups: groups.collect(),
             places,
             held: [(3, "held".to_owned())].into(),
-            citus: Ok(Vec::new()),
+            ..nothing()
         };
         let balance = Balance { threshold, count_share, gain_min, ..balance() };
         let budget = Budget { bytes, moves: count };
@@ -368,7 +379,7 @@ proptest! {
         let groups = (1..=workers).flat_map(|group| vec![group; each]);
         let groups: Vec<_> = (100_i64..).zip(groups).map(|(id, it)| shard(id, it, bytes)).collect();
         let count = groups.len();
-        let situation = Situation { places, groups, held: BTreeMap::new(), citus: Ok(Vec::new()) };
+        let situation = Situation { places, groups, ..nothing() };
         let balance = Balance { threshold: 0.0, ..balance() };
         let plan = plan(&situation, &balance, PLENTY).unwrap();
         // Each of the others may keep half of one.

@@ -1,0 +1,247 @@
+//! What was moved in the last 24 hours, and how each move ended: what budgets and rests are counted
+//! by. Pure.
+
+use std::time::Duration;
+
+use chrono::{DateTime, TimeDelta, Utc};
+use serde::{Deserialize, Serialize};
+
+/// For so long a move counts.
+pub const DAY: TimeDelta = TimeDelta::hours(24);
+/// After one failure a shard group rests for so long, after each more for twice as long …
+const REST_MIN: TimeDelta = TimeDelta::minutes(1);
+/// … up to this.
+const REST_MAX: TimeDelta = TimeDelta::hours(1);
+
+/// After so many failures in a row, of whatever shard group, all rest …
+const SETBACKS_MAX: u32 = 3;
+/// … for so long, and after each more for twice as long, up to the same hour.
+const SETBACK_REST_MIN: TimeDelta = TimeDelta::minutes(5);
+
+/// How a move ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// It has not, or nobody was left to say so.
+    Started,
+    /// The shard group is where it was to be.
+    Moved,
+    /// It did not get its lock in time.
+    NoLock,
+    /// It was broken off in time: the window closed, a gate did, the agent stopped.
+    Stopped,
+    /// It failed, or stood still.
+    Failed,
+    /// The connection broke: how it ended is not known.
+    Unknown,
+}
+
+impl Outcome {
+    /// All, as metrics list them.
+    pub const ENDS: [Self; 5] =
+        [Self::Moved, Self::NoLock, Self::Stopped, Self::Failed, Self::Unknown];
+
+    /// Its name in metrics, logs and JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Started => "started",
+            Self::Moved => "moved",
+            Self::NoLock => "no_lock",
+            Self::Stopped => "stopped",
+            Self::Failed => "failed",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+/// A move that was begun.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// When it began.
+    pub at: DateTime<Utc>,
+    /// The lowest shard of what is moved.
+    pub shard: i64,
+    /// The group it was on.
+    pub from: u32,
+    /// The group it is to be on.
+    pub to: u32,
+    /// Its size. What was broken off half-way counts in full: it was written, and is thrown away.
+    pub bytes: u64,
+    /// Who moves it.
+    pub replica: String,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Why it ended so; empty if all is well.
+    pub reason: String,
+}
+
+impl Entry {
+    /// Why it did not come to its end.
+    fn why(&self) -> &str {
+        if self.outcome == Outcome::Started { "nobody said how it ended" } else { &self.reason }
+    }
+}
+
+/// What was moved in some time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Spent {
+    /// Bytes.
+    pub bytes: u64,
+    /// Shard groups.
+    pub moves: u32,
+}
+
+/// The moves of the last 24 hours, in their order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ledger(Vec<Entry>);
+
+impl Ledger {
+    /// From what was kept, in any order.
+    pub fn new(mut entries: Vec<Entry>) -> Self {
+        entries.sort_by_key(|it| (it.at, it.shard));
+        Self(entries)
+    }
+
+    /// Writes down a move, in place of what was said of it before, and forgets what is too old.
+    pub fn record(&mut self, entry: Entry) {
+        self.0.retain(|it| entry.at < it.at + DAY && (it.at, it.shard) != (entry.at, entry.shard));
+        self.0.push(entry);
+        self.0.sort_by_key(|it| (it.at, it.shard));
+    }
+
+    /// The newest first.
+    pub fn newest(&self) -> impl Iterator<Item = &Entry> {
+        self.0.iter().rev()
+    }
+
+    /// What was moved from `since` on.
+    pub fn spent(&self, since: DateTime<Utc>) -> Spent {
+        let counted = self.0.iter().filter(|it| since <= it.at);
+        counted.fold(Spent::default(), |spent, it| Spent {
+            bytes: spent.bytes.saturating_add(it.bytes),
+            moves: spent.moves.saturating_add(1),
+        })
+    }
+
+    /// Until when nothing is moved because the last moves failed, how many did, and why the last one.
+    pub fn setbacks(&self) -> Option<(DateTime<Utc>, u32, String)> {
+        let (last, failures) = failures(self.newest())?;
+        let doublings = failures.checked_sub(SETBACKS_MAX)?;
+        let until = last.at + rest_after(SETBACK_REST_MIN, doublings);
+        Some((until, failures, last.why().to_owned()))
+    }
+
+    /// Until when a shard group is left alone after its last moves failed, and why.
+    pub fn rest(&self, shard: i64) -> Option<(DateTime<Utc>, String)> {
+        let (last, failures) = failures(self.newest().filter(|it| it.shard == shard))?;
+        let times = if failures == 1 { "its last move failed" } else { "its last moves failed" };
+        let until = last.at + rest_after(REST_MIN, failures - 1);
+        Some((until, format!("{times}: {}", last.why())))
+    }
+}
+
+/// The last failure and how many there are in a row, if the last move failed. One that was broken off in
+/// time says nothing either way.
+fn failures<'a>(newest: impl Iterator<Item = &'a Entry>) -> Option<(&'a Entry, u32)> {
+    let mut failed = newest
+        .filter(|it| it.outcome != Outcome::Stopped)
+        .take_while(|it| it.outcome != Outcome::Moved);
+    let last = failed.next()?;
+    Some((last, u32::try_from(failed.count()).unwrap_or(u32::MAX).saturating_add(1)))
+}
+
+fn rest_after(least: TimeDelta, doublings: u32) -> TimeDelta {
+    REST_MAX.min(least * 2_i32.pow(doublings.min(10)))
+}
+
+/// How long an entry is to be kept.
+pub fn kept_for() -> Duration {
+    DAY.to_std().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(minute: i64) -> DateTime<Utc> {
+        DateTime::from_timestamp(1_800_000_000 + 60 * minute, 0).unwrap()
+    }
+
+    fn entry(minute: i64, shard: i64, outcome: Outcome) -> Entry {
+        Entry {
+            at: at(minute),
+            shard,
+            from: 1,
+            to: 2,
+            bytes: 10,
+            replica: "host-1".to_owned(),
+            outcome,
+            reason: "why".to_owned(),
+        }
+    }
+
+    #[test]
+    fn what_was_begun_counts_however_it_ended() {
+        let ends = [Outcome::Moved, Outcome::Stopped, Outcome::Failed, Outcome::Started];
+        let entries = (0..).zip(ends).map(|(minute, outcome)| entry(minute, minute, outcome));
+        let ledger = Ledger::new(entries.collect());
+        assert_eq!(ledger.spent(at(0)), Spent { bytes: 40, moves: 4 });
+        assert_eq!(ledger.spent(at(2)), Spent { bytes: 20, moves: 2 });
+        assert_eq!(ledger.spent(at(4)), Spent::default());
+    }
+
+    #[test]
+    fn an_entry_replaces_what_was_said_before_and_a_day_is_kept() {
+        let mut ledger = Ledger::default();
+        ledger.record(entry(0, 1, Outcome::Started));
+        ledger.record(entry(0, 1, Outcome::Moved));
+        assert_eq!(ledger, Ledger::new(vec![entry(0, 1, Outcome::Moved)]));
+        ledger.record(entry(24 * 60 - 1, 2, Outcome::Started));
+        assert_eq!(ledger.newest().count(), 2);
+        ledger.record(entry(24 * 60, 3, Outcome::Started));
+        assert_eq!(ledger.newest().map(|it| it.shard).collect::<Vec<_>>(), [3, 2]);
+        let text = serde_json::to_string(&entry(0, 1, Outcome::NoLock)).unwrap();
+        assert_eq!(serde_json::from_str::<Entry>(&text).unwrap(), entry(0, 1, Outcome::NoLock));
+    }
+
+    #[test]
+    fn a_failure_makes_a_shard_group_rest_longer_each_time() {
+        use Outcome::{Failed, Moved, NoLock, Started, Stopped, Unknown};
+        for (outcomes, expected) in [
+            (vec![], None),
+            (vec![Moved], None),
+            (vec![Stopped], None),
+            (vec![NoLock], Some(1)),
+            (vec![NoLock, Failed], Some(2)),
+            (vec![Failed, Failed, Unknown, Started], Some(8)),
+            (vec![Failed, Moved, Failed], Some(1)),
+            (vec![Failed; 40], Some(60)),
+        ] {
+            let entries = (0..).zip(&outcomes).map(|(minute, it)| entry(minute, 1, *it));
+            let ledger = Ledger::new(entries.collect());
+            let last = i64::try_from(outcomes.len()).unwrap() - 1;
+            let found = ledger.rest(1).map(|it| it.0);
+            assert_eq!(found, expected.map(|it| at(last + it)), "{outcomes:?}");
+            assert_eq!(ledger.rest(2), None);
+        }
+    }
+
+    #[test]
+    fn failures_of_any_shard_group_make_all_rest() {
+        use Outcome::{Failed, Moved, NoLock, Started, Stopped, Unknown};
+        for (outcomes, expected) in [
+            (vec![Failed, Failed], None),
+            (vec![Failed, Failed, Failed], Some((2 + 5, 3))),
+            (vec![Failed, NoLock, Unknown, Started], Some((3 + 10, 4))),
+            (vec![Failed, Failed, Stopped, Failed], Some((3 + 5, 3))),
+            (vec![Failed, Failed, Failed, Stopped], Some((2 + 5, 3))),
+            (vec![Failed, Failed, Failed, Moved], None),
+            (vec![Failed; 40], Some((39 + 60, 40))),
+        ] {
+            let entries = (0..).zip(&outcomes).map(|(minute, it)| entry(minute, minute, *it));
+            let found = Ledger::new(entries.collect()).setbacks().map(|it| (it.0, it.1));
+            let expected = expected.map(|(minute, times)| (at(minute), times));
+            assert_eq!(found, expected, "{outcomes:?}");
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! The commands that ask for something: for the agents that run, by way of etcd, or done here.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use shared::cli::print;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+
+use crate::apply::Hand;
+use crate::commands::{APPLICATION_NAME, look};
+use crate::config::{Config, Mode};
+use crate::control::Request;
+use crate::guard::Gate;
+use crate::memory::Memory;
+use crate::observe::{Observer, Seen};
+use crate::plan::Why;
+use crate::rebalance::{Board, Rebalancer};
+use crate::report::{Report, Turn, View};
+use crate::show;
+use crate::step::{Step, next};
+
+/// How often is looked whether what was asked for is done.
+const WAIT: Duration = Duration::from_secs(5);
+
+/// Asks for something that only agents that run can do.
+///
+/// # Errors
+///
+/// There is no etcd, or it does not take the request.
+pub async fn ask(config: Config, request: Request) -> anyhow::Result<()> {
+    let told = told(&request, config.mode);
+    let observer = Observer::new(&config, APPLICATION_NAME)?;
+    let etcd = observer.etcd().context(
+        "no [etcd] is configured, and without it no agent hears of this: stop the agent that moves, \
+         or set mode = \"dry_run\" and restart it",
+    )?;
+    Memory::in_etcd(etcd.clone(), &config.cluster).ask(request).await?;
+    print(told)
+}
+
+/// Asks for something, by way of etcd, or does it here without.
+///
+/// # Errors
+///
+/// It cannot be asked for, or something is in the way.
+pub async fn carry_out(
+    config: Config,
+    request: Request,
+    is_waited_for: bool,
+) -> anyhow::Result<()> {
+    if config.etcd.is_none() {
+        ensure!(
+            config.mode == Mode::Apply,
+            "mode is \"dry_run\": set mode = \"apply\" for something to be moved"
+        );
+        return Box::pin(here(config, request)).await;
+    }
+    ask(config.clone(), request.clone()).await?;
+    if !is_waited_for {
+        return Ok(());
+    }
+    loop {
+        sleep(WAIT).await;
+        let report = look(config.clone()).await?;
+        let Turn::Decided(view) = &report.turn else { bail!("{}", show::status(&report)) };
+        if is_done(view, &request) {
+            return print(show::status(&report));
+        }
+        in_the_way(&report, view, None)?;
+    }
+}
+
+/// Does it in this process.
+async fn here(config: Config, request: Request) -> anyhow::Result<()> {
+    let observer = Observer::new(&config, APPLICATION_NAME)?;
+    let (mode, board) = (config.mode, Board::new(&config));
+    let (rebalancer, sharing) = Rebalancer::new(config, observer, board.clone());
+    rebalancer.memory().ask(request.clone()).await?;
+    let only = if matches!(request, Request::Drain { .. }) { Why::Drain } else { Why::Asked };
+    let rebalancer = rebalancer.only(only);
+    let shutdown = CancellationToken::new();
+    let done = async {
+        loop {
+            sleep(WAIT / 10).await;
+            let report = board.report();
+            let view = match &report.turn {
+                Turn::Starting => continue,
+                Turn::Decided(view) => view,
+                _ => bail!("{}", show::status(&report)),
+            };
+            if is_done(view, &request) {
+                return print(show::status(&report));
+            }
+            let step = next(view, mode, report.leads == Some(true), Some(only));
+            if !matches!(step, Step::Move(_) | Step::ReferenceTables) {
+                in_the_way(&report, view, Some(only))?;
+            }
+        }
+    };
+    tokio::select! {
+        ended = done => ended,
+        ended = sharing.run(shutdown.clone()) => ended,
+        ended = Box::pin(rebalancer.run(shutdown.clone())) => ended,
+    }
+}
+
+/// Whether what was asked for is there.
+fn is_done(view: &View, request: &Request) -> bool {
+    match request {
+        Request::Drain { group } => {
+            let drain = view.drains.iter().find(|it| it.group == *group);
+            drain.is_some_and(|it| it.shards == 0 && it.cleanup == Some(0))
+        }
+        Request::Move { shard, .. } => {
+            view.settled.contains(shard) || !view.control.moves.contains_key(shard)
+        }
+        _ => true,
+    }
+}
+
+/// Fails if nothing of it will be moved before somebody does something. `only` tells which moves are.
+fn in_the_way(report: &Report, view: &View, only: Option<Why>) -> anyhow::Result<()> {
+    let waits = |gate| matches!(gate, Gate::Busy | Gate::Cleanup | Gate::Leftovers);
+    let mut moves = view.plan.iter().flat_map(|it| &it.moves);
+    let stays = !moves.any(|it| only.is_none_or(|only| it.why == only));
+    let closed = view.closed().find(|it| !waits(it.gate));
+    let is_quiet = report.moving.is_none() && !view.refusals.iter().any(|it| waits(it.gate));
+    let why = match closed {
+        Some(refusal) => refusal.reason.as_str(),
+        None if stays && is_quiet => "see what stays, and why",
+        None => return Ok(()),
+    };
+    print(show::plan(report))?;
+    bail!("not now: {why}")
+}
+
+/// Has Citus clean up, and shows what remains.
+///
+/// # Errors
+///
+/// Something does, or nobody knows.
+pub async fn clean_up(config: Config) -> anyhow::Result<()> {
+    let observer = Observer::new(&config, APPLICATION_NAME)?;
+    let Seen::Citus { coordinator, .. } = observer.look().await? else {
+        return print("There is no Citus: nothing to clean up.\n");
+    };
+    let hand =
+        Hand { settings: observer.settings(), limits: &config.apply, coordinator: &coordinator };
+    hand.clean_up().await?;
+    let report = look(config.clone()).await?;
+    let Turn::Decided(view) = &report.turn else { bail!("{}", show::status(&report)) };
+    let is_left = |gate| matches!(gate, Gate::Cleanup | Gate::Leftovers | Gate::Busy);
+    let left: Vec<_> = view.refusals.iter().filter(|it| is_left(it.gate)).collect();
+    if left.is_empty() {
+        return print("Nothing is left of moves.\n");
+    }
+    let lines = left.iter().map(|it| format!("{}: {}; {}", it.scope, it.reason, it.next));
+    bail!("{}", lines.collect::<Vec<_>>().join("\n"))
+}
+
+/// The group that an operator names.
+///
+/// # Errors
+///
+/// There is none, or the coordinator does not tell.
+pub async fn group(config: &Config, name: &str) -> anyhow::Result<u32> {
+    let report = look(config.clone()).await?;
+    let Turn::Decided(view) = &report.turn else { bail!("{}", show::status(&report)) };
+    find(view, name)
+}
+
+fn find(view: &View, name: &str) -> anyhow::Result<u32> {
+    let is_it = |group: u32, node: &str| {
+        let host = node.rsplit_once(':').map_or(node, |(host, _)| host);
+        name.parse() == Ok(group) || name == node || name == host
+    };
+    let mut found = view.nodes.iter().filter(|it| is_it(it.group, &it.node));
+    match (found.next(), found.next()) {
+        (Some(node), None) => Ok(node.group),
+        (Some(_), Some(_)) => bail!("several nodes are called {name}: give the port, or the group"),
+        (None, _) => {
+            let nodes = view.nodes.iter().map(|it| format!("{} (group {})", it.node, it.group));
+            bail!("no node is called {name}; there are: {}", nodes.collect::<Vec<_>>().join(", "))
+        }
+    }
+}
+
+/// What an operator is told once it is asked for.
+fn told(request: &Request, mode: Mode) -> String {
+    let what = match request {
+        Request::Pause(pause) => pause.until.map_or_else(
+            || "Paused, until rebalance-agent resume.".to_owned(),
+            |until| format!("Paused until {}.", until.format("%Y-%m-%d %H:%M:%S UTC")),
+        ),
+        Request::Resume => "Not paused.".to_owned(),
+        Request::Drain { group } => {
+            format!("Group {group} is to be emptied; see how far it is: rebalance-agent status.")
+        }
+        Request::Undrain { group } => format!("Group {group} may have shards."),
+        Request::Move { shard, to } => format!(
+            "Shard {shard} is to be moved to group {to}; see how far it is: rebalance-agent status."
+        ),
+        Request::Drop { shard } => format!("Shard {shard} is not asked for."),
+    };
+    let moves = matches!(request, Request::Drain { .. } | Request::Move { .. });
+    match mode {
+        Mode::DryRun if moves => {
+            format!(
+                "{what}\nThis file has mode = \"dry_run\": an agent that runs with it moves nothing.\n"
+            )
+        }
+        _ => what + "\n",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::tests::view;
+
+    #[test]
+    fn a_node_is_found_by_what_operators_call_it() {
+        let view = view(|_| {});
+        for name in ["2", "w2", "w2:5432"] {
+            assert_eq!(find(&view, name).unwrap(), 2, "{name}");
+        }
+        let error = find(&view, "w9").unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "no node is called w9; there are: coord:5432 (group 0), w1:5432 (group 1), w2:5432 (group 2)"
+        );
+    }
+}

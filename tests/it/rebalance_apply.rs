@@ -1,0 +1,311 @@
+//! What the rebalance agent moves, and how it stops. Citus is a stand-in, as in `rebalance_plan`.
+
+use std::time::Duration;
+
+use harness::postgres::postgres_is_missing;
+use harness::{EtcdCluster, RunningAgent, etcd_is_missing, eventually, server_port};
+use serde_json::Value;
+use tokio::time::{Instant, sleep};
+
+use crate::rebalance_plan::Cluster;
+
+const LIMIT: Duration = Duration::from_secs(40);
+const APPLY: &str = "mode = \"apply\"\napply.pause = \"0s\"\n";
+
+impl Cluster {
+    fn starts(&self) -> RunningAgent {
+        self.agent().spawn(&["run"])
+    }
+
+    /// Where the four shard groups are.
+    async fn places(&self) -> Vec<i32> {
+        let sql = "SELECT groupid FROM pg_dist_placement \
+                   WHERE shardid BETWEEN 102008 AND 102011 ORDER BY shardid";
+        let rows = self.coordinator.connect().await.query(sql, &[]).await.unwrap();
+        rows.iter().map(|it| it.get(0)).collect()
+    }
+
+    /// How many moves the server is at.
+    async fn under_way(&self) -> i64 {
+        let sql = "SELECT count(*) FROM pg_stat_activity \
+                   WHERE query LIKE 'SELECT citus_move%' AND state = 'active'";
+        self.coordinator.connect().await.query_one(sql, &[]).await.unwrap().get(0)
+    }
+
+    async fn copies_for(&self, seconds: u32) {
+        self.change(&format!("UPDATE stand_in.copying SET seconds = {seconds}")).await;
+    }
+
+    async fn begins(&self) {
+        eventually("a move begins", LIMIT, async || self.under_way().await == 1).await;
+    }
+
+    async fn is_balanced(&self) {
+        eventually("it is balanced", LIMIT, async || {
+            self.places().await.iter().filter(|it| **it == 2).count() == 2
+        })
+        .await;
+    }
+
+    /// How the last moves ended, the newest first, as the agent says that runs.
+    async fn ends(&self) -> Vec<(String, String)> {
+        let finished = self.agent().run(&["status", "--json"]).await;
+        let status: Value =
+            serde_json::from_str(&finished.stdout).unwrap_or_else(|_| panic!("{finished}"));
+        let recent = status["recent"].as_array().cloned().unwrap_or_default();
+        let text = |it: &Value| it.as_str().unwrap().to_owned();
+        recent.iter().map(|it| (text(&it["outcome"]), text(&it["reason"]))).collect()
+    }
+
+    async fn ended(&self, outcome: &str) -> String {
+        let mut reason = None;
+        eventually(outcome, LIMIT, async || {
+            let ends = self.ends().await;
+            reason = ends.into_iter().find(|it| it.0 == outcome).map(|it| it.1);
+            reason.is_some()
+        })
+        .await;
+        reason.unwrap()
+    }
+}
+
+#[tokio::test]
+async fn what_is_planned_is_moved_and_nothing_is_left() {
+    if postgres_is_missing() {
+        return;
+    }
+    let cluster = Cluster::skewed().await;
+    // A node that is new has no reference tables.
+    cluster
+        .change(
+            "DELETE FROM pg_dist_placement USING pg_dist_shard \
+             WHERE pg_dist_shard.shardid = pg_dist_placement.shardid \
+               AND logicalrelid = 'countries'::regclass AND groupid = 2",
+        )
+        .await;
+    cluster.configure(APPLY);
+    let agent = cluster.starts();
+    cluster.is_balanced().await;
+    eventually("all is told", LIMIT, async || cluster.ends().await.len() == 2).await;
+    eventually("all is cleaned up", LIMIT, async || {
+        let report = cluster.plan().await;
+        report["refusals"] == Value::Array(vec![])
+            && report["plan"]["moves"] == Value::Array(vec![])
+    })
+    .await;
+    let finished = agent.terminate().await;
+    finished.assert_success();
+    for words in ["\"step\":\"copy_reference_tables\"", "\"outcome\":\"moved\""] {
+        assert!(finished.stdout.contains(words), "no {words} in {finished}");
+    }
+    assert!(!finished.stdout.contains("WARN"), "{finished}");
+}
+
+#[tokio::test]
+async fn writers_wait_no_longer_than_the_lock_timeout() {
+    if postgres_is_missing() {
+        return;
+    }
+    let cluster = Cluster::skewed().await;
+    cluster.configure(&format!("{APPLY}apply.lock_timeout = \"500ms\"\n"));
+    // A transaction that has written and stays open, and a writer that comes behind the move.
+    let holder = cluster.coordinator.connect().await;
+    let lock = "BEGIN; LOCK TABLE stand_in.cutover IN ROW EXCLUSIVE MODE";
+    holder.batch_execute(lock).await.unwrap();
+    let agent = cluster.starts();
+    let writer = cluster.coordinator.connect().await;
+    let mut longest = Duration::ZERO;
+    let until = Instant::now() + Duration::from_secs(8);
+    while Instant::now() < until {
+        let began = Instant::now();
+        writer.batch_execute("INSERT INTO stand_in.cutover DEFAULT VALUES").await.unwrap();
+        longest = longest.max(began.elapsed());
+        sleep(Duration::from_millis(5)).await;
+    }
+    assert!(longest < Duration::from_secs(1), "{longest:?}");
+    assert!(Duration::from_millis(400) < longest, "no move came as far as the lock: {longest:?}");
+    let reason = cluster.ended("no_lock").await;
+    assert!(reason.starts_with("it did not get a lock within 500ms"), "{reason}");
+    assert_eq!(cluster.places().await, [1; 4]);
+    // Each rests, and after three all do.
+    let report = cluster.plan().await;
+    assert_eq!(report["refusals"], Value::Array(vec![]), "another process has not moved anything");
+    let status = cluster.agent().run(&["status"]).await.stdout;
+    assert!(status.contains("the last 3 moves failed: it did not get a lock"), "{status}");
+    assert_eq!(cluster.ends().await.len(), 3);
+    agent.terminate().await.assert_success();
+}
+
+#[tokio::test]
+async fn a_move_ends_with_its_agent() {
+    if postgres_is_missing() {
+        return;
+    }
+    let cluster = Cluster::skewed().await;
+    cluster.configure(APPLY);
+    cluster.copies_for(60).await;
+    let agent = cluster.starts();
+    cluster.begins().await;
+    let began = Instant::now();
+    let finished = agent.terminate().await;
+    finished.assert_success();
+    assert!(began.elapsed() < Duration::from_secs(10), "{finished}");
+    assert!(finished.stdout.contains("\"outcome\":\"stopped\""), "{finished}");
+    assert_eq!((cluster.under_way().await, cluster.places().await), (0, vec![1; 4]));
+
+    // Killed, it can end nothing itself.
+    let agent = cluster.starts();
+    cluster.begins().await;
+    agent.kill9().await;
+    eventually("the move ends", LIMIT, async || cluster.under_way().await == 0).await;
+    assert_eq!(cluster.places().await, [1; 4]);
+    cluster.copies_for(0).await;
+    let agent = cluster.starts();
+    cluster.is_balanced().await;
+    agent.terminate().await.assert_success();
+}
+
+#[tokio::test]
+async fn moves_that_fail_are_not_tried_again_and_again() {
+    if postgres_is_missing() {
+        return;
+    }
+    let cluster = Cluster::skewed().await;
+    cluster.configure(APPLY);
+    cluster.copies_for(0).await;
+    let failure = "could not fetch disk stats for node: w4-5432";
+    cluster
+        .change(&format!(
+            "INSERT INTO stand_in.failure VALUES ('citus_move_shard_placement', '{failure}')"
+        ))
+        .await;
+    let agent = cluster.starts();
+    eventually("three failures", LIMIT, async || cluster.ends().await.len() == 3).await;
+    sleep(Duration::from_secs(12)).await;
+    let ends = cluster.ends().await;
+    assert_eq!(ends.len(), 3, "{ends:?}");
+    assert!(ends.iter().all(|it| it.0 == "failed" && it.1.contains(failure)), "{ends:?}");
+    agent.terminate().await.assert_success();
+}
+
+#[tokio::test]
+async fn a_worker_is_drained_by_a_command_alone() {
+    if postgres_is_missing() {
+        return;
+    }
+    let cluster = Cluster::skewed().await;
+    cluster.configure("");
+    let finished = cluster.agent().run(&["drain", "1"]).await;
+    finished.assert_code(1);
+    assert!(finished.stderr.contains("mode is \\\"dry_run\\\""), "{finished}");
+    cluster.configure(APPLY);
+    let finished = cluster.agent().run(&["drain", "9"]).await;
+    finished.assert_code(1);
+    assert!(finished.stderr.contains("no node is called 9; there are: "), "{finished}");
+
+    let finished = cluster.agent().run(&["drain", "1"]).await;
+    finished.assert_success();
+    assert_eq!(cluster.places().await, [2; 4]);
+    assert!(finished.stdout.contains("citus_set_node_property("), "{finished}");
+
+    // Only what is asked for, however uneven it is.
+    let finished = cluster.agent().run(&["move", "102009", "1"]).await;
+    finished.assert_success();
+    assert_eq!(cluster.places().await, [2, 1, 2, 2]);
+    // Any shard of the group names it.
+    let finished = cluster.agent().run(&["move", "102014", "1"]).await;
+    finished.assert_success();
+    assert_eq!(cluster.places().await, [2, 1, 1, 2]);
+
+    cluster.change("UPDATE pg_dist_node SET isactive = false WHERE groupid = 2").await;
+    let finished = cluster.agent().run(&["drain", "1"]).await;
+    finished.assert_code(1);
+    assert!(finished.stderr.contains("not now: ") && finished.stderr.contains("is not active"));
+    assert_eq!(cluster.places().await, [2, 1, 1, 2]);
+
+    let stuck = "INSERT INTO pg_dist_cleanup \
+        (operation_id, object_type, object_name, node_group_id, policy_type) \
+        VALUES (7, 1, 'stuck', 1, 2), (7, 1, 'other', 1, 2)";
+    cluster.change(stuck).await;
+    let finished = cluster.agent().run(&["cleanup"]).await;
+    finished.assert_code(1);
+    assert!(
+        finished.stderr.contains("1 object of a move to clean up: stuck on group 1"),
+        "{finished}"
+    );
+    cluster.change("TRUNCATE pg_dist_cleanup").await;
+    cluster.agent().run(&["cleanup"]).await.assert_success();
+}
+
+#[tokio::test]
+async fn a_pause_breaks_a_move_off_and_a_budget_outlives_the_agent() {
+    if postgres_is_missing() || etcd_is_missing() {
+        return;
+    }
+    let cluster = Cluster::skewed().await;
+    let etcd = EtcdCluster::start(1).await;
+    let keys =
+        format!("{APPLY}etcd.endpoints = {:?}\nbudget.moves_per_day = 2\n", etcd.endpoints());
+    cluster.configure(&keys);
+    cluster.copies_for(60).await;
+    let agent = cluster.starts();
+    cluster.begins().await;
+    let pause = ["pause", "--for", "1h", "--comment", "an upgrade"];
+    let finished = cluster.agent().run(&pause).await;
+    finished.assert_success();
+    assert!(finished.stdout.starts_with("Paused until "), "{finished}");
+    eventually("the move ends", LIMIT, async || cluster.under_way().await == 0).await;
+    let reason = cluster.ended("stopped").await;
+    assert!(reason.starts_with("paused until ") && reason.ends_with(": an upgrade"), "{reason}");
+    assert_eq!(cluster.places().await, [1; 4]);
+
+    cluster.copies_for(0).await;
+    sleep(Duration::from_secs(6)).await;
+    assert_eq!(cluster.places().await, [1; 4]);
+    cluster.agent().run(&["resume"]).await.assert_success();
+    eventually("one is moved", LIMIT, async || cluster.places().await != [1; 4]).await;
+    agent.kill9().await;
+
+    // What was broken off counts, too, so that was all for today; whoever asks.
+    let agent = cluster.starts();
+    let words = "2 shard groups were moved in the last 24 hours, as many as may be";
+    eventually("the budget is used up", LIMIT, async || {
+        cluster.agent().run(&["status"]).await.stdout.contains(words)
+    })
+    .await;
+    sleep(Duration::from_secs(6)).await;
+    assert_eq!(cluster.places().await.iter().filter(|it| **it == 2).count(), 1);
+    agent.terminate().await.assert_success();
+}
+
+#[tokio::test]
+async fn one_of_two_agents_moves_and_the_other_takes_over() {
+    if postgres_is_missing() || etcd_is_missing() {
+        return;
+    }
+    let cluster = Cluster::skewed().await;
+    let etcd = EtcdCluster::start(1).await;
+    let keys = format!("{APPLY}etcd.endpoints = {:?}\n", etcd.endpoints());
+    cluster.configure(&keys);
+    cluster.copies_for(20).await;
+    let first = cluster.starts();
+    cluster.begins().await;
+    let other = Cluster { port: server_port(), ..cluster };
+    other.configure(&keys);
+    let second = other.starts();
+    sleep(Duration::from_secs(7)).await;
+    assert_eq!(other.under_way().await, 1);
+    let status = other.agent().run(&["status"]).await;
+    assert!(status.stdout.contains("another replica leads"), "{status}");
+
+    // Stopped past its lease, it holds up nobody, and begins nothing when it wakes up.
+    first.sigstop();
+    other.copies_for(0).await;
+    other.is_balanced().await;
+    first.sigcont();
+    sleep(Duration::from_secs(5)).await;
+    let finished = first.terminate().await;
+    assert_eq!(finished.stdout.matches("\"move begins\"").count(), 1, "{finished}");
+    assert_eq!(other.places().await.iter().filter(|it| **it == 2).count(), 2);
+    second.terminate().await.assert_success();
+}
