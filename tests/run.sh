@@ -34,6 +34,9 @@ Anything else goes to cargo-nextest, for instance a part of a test's name:
   tests/run.sh damage
   tests/run.sh -E 'test(wal_push)' --no-capture
 
+Citus is in no Debian package. With PGMESH_TEST_CITUS_IMAGE=IMAGE in the environment, a pgmesh-tests image that
+has Citus installed, the tests run in that one and those against a real Citus are not skipped.
+
 The last line is "N passed, N failed, N skipped"; before it, each skipped test with its reason.
 Exit: 0 all passed, 1 otherwise, 2 wrong use.
 
@@ -250,7 +253,7 @@ run_tests() {
         --env PGMESH_TEST_SMALL_DISK=/small-disk \
         --env PGMESH_TESTS_SKIP_FILE="$target/nextest/skipped" \
         --env CARGO_TERM_COLOR="$([[ -t 1 ]] && echo always || echo never)" \
-        "$tests_image" cargo-nextest nextest run --profile ci \
+        "${PGMESH_TEST_CITUS_IMAGE:-$tests_image}" cargo-nextest nextest run --profile ci \
         --cargo-metadata "$state/cargo.json" --binaries-metadata "$state/binaries.json" "$@"
 }
 

@@ -37,6 +37,7 @@ mod pieces;
 mod prefetch;
 mod promotion;
 mod rebalance_apply;
+mod rebalance_citus;
 mod rebalance_plan;
 mod receive;
 mod replicas;

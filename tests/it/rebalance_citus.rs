@@ -1,0 +1,318 @@
+//! What the rebalance agent does to a real Citus, where one is installed: see `tests/run.sh --help`.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use harness::postgres::{installation, postgres_is_missing};
+use harness::{Agent, PgServer, directory, eventually, server_port, skip};
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep};
+
+use crate::exporter::server;
+use crate::scene::write;
+
+const LIMIT: Duration = Duration::from_mins(2);
+const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
+const ROLES: &str = include_str!("../../init-scripts/10-roles.sql");
+
+fn citus_is_missing() -> bool {
+    if postgres_is_missing() {
+        return true;
+    }
+    let extensions = Path::new("/usr/share/postgresql").join(installation().major().to_string());
+    let is_missing = !extensions.join("extension/citus.control").exists();
+    if is_missing {
+        skip("Citus is not installed; PGMESH_TEST_CITUS_IMAGE names an image that has it");
+    }
+    is_missing
+}
+
+/// A coordinator and workers.
+struct Citus {
+    nodes: Vec<PgServer>,
+    directory: TempDir,
+    port: u16,
+}
+
+async fn node(name: &str) -> PgServer {
+    let server = PgServer::builder()
+        .name(name)
+        .tcp()
+        .hba("host all all 127.0.0.1/32 trust")
+        .hba("host all all ::1/128 trust")
+        .setting("shared_preload_libraries", "citus")
+        .setting("wal_level", "logical")
+        .setting("max_worker_processes", "30")
+        .setting("citus.node_conninfo", "sslmode=prefer")
+        .primary()
+        .await;
+    server.psql("CREATE EXTENSION citus").await;
+    server
+}
+
+impl Citus {
+    /// All data on the first two of three workers, and a fourth that has just come.
+    async fn skewed() -> Self {
+        let mut nodes = Vec::new();
+        for name in ["coordinator", "worker-1", "worker-2", "worker-3", "worker-4"] {
+            nodes.push(node(name).await);
+        }
+        let it = Self { nodes, directory: directory(), port: server_port() };
+        let coordinator = it.coordinator();
+        let port = coordinator.port();
+        coordinator.psql(&format!("SELECT citus_set_coordinator_host('127.0.0.1', {port})")).await;
+        for index in 1..4 {
+            it.add(index).await;
+        }
+        coordinator
+            .psql(
+                "CREATE ROLE app LOGIN; GRANT ALL ON SCHEMA public TO app; SET ROLE app; \
+                 SET citus.shard_count = 8; \
+                 CREATE TABLE events (id bigint PRIMARY KEY, text text); \
+                 CREATE TABLE log (id bigint PRIMARY KEY, text text); \
+                 CREATE TABLE countries (id int PRIMARY KEY, text text); \
+                 SELECT create_distributed_table('events', 'id'); \
+                 SELECT create_distributed_table('log', 'id', colocate_with => 'events'); \
+                 SELECT create_reference_table('countries'); \
+                 INSERT INTO countries SELECT id, 'text' FROM generate_series(1, 200) AS id; \
+                 INSERT INTO events SELECT id, repeat(md5(id::text), 8) \
+                   FROM generate_series(1, 400000) AS id; \
+                 INSERT INTO log SELECT id, md5(id::text) FROM generate_series(1, 100000) AS id",
+            )
+            .await;
+        coordinator.psql(ROLES).await;
+        coordinator
+            .psql(
+                "SELECT citus_move_shard_placement(shardid, node.nodeid, \
+                   (SELECT nodeid FROM pg_dist_node WHERE groupid = 1 + shardid % 2), 'block_writes') \
+                   FROM pg_dist_shard JOIN pg_dist_placement USING (shardid) \
+                   JOIN pg_dist_node AS node USING (groupid) \
+                  WHERE logicalrelid = 'events'::regclass AND groupid = 3",
+            )
+            .await;
+        it.add(4).await;
+        coordinator.psql("CALL citus_cleanup_orphaned_resources()").await;
+        it.configure();
+        it
+    }
+
+    fn coordinator(&self) -> &PgServer {
+        &self.nodes[0]
+    }
+
+    async fn add(&self, index: usize) {
+        let port = self.nodes[index].port();
+        self.coordinator().psql(&format!("SELECT citus_add_node('127.0.0.1', {port})")).await;
+    }
+
+    fn configure(&self) {
+        let text = format!(
+            "cluster = \"tests\"\nadmin_address = \"127.0.0.1:{}\"\ninterval = \"5s\"\n\
+             mode = \"apply\"\napply.pause = \"0s\"\n\
+             [postgres]\nuser = \"pgmesh_rebalance\"\ntls = \"disable\"\n{}",
+            self.port,
+            server(self.coordinator())
+        );
+        write(&self.directory.path().join("rebalance-agent.toml"), &text);
+    }
+
+    fn agent(&self) -> Agent {
+        let config = self.directory.path().join("rebalance-agent.toml");
+        Agent::rebalance_agent(&config).limit(LIMIT)
+    }
+
+    /// What every table holds, without what the writers add.
+    async fn content(&self) -> String {
+        let sum = "count(*), sum(hashtextextended(id::text || text, 0)::numeric)";
+        self.coordinator()
+            .psql(&format!(
+                "SELECT {sum} FROM events WHERE id <= 400000 UNION ALL SELECT {sum} FROM log \
+                 UNION ALL SELECT {sum} FROM countries"
+            ))
+            .await
+    }
+
+    /// Whether all is where it belongs, and nothing is left of moves.
+    async fn is_settled(&self) -> bool {
+        let finished = self.agent().run(&["plan", "--json"]).await;
+        let Ok(report) = serde_json::from_str::<Value>(&finished.stdout) else { return false };
+        let is_empty = |it: &Value| it.as_array().is_some_and(Vec::is_empty);
+        is_empty(&report["refusals"]) && is_empty(&report["plan"]["moves"])
+    }
+
+    async fn settles(&self) {
+        eventually("all is where it belongs", LIMIT, async || self.is_settled().await).await;
+    }
+
+    async fn is_moving(&self) -> bool {
+        let sql = "SELECT count(*) FROM pg_stat_activity \
+                   WHERE query LIKE 'SELECT citus_move%' AND state = 'active'";
+        let count: i64 =
+            self.coordinator().connect().await.query_one(sql, &[]).await.unwrap().get(0);
+        count == 1
+    }
+
+    /// Shard groups on a group of servers.
+    async fn shards_on(&self, group: i32) -> i64 {
+        let sql = "SELECT count(*) FROM pg_dist_placement JOIN pg_dist_shard USING (shardid) \
+                   WHERE logicalrelid = 'events'::regclass AND groupid = $1";
+        self.coordinator().connect().await.query_one(sql, &[&group]).await.unwrap().get(0)
+    }
+}
+
+/// Writes to all shards, and knows how long it waited at most.
+struct Writers {
+    stop: Arc<AtomicBool>,
+    tasks: JoinSet<(u32, Duration)>,
+}
+
+impl Writers {
+    async fn start(citus: &Citus) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut tasks = JoinSet::new();
+        for writer in 1..=4_i64 {
+            let client = citus.coordinator().connect_as("app", "postgres").await;
+            let stop = Arc::clone(&stop);
+            tasks.spawn(async move {
+                let sql = "INSERT INTO events VALUES ($1, 'new') \
+                           ON CONFLICT (id) DO UPDATE SET text = 'again'";
+                let (mut count, mut longest) = (0, Duration::ZERO);
+                while !stop.load(Ordering::Relaxed) {
+                    let began = Instant::now();
+                    let id = writer * 1_000_000 + i64::from(count % 5000);
+                    client.execute(sql, &[&id]).await.unwrap();
+                    longest = longest.max(began.elapsed());
+                    count += 1;
+                    sleep(Duration::from_millis(5)).await;
+                }
+                (count, longest)
+            });
+        }
+        Self { stop, tasks }
+    }
+
+    /// The longest that one of them waited. None of them failed.
+    async fn longest(self) -> Duration {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut longest = Duration::ZERO;
+        for (count, waited) in self.tasks.join_all().await {
+            assert!(0 < count);
+            longest = longest.max(waited);
+        }
+        longest
+    }
+}
+
+#[tokio::test]
+async fn a_new_worker_is_filled_and_writers_hardly_wait() {
+    if citus_is_missing() {
+        return;
+    }
+    let citus = Citus::skewed().await;
+    let before = citus.content().await;
+    let writers = Writers::start(&citus).await;
+    let agent = citus.agent().spawn(&["run"]);
+    citus.settles().await;
+    let longest = writers.longest().await;
+    assert!(longest < LOCK_TIMEOUT + Duration::from_millis(500), "{longest:?}");
+    for group in 1..=4 {
+        assert_eq!(citus.shards_on(group).await, 2, "group {group}");
+    }
+    assert_eq!(citus.content().await, before);
+    let finished = agent.terminate().await;
+    finished.assert_success();
+    assert!(finished.stdout.contains("copy_reference_tables"), "{finished}");
+}
+
+#[tokio::test]
+async fn a_transaction_that_stays_open_holds_writers_up_for_the_lock_timeout_only() {
+    if citus_is_missing() {
+        return;
+    }
+    let citus = Citus::skewed().await;
+    let writers = Writers::start(&citus).await;
+    let agent = citus.agent().spawn(&["run"]);
+    // From the first copy on: a move waits for what was open before it began.
+    eventually("a move begins", LIMIT, async || citus.is_moving().await).await;
+    let holder = citus.coordinator().connect_as("app", "postgres").await;
+    sleep(Duration::from_millis(200)).await;
+    holder
+        .batch_execute("BEGIN; UPDATE events SET text = text WHERE id BETWEEN 1 AND 100")
+        .await
+        .unwrap();
+    sleep(Duration::from_secs(10)).await;
+    holder.batch_execute("ROLLBACK").await.unwrap();
+    citus.settles().await;
+    let longest = writers.longest().await;
+    assert!(longest < LOCK_TIMEOUT + Duration::from_millis(500), "{longest:?}");
+    agent.terminate().await.assert_success();
+}
+
+#[tokio::test]
+async fn what_is_killed_in_the_middle_leaves_nothing_behind() {
+    if citus_is_missing() {
+        return;
+    }
+    let mut citus = Citus::skewed().await;
+    let before = citus.content().await;
+    // The agent, then both possible sources, then the coordinator.
+    for killed in [None, Some(vec![1, 2]), Some(vec![0])] {
+        let agent = citus.agent().spawn(&["run"]);
+        eventually("a move begins", LIMIT, async || {
+            citus.is_moving().await || citus.is_settled().await
+        })
+        .await;
+        let Some(nodes) = killed else {
+            agent.kill9().await;
+            continue;
+        };
+        for index in nodes {
+            citus.nodes[index].kill9().await;
+            sleep(Duration::from_secs(1)).await;
+            citus.nodes[index].start().await;
+        }
+        agent.terminate().await.assert_success();
+    }
+    let agent = citus.agent().spawn(&["run"]);
+    citus.settles().await;
+    agent.terminate().await.assert_success();
+    assert_eq!(citus.content().await, before);
+    for node in &citus.nodes {
+        let left = node
+            .psql(
+                "SELECT slot_name FROM pg_replication_slots UNION ALL \
+                 SELECT pubname FROM pg_publication UNION ALL SELECT subname FROM pg_subscription",
+            )
+            .await;
+        assert_eq!(left.trim(), "", "{}", node.name());
+    }
+}
+
+#[tokio::test]
+async fn a_drained_worker_can_be_removed() {
+    if citus_is_missing() {
+        return;
+    }
+    let citus = Citus::skewed().await;
+    let before = citus.content().await;
+    let address = format!("127.0.0.1:{}", citus.nodes[1].port());
+    let finished = citus.agent().run(&["drain", &address]).await;
+    finished.assert_success();
+    assert_eq!(citus.shards_on(1).await, 0);
+    // As it says, for a superuser.
+    let property = format!(
+        "SELECT citus_set_node_property('127.0.0.1', {}, 'shouldhaveshards', false)",
+        citus.nodes[1].port()
+    );
+    assert!(finished.stdout.contains(&property), "{finished}");
+    citus.coordinator().psql(&property).await;
+    let status = citus.agent().run(&["drain", &address]).await;
+    assert!(status.stdout.contains("it is empty: it can be removed"), "{status}");
+    let remove = format!("SELECT citus_remove_node('127.0.0.1', {})", citus.nodes[1].port());
+    citus.coordinator().psql(&remove).await;
+    assert_eq!(citus.content().await, before);
+}
