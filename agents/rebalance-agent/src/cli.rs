@@ -32,13 +32,13 @@ pub enum Command {
     Status(ShowArgs),
     /// Move nothing until `resume`; a move under way is broken off within 15 s
     ///
-    /// Needs [etcd]: every replica sees it, and it outlives them.
+    /// Needs etcd: every replica sees it, and it outlives them.
     Pause(PauseArgs),
     /// Go on after `pause`
     Resume,
     /// Move all shards off a node, before it is removed
     ///
-    /// All guards, the window and the budget hold. With [etcd] the agents that run do it. Without, this
+    /// All guards, the window and the budget hold. With etcd the agents that run do it. Without, this
     /// command does, and returns when the node is empty or something is in the way.
     ///
     /// It does not keep Citus from putting shards of new tables there, and it removes nothing: both ask
@@ -51,7 +51,7 @@ pub enum Command {
     },
     /// Move a shard to a node, with the shards it is colocated with
     ///
-    /// All guards, the window and the budget hold. With [etcd] the agents that run do it, before all
+    /// All guards, the window and the budget hold. With etcd the agents that run do it, before all
     /// else. Without, this command does. If it leaves the load uneven, what is moved next may be just
     /// that shard: pause the agent, or give the node a weight.
     Move(MoveArgs),
