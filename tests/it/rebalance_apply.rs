@@ -225,7 +225,7 @@ async fn a_worker_is_drained_by_a_command_alone() {
 
     let stuck = "INSERT INTO pg_dist_cleanup \
         (operation_id, object_type, object_name, node_group_id, policy_type) \
-        VALUES (7, 1, 'stuck', 1, 2), (7, 1, 'other', 1, 2)";
+        VALUES (7, 1, 'stuck', 1, 0), (7, 1, 'other', 1, 0)";
     cluster.change(stuck).await;
     let finished = cluster.agent().run(&["cleanup"]).await;
     finished.assert_code(1);
@@ -268,7 +268,7 @@ async fn a_pause_breaks_a_move_off_and_a_budget_outlives_the_agent() {
 
     // What was broken off counts, too, so that was all for today; whoever asks.
     let agent = cluster.starts();
-    let words = "2 shard groups were moved in the last 24 hours, as many as may be";
+    let words = "moves of 2 shard groups began in the last 24 hours, as many as may";
     eventually("the budget is used up", LIMIT, async || {
         cluster.agent().run(&["status"]).await.stdout.contains(words)
     })

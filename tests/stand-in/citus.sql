@@ -134,6 +134,9 @@ CREATE FUNCTION pg_catalog.get_rebalance_progress()
 #variable_conflict use_column
 BEGIN
     PERFORM stand_in.may_fail('get_rebalance_progress');
+    -- A real one has a daemon that drops what moves left, after citus.defer_shard_delete_interval.
+    DELETE FROM pg_dist_cleanup
+     WHERE policy_type = 2 AND operation_id BETWEEN 1000000 AND extract(epoch FROM clock_timestamp()) - 2;
     RETURN QUERY SELECT 1, shard.logicalrelid, it.shardid, 0::bigint, a.nodename, a.nodeport, b.nodename, b.nodeport,
            it.progress, 0::bigint, 0::bigint, 'move', NULL::pg_lsn, NULL::pg_lsn, it.status
       FROM (SELECT * FROM stand_in.progress
@@ -181,7 +184,7 @@ BEGIN
             RAISE EXCEPTION 'could not find placement matching "%"', source USING ERRCODE = '22000';
         END IF;
         INSERT INTO pg_dist_cleanup (operation_id, object_type, object_name, node_group_id, policy_type)
-        VALUES (7, 1, moved.logicalrelid::text || '_' || moved.shardid, source, 2);
+        VALUES (extract(epoch FROM clock_timestamp()), 1, moved.logicalrelid::text || '_' || moved.shardid, source, 2);
     END LOOP;
 END $$;
 

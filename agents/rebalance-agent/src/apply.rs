@@ -8,19 +8,22 @@ mod progress;
 
 use std::time::Duration;
 
+use shared::lease::Claim;
 use shared::pg::{ConnectError, Connection, Node, QueryError, Settings, connect};
 use shared::telemetry::chain;
 use thiserror::Error;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::error::SqlState;
 use tracing::debug;
 
 use crate::config::Apply;
 use crate::ledger::Outcome;
-pub use progress::{Progress, Standstill};
+pub use progress::{Cutover, Progress, Standstill};
 
-/// So often a move is asked how far it is.
-const TICK: Duration = Duration::from_secs(2);
+/// So often a move is asked how far it is …
+const TICK: Duration = Duration::from_millis(500);
+/// … and so often when its writers may have to wait.
+const TICK_NEAR_THE_END: Duration = Duration::from_millis(200);
 /// How long a move may take to end after it was cancelled; it drops what it has copied by then.
 const CANCEL_LIMIT: Duration = Duration::from_secs(15);
 /// How long Citus may clean up; a node that hangs would hold it up.
@@ -74,6 +77,12 @@ pub enum ApplyError {
     /// It refuses, or does not answer.
     #[error(transparent)]
     Query(#[from] QueryError),
+    /// It was not to go on.
+    #[error("broken off: {reason}")]
+    BrokenOff {
+        /// Why: a sentence without full stop.
+        reason: String,
+    },
 }
 
 /// Acts on the coordinator's primary.
@@ -85,6 +94,8 @@ pub struct Hand<'a> {
     pub limits: &'a Apply,
     /// The coordinator's primary.
     pub coordinator: &'a Node,
+    /// The right to act.
+    pub claim: &'a Claim,
 }
 
 impl Hand<'_> {
@@ -101,16 +112,29 @@ impl Hand<'_> {
         Ok(())
     }
 
-    /// Copies the reference tables to the nodes that lack them. Writers of those wait for as long as it
-    /// takes, after at most `lock_timeout` in which they are waited for.
+    /// Copies the reference tables to the nodes that lack them, until it is done or `halted` says why it
+    /// must not go on. Writers of those tables wait for as long as it takes, after at most `lock_timeout`
+    /// in which they are waited for.
     ///
     /// # Errors
     ///
     /// The coordinator refuses, or does not answer.
-    pub async fn copy_reference_tables(&self) -> Result<(), ApplyError> {
+    pub async fn copy_reference_tables(
+        &self,
+        halted: impl Future<Output = String>,
+    ) -> Result<(), ApplyError> {
         let connection = self.session().await?;
-        self.bounded(&connection, "SELECT replicate_reference_tables('auto')").await?;
-        Ok(())
+        let work = self.bounded(&connection, "SELECT replicate_reference_tables('auto')");
+        tokio::pin!(work);
+        let reason = tokio::select! {
+            done = &mut work => return done,
+            reason = halted => reason,
+        };
+        Box::pin(connection.cancel()).await;
+        match timeout(CANCEL_LIMIT, work).await {
+            Ok(Ok(())) => Ok(()),
+            _ => Err(ApplyError::BrokenOff { reason }),
+        }
     }
 
     /// Moves a shard group, until it is done or `halted` says why it must not go on. `show` takes how far
@@ -135,7 +159,7 @@ impl Hand<'_> {
         let why = tokio::select! {
             ended = &mut work => return self.end(ended, None),
             why = halted => (Outcome::Stopped, why),
-            why = self.watch(order.shards, show) => (Outcome::Failed, why),
+            why = self.watch(order.shards, show) => why,
         };
         // It drops what it has copied; what it cannot, Citus does later.
         Box::pin(connection.cancel()).await;
@@ -161,7 +185,7 @@ impl Hand<'_> {
     }
 
     /// Runs a statement that waits for no lock longer than it may, here or on a node.
-    async fn bounded(&self, connection: &Connection, sql: &str) -> Result<(), QueryError> {
+    async fn bounded(&self, connection: &Connection, sql: &str) -> Result<(), ApplyError> {
         let Apply { lock_timeout, move_timeout, .. } = self.limits;
         let (lock, statement) = (lock_timeout.as_millis(), move_timeout.as_millis());
         // One by one: Citus passes on the whole text in which it finds a SET LOCAL, the move included.
@@ -172,21 +196,27 @@ impl Hand<'_> {
             &format!("SET LOCAL statement_timeout = '{statement}ms'"),
             &format!("{sql}; COMMIT"),
         ] {
+            // However long this process was stopped in between.
+            if !self.claim.is_valid() {
+                let reason = "the lease was not renewed in time".to_owned();
+                return Err(ApplyError::BrokenOff { reason });
+            }
             connection.simple_query(sql).await?;
         }
         Ok(())
     }
 
     /// What came of a move. `broken_off` says why it was to end, if it was.
-    fn end(&self, ended: Result<(), QueryError>, broken_off: Option<(Outcome, String)>) -> End {
+    fn end(&self, ended: Result<(), ApplyError>, broken_off: Option<(Outcome, String)>) -> End {
         let error = match ended {
             // It was quicker.
             Ok(()) => return End::new(Outcome::Moved, ""),
+            Err(ApplyError::BrokenOff { reason }) => return End::new(Outcome::Stopped, reason),
             Err(error) => error,
         };
         let code = match &error {
-            QueryError::Failed { source, .. } => source.code().cloned(),
-            QueryError::TimedOut { .. } => None,
+            ApplyError::Query(QueryError::Failed { source, .. }) => source.code().cloned(),
+            _ => None,
         };
         match (code, broken_off) {
             (None, _) => {
@@ -203,24 +233,36 @@ impl Hand<'_> {
         }
     }
 
-    /// Asks how far the move is, until it stands still for too long.
-    async fn watch(&self, shards: &[i64], mut show: impl FnMut(&Progress)) -> String {
-        let mut ticks = interval(TICK);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut connection = None;
-        let mut standstill = Standstill::new(self.limits.stall_timeout);
+    /// Asks how far the move is, until it stands still or keeps its writers waiting for too long.
+    async fn watch(&self, shards: &[i64], mut show: impl FnMut(&Progress)) -> (Outcome, String) {
+        let Apply { lock_timeout, stall_timeout, .. } = *self.limits;
+        let (mut standstill, mut cutover) =
+            (Standstill::new(stall_timeout), Cutover::new(lock_timeout));
+        let (mut connection, mut is_near) = (None, false);
         loop {
-            ticks.tick().await;
-            let found = self.ask(&mut connection, shards).await;
-            let progress = found.unwrap_or_else(|error| {
-                debug!(error = %chain(&error), "how far the move is, is unknown");
-                connection = None;
-                Progress::default()
-            });
-            show(&progress);
-            if let Some(why) = standstill.see(&progress, tokio::time::Instant::now()) {
-                return why;
+            sleep(if is_near { TICK_NEAR_THE_END } else { TICK }).await;
+            let asked = self.ask(&mut connection, shards);
+            let answer =
+                if is_near { timeout(lock_timeout, asked).await.ok() } else { Some(asked.await) };
+            let progress = match answer {
+                Some(Ok(progress)) => progress,
+                unknown => {
+                    if let Some(Err(error)) = unknown {
+                        debug!(error = %chain(&error), "how far the move is, is unknown");
+                    }
+                    connection = None;
+                    Progress::default()
+                }
+            };
+            let now = Instant::now();
+            if let Some(why) = cutover.see(&progress, now) {
+                return (Outcome::NoLock, why);
             }
+            if let Some(why) = standstill.see(&progress, now) {
+                return (Outcome::Failed, why);
+            }
+            is_near = progress.is_near_the_end() || (is_near && progress == Progress::default());
+            show(&progress);
         }
     }
 

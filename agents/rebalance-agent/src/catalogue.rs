@@ -152,6 +152,9 @@ pub struct CleanupRecord {
     pub object: String,
     /// `node_group_id`: where it is.
     pub group: u32,
+    /// Whether a move that succeeded left it, for queries that were planned before: Citus drops it by
+    /// itself. To drop it at once would fail those.
+    pub is_deferred: bool,
 }
 
 /// A background job that has not ended.

@@ -39,7 +39,8 @@ pub enum Command {
     /// Move all shards off a node, before it is removed
     ///
     /// All guards, the window and the budget hold. With etcd the agents that run do it. Without, this
-    /// command does, and returns when the node is empty or something is in the way.
+    /// command does, and returns when the node is empty or something is in the way; what it moves
+    /// counts for this command alone.
     ///
     /// It does not keep Citus from putting shards of new tables there, and it removes nothing: both ask
     /// for a superuser. `status` says how, and when it is safe.

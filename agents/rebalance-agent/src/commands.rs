@@ -4,7 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
 
-use chrono::Utc;
+use anyhow::Context as _;
+use chrono::{TimeDelta, Utc};
 use shared::cli::print;
 use shared::{config, http};
 
@@ -48,8 +49,13 @@ pub async fn run(cli: Cli) -> anyhow::Result<()> {
             tell(&report, args, show::status)
         }
         Command::Pause(args) => {
+            anyhow::ensure!(args.length.is_none_or(|it| !it.is_zero()), "--for must be above zero");
             let since = Utc::now();
-            let until = args.length.map(|it| since + it);
+            let until = args.length.map(|it| {
+                let length = TimeDelta::from_std(it).ok();
+                length.and_then(|it| since.checked_add_signed(it)).context("--for is too long")
+            });
+            let until = until.transpose()?;
             requests::ask(config, Request::Pause(Pause { since, until, comment: args.comment }))
                 .await
         }
@@ -59,11 +65,16 @@ pub async fn run(cli: Cli) -> anyhow::Result<()> {
             Box::pin(requests::carry_out(config, Request::Drain { group }, args.wait)).await
         }
         Command::Undrain { node } => {
-            let group = requests::group(&config, &node).await?;
+            // A node that was removed has a number still.
+            let group = match node.parse() {
+                Ok(group) => group,
+                Err(_) => requests::group(&config, &node).await?,
+            };
             requests::ask(config, Request::Undrain { group }).await
         }
         Command::Move(MoveArgs { shard, node: Some(node), wait, .. }) => {
             let to = requests::group(&config, &node).await?;
+            requests::can_move(&config, shard).await?;
             Box::pin(requests::carry_out(config, Request::Move { shard, to }, wait)).await
         }
         Command::Move(MoveArgs { shard, .. }) => {

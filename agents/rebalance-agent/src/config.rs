@@ -252,8 +252,8 @@ impl Guard {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Apply {
-    /// How long a move waits for a lock, and writers with it: at its end it locks the shard group.
-    /// Past it the move is broken off, and tried again later.
+    /// How long a move waits for a lock, and writers with it: at its end it locks the shard group; and
+    /// how long it may then keep its locks. Past it the move is broken off, and tried again later.
     #[serde(with = "humantime_serde")]
     pub lock_timeout: Duration,
     /// How long one move may take.

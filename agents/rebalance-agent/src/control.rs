@@ -48,6 +48,14 @@ pub struct Pause {
     pub comment: String,
 }
 
+impl Pause {
+    /// That it is paused, as a sentence without full stop.
+    pub fn reason(&self) -> String {
+        let until = |it: DateTime<Utc>| format!(" until {}", it.format("%Y-%m-%d %H:%M UTC"));
+        format!("paused{}: {}", self.until.map(until).unwrap_or_default(), self.comment)
+    }
+}
+
 /// All that is asked for at present.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Control {

@@ -67,15 +67,26 @@ pub struct Entry {
     pub to: u32,
     /// Its size. What was broken off half-way counts in full: it was written, and is thrown away.
     pub bytes: u64,
+    /// All shards of it.
+    #[serde(default)]
+    pub shards: Vec<i64>,
     /// Who moves it.
     pub replica: String,
     /// How it ended.
     pub outcome: Outcome,
     /// Why it ended so; empty if all is well.
     pub reason: String,
+    /// When it ended.
+    #[serde(default)]
+    pub ended_at: Option<DateTime<Utc>>,
 }
 
 impl Entry {
+    /// When it was last heard of.
+    fn last_at(&self) -> DateTime<Utc> {
+        self.ended_at.unwrap_or(self.at)
+    }
+
     /// Why it did not come to its end.
     fn why(&self) -> &str {
         if self.outcome == Outcome::Started { "nobody said how it ended" } else { &self.reason }
@@ -127,7 +138,7 @@ impl Ledger {
     pub fn setbacks(&self) -> Option<(DateTime<Utc>, u32, String)> {
         let (last, failures) = failures(self.newest())?;
         let doublings = failures.checked_sub(SETBACKS_MAX)?;
-        let until = last.at + rest_after(SETBACK_REST_MIN, doublings);
+        let until = last.last_at() + rest_after(SETBACK_REST_MIN, doublings);
         Some((until, failures, last.why().to_owned()))
     }
 
@@ -135,7 +146,7 @@ impl Ledger {
     pub fn rest(&self, shard: i64) -> Option<(DateTime<Utc>, String)> {
         let (last, failures) = failures(self.newest().filter(|it| it.shard == shard))?;
         let times = if failures == 1 { "its last move failed" } else { "its last moves failed" };
-        let until = last.at + rest_after(REST_MIN, failures - 1);
+        let until = last.last_at() + rest_after(REST_MIN, failures - 1);
         Some((until, format!("{times}: {}", last.why())))
     }
 }
@@ -174,9 +185,11 @@ mod tests {
             from: 1,
             to: 2,
             bytes: 10,
+            shards: vec![shard],
             replica: "host-1".to_owned(),
             outcome,
             reason: "why".to_owned(),
+            ended_at: None,
         }
     }
 
@@ -224,6 +237,12 @@ mod tests {
             assert_eq!(found, expected.map(|it| at(last + it)), "{outcomes:?}");
             assert_eq!(ledger.rest(2), None);
         }
+    }
+
+    #[test]
+    fn a_rest_begins_when_the_move_has_ended() {
+        let long = Entry { ended_at: Some(at(100)), ..entry(0, 1, Outcome::Failed) };
+        assert_eq!(Ledger::new(vec![long]).rest(1).map(|it| it.0), Some(at(101)));
     }
 
     #[test]

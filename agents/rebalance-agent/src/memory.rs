@@ -98,7 +98,7 @@ impl Memory {
         };
         let put = async |key: String, value: String| Box::pin(etcd.put(&key, &value, None)).await;
         let delete = async |key: String| match Box::pin(etcd.get(&key)).await? {
-            Some(found) => Box::pin(etcd.delete(&key, found.create_revision)).await.map(drop),
+            Some(found) => Box::pin(etcd.delete_unchanged(&found)).await.map(drop),
             None => Ok(()),
         };
         match request {
@@ -112,6 +112,23 @@ impl Memory {
                 put(format!("{root}{MOVE}{shard}"), to.to_string()).await?;
             }
             Request::Drop { shard } => delete(format!("{root}{MOVE}{shard}")).await?,
+        }
+        Ok(())
+    }
+
+    /// Forgets that a shard is wanted on a group, because it is there; not if it is wanted elsewhere by now.
+    ///
+    /// # Errors
+    ///
+    /// etcd does not take it.
+    pub async fn settle(&self, shard: i64, to: u32) -> Result<(), MemoryError> {
+        let Some((etcd, root)) = &self.etcd else {
+            self.local().0.moves.retain(|it, wanted| (*it, *wanted) != (shard, to));
+            return Ok(());
+        };
+        let found = Box::pin(etcd.get(&format!("{root}{MOVE}{shard}"))).await?;
+        if let Some(found) = found.filter(|it| it.value == to.to_string().as_bytes()) {
+            Box::pin(etcd.delete_unchanged(&found)).await?;
         }
         Ok(())
     }
@@ -216,6 +233,7 @@ mod tests {
         memory.ask(Request::Drain { group: 2 }).await.unwrap();
         memory.ask(Request::Move { shard: 102, to: 3 }).await.unwrap();
         memory.ask(Request::Undrain { group: 2 }).await.unwrap();
+        memory.settle(102, 2).await.unwrap();
         let (control, ledger) = memory.read().await;
         let control = control.unwrap();
         assert_eq!((control.drains, control.moves), ([].into(), [(102, 3)].into()));

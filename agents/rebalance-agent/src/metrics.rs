@@ -116,16 +116,16 @@ fn decided(view: &View, families: &mut Families<'_, '_>) -> Result<(), fmt::Erro
     families.one("closed", "Whether nothing at all may be moved now", None, Some(is_closed))?;
     let is_open = view.window.map(|it| flag(it.is_open));
     families.one("window_open", "Whether the window is open", None, is_open)?;
-    let is_paused = flag(view.refusals.iter().any(|it| it.gate == Gate::Paused));
-    families.one("paused", "Whether an operator wants nothing moved", None, Some(is_paused))?;
+    let is_paused = view.control.as_ref().map(|it| flag(it.pause_at(view.at).is_some()));
+    families.one("paused", "Whether an operator wants nothing moved", None, is_paused)?;
     let spent = view.spent.map(|(day, run)| [("day", day), ("run", run)]);
     let rows = |of: fn(Spent) -> f64| {
         let row = move |(within, it): (&str, _)| (vec![("within", within.to_owned())], of(it));
         spent.into_iter().flatten().map(row)
     };
-    let help = "What was moved in 24 hours, and in this run";
+    let help = "Size of what was begun to be moved in 24 hours, and in this run";
     families.add("spent", help, Some(&Unit::Bytes), rows(|it| number(it.bytes)))?;
-    let help = "Shard groups that were moved in 24 hours, and in this run";
+    let help = "Moves that were begun in 24 hours, and in this run";
     families.add("spent_moves", help, None, rows(|it| f64::from(it.moves)))?;
     let drains = view.drains.iter().map(|it| {
         let group = vec![("group", it.group.to_string())];
@@ -181,7 +181,8 @@ fn nodes(view: &View, families: &mut Families<'_, '_>) -> Result<(), fmt::Error>
         None,
         blocked,
     )?;
-    let draining = rows(&|it| Some(flag(!it.is_wanted && it.shard_groups != Some(0))));
+    let draining =
+        rows(&|it| Some(flag(!it.is_wanted && it.shard_groups.is_some_and(|it| 0 < it))));
     families.add("node_draining", "Whether a node has shards and should not", None, draining)
 }
 

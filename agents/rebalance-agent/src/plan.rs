@@ -148,12 +148,11 @@ pub fn plan(situation: &Situation, balance: &Balance, budget: Budget) -> Known<P
     let before = loads.figure();
     let mut planner = Planner::new(situation, balance, budget, loads);
     planner.ask();
-    let end = match balance.strategy {
-        Strategy::Own => match planner.drain() {
-            Some(end) => end,
-            None => planner.spread_well(),
-        },
-        Strategy::Citus => planner.follow(situation.citus.as_ref().map_err(Clone::clone)?),
+    // Citus knows of no drain but `shouldhaveshards`, which is a superuser's to set.
+    let end = match (planner.drain(), balance.strategy) {
+        (Some(end), _) => end,
+        (None, Strategy::Own) => planner.spread_well(),
+        (None, Strategy::Citus) => planner.follow(situation.citus.as_ref().map_err(Clone::clone)?),
     };
     let hot = planner.hot();
     let Planner { loads, moves, skipped, .. } = planner;

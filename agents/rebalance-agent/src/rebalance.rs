@@ -18,17 +18,20 @@ use crate::apply::{End, Hand, Order, Progress};
 use crate::audit::{Audit, Trail};
 use crate::commands::AGENT;
 use crate::config::{Config, Mode};
-use crate::control::{Control, Request};
-use crate::guard::Scope;
+use crate::control::Control;
+use crate::guard::{Refusal, Scope};
 use crate::ledger::{Entry, Outcome};
 use crate::memory::Memory;
 use crate::observe::{Observer, Seen};
 use crate::plan::{Move, Why};
 use crate::report::{Moving, Report, Turn, View};
-use crate::step::{Step, next, why};
+use crate::step::{Standing, Step, next, why};
+use crate::window::Opening;
 
-/// While something is moved, the cluster is looked at no less often.
+/// While something is moved, the cluster is looked at no less often …
 const LOOK_MAX: Duration = Duration::from_secs(15);
+/// … and whether that is still wanted.
+const WANTED_EVERY: Duration = Duration::from_secs(5);
 
 /// How looks came out: `ok` or `failed`.
 pub type Looks = Family<[(&'static str, &'static str); 1], Counter>;
@@ -100,8 +103,7 @@ impl Board {
 
     /// Takes up what came of a look, and says what is new.
     fn publish(&self, turn: Turn, leads: Option<bool>, replica: &str) {
-        let outcome = if matches!(turn, Turn::Unknown { .. }) { "failed" } else { "ok" };
-        self.looks.get_or_create(&[("outcome", outcome)]).inc();
+        self.count_look(&turn);
         self.with(|state| {
             tell(&state.report.turn, &turn);
             if let Turn::Decided(view) = &turn {
@@ -113,6 +115,17 @@ impl Board {
             }
         });
         self.change(|it| (it.turn, it.leads) = (turn, leads));
+    }
+
+    /// Takes up what is known while something is under way: nothing is decided from it.
+    fn refresh(&self, turn: Turn) {
+        self.count_look(&turn);
+        self.change(|it| it.turn = turn);
+    }
+
+    fn count_look(&self, turn: &Turn) {
+        let outcome = if matches!(turn, Turn::Unknown { .. }) { "failed" } else { "ok" };
+        self.looks.get_or_create(&[("outcome", outcome)]).inc();
     }
 
     /// Shows what is moved now.
@@ -197,7 +210,9 @@ impl Rebalancer {
 
     async fn look(&self) -> Looked {
         let seen = Box::pin(self.observer.look());
-        let (seen, (control, ledger)) = tokio::join!(seen, self.memory.read());
+        let seen = seen.await;
+        // The newest, because a look may take long.
+        let (control, ledger) = self.memory.read().await;
         match seen {
             Err(error) => {
                 (Turn::Unknown { at: Utc::now(), reason: chain(&error).to_string() }, None)
@@ -219,7 +234,7 @@ impl Rebalancer {
     /// None: what is not known is a state, and what fails is tried again later.
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         let mut leadership = self.leadership.clone();
-        let mut pause = Duration::ZERO;
+        let (mut pause, mut is_cleaned) = (Duration::ZERO, false);
         loop {
             tokio::select! {
                 () = shutdown.cancelled() => break,
@@ -227,18 +242,26 @@ impl Rebalancer {
                 // Who leads begins at once.
                 () = leadership.changed() => {}
             }
+            // What is found without the lease may be what another replica was about to change.
+            let claim = self.leadership.claim();
             let Some((turn, coordinator)) = shutdown.run_until_cancelled(self.look()).await else {
                 break;
             };
-            let claim = self.leadership.claim();
+            let claim = claim.filter(Claim::is_valid);
             let leads = (self.config.mode == Mode::Apply).then_some(claim.is_some());
             if let (Turn::Decided(view), Some(_)) = (&turn, &claim) {
                 self.forget(view).await;
             }
             let step = match &turn {
-                Turn::Decided(view) => next(view, self.config.mode, claim.is_some(), self.only),
+                Turn::Decided(view) => {
+                    let (mode, leads) = (self.config.mode, claim.is_some());
+                    next(view, Standing { mode, leads, only: self.only, is_cleaned })
+                }
                 _ => Step::Rest,
             };
+            // What it left is looked at once more, when something was moved or some time has passed.
+            is_cleaned = step == Step::CleanUp || (is_cleaned && step == Step::Rest);
+            let awaits_drop = matches!(&turn, Turn::Decided(view) if view.awaits_drop);
             self.board.publish(turn, leads, &self.replica);
             pause = match (coordinator, claim) {
                 (Some(coordinator), Some(claim)) => {
@@ -246,6 +269,9 @@ impl Rebalancer {
                 }
                 _ => self.config.interval,
             };
+            if awaits_drop {
+                pause = pause.min(WANTED_EVERY);
+            }
         }
         Ok(())
     }
@@ -259,24 +285,26 @@ impl Rebalancer {
         shutdown: &CancellationToken,
     ) -> Duration {
         let Config { interval, apply: limits, .. } = &self.config;
-        let hand = Hand { settings: self.observer.settings(), limits, coordinator };
-        let what = match step {
+        let hand = Hand { settings: self.observer.settings(), limits, coordinator, claim };
+        let (what, done) = match step {
             Step::Rest => return *interval,
             Step::Move(it) => {
                 self.carry(&hand, &it, claim, shutdown).await;
                 return limits.pause;
             }
-            Step::CleanUp => "clean_up",
-            Step::ReferenceTables => "copy_reference_tables",
-        };
-        info!(step = what, "step begins");
-        let work = async {
-            match step {
-                Step::ReferenceTables => hand.copy_reference_tables().await,
-                _ => hand.clean_up().await,
+            Step::CleanUp => {
+                info!(step = "clean_up", "step begins");
+                let work = shutdown.run_until_cancelled(claim.guard(hand.clean_up()));
+                ("clean_up", work.await.flatten().unwrap_or(Ok(())))
+            }
+            Step::ReferenceTables => {
+                info!(step = "copy_reference_tables", "step begins");
+                let concern = Concern { coordinator, groups: Vec::new(), colocation: None };
+                let halted = self.halted(&concern, claim, shutdown);
+                ("copy_reference_tables", hand.copy_reference_tables(halted).await)
             }
         };
-        if let Some(Err(error)) = shutdown.run_until_cancelled(claim.guard(work)).await.flatten() {
+        if let Err(error) = done {
             warn!(step = what, error = %chain(&error), "step failed");
         }
         // What stays is no reason to try again and again.
@@ -291,9 +319,11 @@ impl Rebalancer {
             from: it.from,
             to: it.to,
             bytes: it.bytes,
+            shards: it.shards.clone(),
             replica: self.replica.clone(),
             outcome: Outcome::Started,
             reason: String::new(),
+            ended_at: None,
         };
         // What is not written down would not count.
         if let Err(error) = self.memory.record(&entry).await {
@@ -311,12 +341,15 @@ impl Rebalancer {
             self.board.show(Some(moving));
         };
         let end = if claim.is_valid() {
-            hand.carry(order, self.halted(it, claim, shutdown), show).await
+            let (groups, colocation) = (vec![from, to], Some(it.colocation));
+            let concern = Concern { coordinator: hand.coordinator, groups, colocation };
+            hand.carry(order, self.halted(&concern, claim, shutdown), show).await
         } else {
             End { outcome: Outcome::Stopped, reason: "another replica leads".to_owned() }
         };
         self.board.show(None);
         (entry.outcome, entry.reason) = (end.outcome, end.reason);
+        entry.ended_at = Some(Utc::now());
         let outcome = entry.outcome.name();
         let seconds = began.elapsed().as_secs_f64();
         if entry.outcome == Outcome::Moved {
@@ -329,53 +362,100 @@ impl Rebalancer {
         if let Err(error) = self.memory.record(&entry).await {
             warn!(error = %chain(&error), shard, "how a move ended is not written down");
         }
-        // Then the next look finds nothing that is left.
-        if let Err(error) = hand.clean_up().await {
+        // What is left of one that failed nobody needs.
+        if entry.outcome != Outcome::Moved
+            && claim.is_valid()
+            && let Err(error) = hand.clean_up().await
+        {
             warn!(step = "clean_up", error = %chain(&error), "step failed");
         }
     }
 
     /// Forgets what was asked for and is so.
     async fn forget(&self, view: &View) {
-        for shard in view.settled.iter().copied() {
-            if let Err(error) = self.memory.ask(Request::Drop { shard }).await {
+        for (&shard, &to) in &view.settled {
+            if let Err(error) = self.memory.settle(shard, to).await {
                 warn!(error = %chain(&error), shard, "what was asked for stays asked for");
             }
         }
     }
 
-    /// Says why a move that is under way must not go on, once that is so.
-    async fn halted(&self, it: &Move, claim: &Claim, shutdown: &CancellationToken) -> String {
+    /// Says why what is under way must not go on, once that is so.
+    async fn halted(
+        &self,
+        concern: &Concern<'_>,
+        claim: &Claim,
+        shutdown: &CancellationToken,
+    ) -> String {
         tokio::select! {
             () = shutdown.cancelled() => "the agent stops".to_owned(),
             () = claim.ended() => "another replica may lead: the lease was not renewed".to_owned(),
-            why = self.turned(it) => why,
+            why = self.is_unwanted() => why,
+            why = self.turned(concern) => why,
         }
     }
 
-    /// Looks again and again, until a gate has closed that ends a move of these groups.
-    async fn turned(&self, it: &Move) -> String {
+    /// Looks whether it is paused, or the window has closed: that needs no server to answer.
+    async fn is_unwanted(&self) -> String {
+        loop {
+            sleep(WANTED_EVERY).await;
+            let now = Utc::now();
+            if let Some(Opening::Closed { .. }) = self.config.window.as_ref().map(|it| it.at(now)) {
+                return "the window is closed".to_owned();
+            }
+            if let (Ok(control), _) = self.memory.read().await
+                && let Some(pause) = control.pause_at(now)
+            {
+                return pause.reason();
+            }
+        }
+    }
+
+    /// Looks again and again, until a gate has closed that ends what is under way.
+    async fn turned(&self, concern: &Concern<'_>) -> String {
         let mut unknown = 0;
         loop {
             sleep(self.config.interval.min(LOOK_MAX)).await;
-            match self.turn().await {
+            let (turn, coordinator) = self.look().await;
+            let why = match &turn {
+                Turn::Decided(_) if coordinator.as_ref() != Some(concern.coordinator) => {
+                    Some("the coordinator has another primary".to_owned())
+                }
                 Turn::Decided(view) => {
                     unknown = 0;
-                    let of_it = |scope| match scope {
-                        Scope::Cluster => true,
-                        Scope::Group(group) => [0, it.from, it.to].contains(&group),
-                        Scope::Colocation(id) => id == it.colocation,
-                    };
-                    let mut closed = view.refusals.iter();
-                    if let Some(it) = closed.find(|it| it.gate.ends_a_move() && of_it(it.scope)) {
-                        return it.reason.clone();
-                    }
+                    let mut refusals = view.refusals.iter();
+                    let is_it = |it: &&Refusal| it.gate.ends_a_move() && concern.is_of(it.scope);
+                    refusals.find(is_it).map(|it| it.reason.clone())
                 }
                 // A failover on the way to the coordinator ends the session by itself.
-                Turn::Unknown { reason, .. } if 0 < unknown => return reason,
-                Turn::Unknown { .. } => unknown += 1,
-                Turn::Starting | Turn::NoCitus { .. } => {}
+                Turn::Unknown { reason, .. } => {
+                    unknown += 1;
+                    (1 < unknown).then(|| reason.clone())
+                }
+                Turn::Starting | Turn::NoCitus { .. } => None,
+            };
+            self.board.refresh(turn);
+            if let Some(why) = why {
+                return why;
             }
+        }
+    }
+}
+
+/// What something that is under way touches, beside the cluster as a whole.
+#[derive(Debug)]
+struct Concern<'a> {
+    coordinator: &'a Node,
+    groups: Vec<u32>,
+    colocation: Option<u32>,
+}
+
+impl Concern<'_> {
+    fn is_of(&self, scope: Scope) -> bool {
+        match scope {
+            Scope::Cluster | Scope::Group(0) => true,
+            Scope::Group(group) => self.groups.contains(&group),
+            Scope::Colocation(id) => self.colocation == Some(id),
         }
     }
 }

@@ -1,5 +1,7 @@
 //! What is known and decided, for `/status`, for the terminal and for `/metrics`.
 
+use std::collections::BTreeMap;
+
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
@@ -89,10 +91,13 @@ pub struct View {
     pub refusals: Vec<Refusal>,
     /// Whether the window is open; `None` without one.
     pub window: Option<WindowView>,
-    /// What operators ask for.
-    pub control: Control,
-    /// Shards that are where somebody wants them.
-    pub settled: Vec<i64>,
+    /// What operators ask for; `None` if that is unknown.
+    pub control: Option<Control>,
+    /// Shards that are where somebody wants them, and where that is.
+    pub settled: BTreeMap<i64, u32>,
+    /// Whether all that there is to clean up is what moves left that succeeded: Citus drops it by itself,
+    /// some seconds after.
+    pub awaits_drop: bool,
     /// The groups that are to be emptied, and what is left of that.
     pub drains: Vec<Drain>,
     /// What was moved in the last 24 hours, and in this run; `None` if that is unknown.
@@ -208,6 +213,7 @@ impl View {
         // Unknown closes the guard; the plan is shown as if nothing were asked for, and nothing
         // had been moved.
         let (no_control, no_ledger) = (Control::default(), Ledger::default());
+        let known_control = control.as_ref().ok().cloned();
         let control = control.as_ref().unwrap_or(&no_control);
         let spent = ledger.as_ref().ok().map(|it| spent(it, window, now));
         let ledger = ledger.as_ref().unwrap_or(&no_ledger);
@@ -233,8 +239,11 @@ impl View {
             refusals,
             window: window.map(|it| it.at(now).into()),
             drains: control.drains.iter().map(|it| Drain::new(*it, observation)).collect(),
-            settled: settled.map(|it| *it.0).collect(),
-            control: control.clone(),
+            settled: settled.map(|(shard, to)| (*shard, *to)).collect(),
+            control: known_control,
+            awaits_drop: observation.catalogue.cleanup.as_ref().is_ok_and(|records| {
+                !records.is_empty() && records.iter().all(|it| it.is_deferred)
+            }),
             spent,
             recent: ledger.newest().take(RECENT_MAX).cloned().collect(),
             comparison_unknown: comparison.as_ref().err().map(ToString::to_string),

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use shared::cli::print;
+use shared::lease::Claim;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
@@ -12,13 +13,14 @@ use crate::commands::{APPLICATION_NAME, look};
 use crate::config::{Config, Mode};
 use crate::control::Request;
 use crate::guard::Gate;
+use crate::ledger::{Entry, Outcome};
 use crate::memory::Memory;
 use crate::observe::{Observer, Seen};
 use crate::plan::Why;
 use crate::rebalance::{Board, Rebalancer};
 use crate::report::{Report, Turn, View};
 use crate::show;
-use crate::step::{Step, next};
+use crate::step::{Standing, Step, next};
 
 /// How often is looked whether what was asked for is done.
 const WAIT: Duration = Duration::from_secs(5);
@@ -67,6 +69,9 @@ pub async fn carry_out(
         if is_done(view, &request) {
             return print(show::status(&report));
         }
+        if !is_asked_for(view, &request) {
+            bail!("somebody has taken the request back");
+        }
         in_the_way(&report, view, None)?;
     }
 }
@@ -92,7 +97,8 @@ async fn here(config: Config, request: Request) -> anyhow::Result<()> {
             if is_done(view, &request) {
                 return print(show::status(&report));
             }
-            let step = next(view, mode, report.leads == Some(true), Some(only));
+            let leads = report.leads == Some(true);
+            let step = next(view, Standing { mode, leads, only: Some(only), is_cleaned: true });
             if !matches!(step, Step::Move(_) | Step::ReferenceTables) {
                 in_the_way(&report, view, Some(only))?;
             }
@@ -112,11 +118,45 @@ fn is_done(view: &View, request: &Request) -> bool {
             let drain = view.drains.iter().find(|it| it.group == *group);
             drain.is_some_and(|it| it.shards == 0 && it.cleanup == Some(0))
         }
-        Request::Move { shard, .. } => {
-            view.settled.contains(shard) || !view.control.moves.contains_key(shard)
+        Request::Move { shard, to } => {
+            let moved = |it: &Entry| {
+                it.outcome == Outcome::Moved && it.to == *to && it.shards.contains(shard)
+            };
+            // The agent that moved it has forgotten the request by now.
+            let is_forgotten =
+                view.control.as_ref().is_some_and(|it| !it.moves.contains_key(shard));
+            view.settled.get(shard) == Some(to) || (is_forgotten && view.recent.iter().any(moved))
         }
         _ => true,
     }
+}
+
+/// Whether it is still asked for; if that is unknown, the guard says so.
+fn is_asked_for(view: &View, request: &Request) -> bool {
+    view.control.as_ref().is_none_or(|control| match request {
+        Request::Drain { group } => control.drains.contains(group),
+        Request::Move { shard, .. } => control.moves.contains_key(shard),
+        _ => true,
+    })
+}
+
+/// Fails if there is no such shard that can be moved.
+///
+/// # Errors
+///
+/// There is none, or the coordinator does not tell.
+pub async fn can_move(config: &Config, shard: i64) -> anyhow::Result<()> {
+    let observer = Observer::new(config, APPLICATION_NAME)?;
+    let Seen::Citus { observation, .. } = observer.look().await? else {
+        bail!("there is no Citus");
+    };
+    let groups = observation.catalogue.shard_groups();
+    ensure!(
+        groups.iter().any(|it| it.shards.contains(&shard)),
+        "there is no shard {shard} that can be moved: see pg_dist_shard; those of reference tables \
+         are on every node"
+    );
+    Ok(())
 }
 
 /// Fails if nothing of it will be moved before somebody does something. `only` tells which moves are.
@@ -145,8 +185,13 @@ pub async fn clean_up(config: Config) -> anyhow::Result<()> {
     let Seen::Citus { coordinator, .. } = observer.look().await? else {
         return print("There is no Citus: nothing to clean up.\n");
     };
-    let hand =
-        Hand { settings: observer.settings(), limits: &config.apply, coordinator: &coordinator };
+    // It does no harm beside an agent that moves: Citus leaves alone what is in use.
+    let hand = Hand {
+        settings: observer.settings(),
+        limits: &config.apply,
+        coordinator: &coordinator,
+        claim: &Claim::unlimited(),
+    };
     hand.clean_up().await?;
     let report = look(config.clone()).await?;
     let Turn::Decided(view) = &report.turn else { bail!("{}", show::status(&report)) };

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use shared::table::Table;
 
 use crate::config::Mode;
+use crate::ledger::Outcome;
 use crate::plan::{Comparison, Hot, Plan};
 use crate::report::{Drain, Moving, NodeView, Report, Turn, View};
 use crate::words::{bytes, count, percent, some};
@@ -44,6 +45,7 @@ pub fn status(report: &Report) -> String {
             let mut text = head(report, view);
             add(&mut text, &format!("{}\n", sentence(&view.summary())));
             add(&mut text, &under_way(report, view));
+            add(&mut text, &wishes(view));
             add(&mut text, &drains(view));
             add(&mut text, &recent(view));
             add(&mut text, &refused(view));
@@ -172,6 +174,18 @@ fn under_way(report: &Report, view: &View) -> String {
     format!("Moves shard {shard} from {from} to {to} since {since}: {phase}, {copied} of {size}.\n")
 }
 
+fn wishes(view: &View) -> String {
+    let mut text = String::new();
+    for (shard, to) in view.control.iter().flat_map(|it| &it.moves) {
+        let skipped = view.plan.iter().flat_map(|it| &it.skipped);
+        let is_it = |what: &str| what.split(' ').nth(1) == Some(shard.to_string().as_str());
+        let why = skipped.clone().find(|it| is_it(&it.what)).map_or("", |it| it.reason.as_str());
+        let colon = if why.is_empty() { "" } else { ": " };
+        writeln!(text, "Shard {shard} is wanted on {}{colon}{why}.", view.address(*to)).ok();
+    }
+    text
+}
+
 fn drains(view: &View) -> String {
     let mut table = Table::new(&["DRAINED", "SHARDS LEFT", "TO DROP", "NEXT"]).numbers(&[1, 2]);
     for it in &view.drains {
@@ -214,7 +228,10 @@ fn recent(view: &View) -> String {
             view.address(it.from),
             view.address(it.to),
             bytes(it.bytes),
-            it.outcome.name().to_owned(),
+            match it.outcome {
+                Outcome::Started => "under way?".to_owned(),
+                outcome => outcome.name().to_owned(),
+            },
             it.reason.clone(),
         ]);
     }
@@ -266,7 +283,7 @@ mod tests {
 
     use super::*;
     use crate::catalogue::PlannedShard;
-    use crate::ledger::{Entry, Outcome};
+    use crate::ledger::Entry;
     use crate::report::tests::{report, skewed, view};
 
     #[test]
@@ -339,9 +356,11 @@ Citus would move the same.
             from: 1,
             to: 2,
             bytes: 40,
+            shards: vec![102],
             replica: "host-1".to_owned(),
             outcome: Outcome::NoLock,
             reason: "it did not get a lock within 1s".to_owned(),
+            ended_at: None,
         };
         let mut seen = view(skewed);
         seen.recent = vec![entry.clone()];

@@ -18,16 +18,30 @@ pub enum Step {
     Move(Box<Move>),
 }
 
-/// What to do next. `leads` tells whether this replica is the one to do it, `only` which moves are
-/// wanted, if not all.
-pub fn next(view: &View, mode: Mode, leads: bool, only: Option<Why>) -> Step {
+/// What is not in the view.
+#[derive(Clone, Copy, Debug)]
+pub struct Standing {
+    /// Whether anything is moved.
+    pub mode: Mode,
+    /// Whether this replica is the one to do it.
+    pub leads: bool,
+    /// Which moves are wanted, if not all.
+    pub only: Option<Why>,
+    /// Whether the last step was to clean up: what is left now stays for a while.
+    pub is_cleaned: bool,
+}
+
+/// What to do next.
+pub fn next(view: &View, standing: Standing) -> Step {
+    let Standing { mode, leads, only, is_cleaned } = standing;
     if mode == Mode::DryRun || !leads {
         return Step::Rest;
     }
     let is_closed = |gate| view.refusals.iter().any(|it| it.gate == gate);
     // While something is moved, what it needs is registered to be cleaned up as well.
     let is_alone = !is_closed(Gate::Coordinator) && !is_closed(Gate::Busy);
-    if is_alone && (is_closed(Gate::Cleanup) || is_closed(Gate::Leftovers)) {
+    let is_unclean = is_closed(Gate::Leftovers) || (is_closed(Gate::Cleanup) && !view.awaits_drop);
+    if is_alone && !is_cleaned && is_unclean {
         return Step::CleanUp;
     }
     if view.closed().next().is_some() {
@@ -66,7 +80,7 @@ mod tests {
     use crate::report::tests::{skewed, view};
 
     fn unclean(observation: &mut Observation) {
-        let record = CleanupRecord { object: "a slot".to_owned(), group: 1 };
+        let record = CleanupRecord { object: "a slot".to_owned(), group: 1, is_deferred: false };
         observation.catalogue.cleanup = Ok(vec![record]);
     }
 
@@ -77,7 +91,7 @@ mod tests {
     #[test]
     fn one_thing_is_done_after_the_other() {
         type Change = fn(&mut Observation);
-        let table: [(&str, Change, Mode, bool, &str); 10] = [
+        let table: [(&str, Change, Mode, bool, &str); 11] = [
             ("a plan", skewed, Mode::Apply, true, "move 102"),
             ("nothing to move", |_| {}, Mode::Apply, true, "rest"),
             ("a dry run", skewed, Mode::DryRun, true, "rest"),
@@ -101,6 +115,17 @@ mod tests {
                 Mode::Apply,
                 true,
                 "clean up",
+            ),
+            (
+                "what a move left that succeeded",
+                |it| {
+                    skewed(it);
+                    unclean(it);
+                    it.catalogue.cleanup.as_mut().unwrap()[0].is_deferred = true;
+                },
+                Mode::Apply,
+                true,
+                "rest",
             ),
             (
                 "whether there is something to clean up is not known",
@@ -142,7 +167,8 @@ mod tests {
             ),
         ];
         for (name, change, mode, leads, expected) in table {
-            let found = match next(&view(change), mode, leads, None) {
+            let standing = Standing { mode, leads, only: None, is_cleaned: false };
+            let found = match next(&view(change), standing) {
                 Step::Rest => "rest".to_owned(),
                 Step::CleanUp => "clean up".to_owned(),
                 Step::ReferenceTables => "reference tables".to_owned(),
@@ -150,7 +176,32 @@ mod tests {
             };
             assert_eq!(found, expected, "{name}");
         }
-        let asked = next(&view(skewed), Mode::Apply, true, Some(Why::Asked));
-        assert_eq!(asked, Step::Rest, "what nobody asked for");
+        let standing =
+            Standing { mode: Mode::Apply, leads: true, only: Some(Why::Asked), is_cleaned: false };
+        assert_eq!(next(&view(skewed), standing), Step::Rest, "what nobody asked for");
+    }
+
+    /// What cannot be cleaned up on one group holds up that group, and not the others.
+    #[test]
+    fn what_stays_after_a_clean_up_is_left_alone() {
+        let leftover = |observation: &mut Observation| {
+            skewed(observation);
+            let coordinator = observation.servers.get_mut(&0).unwrap();
+            coordinator.primary.as_mut().unwrap().artifacts = Ok(vec!["a slot".to_owned()]);
+        };
+        let standing = Standing { mode: Mode::Apply, leads: true, only: None, is_cleaned: false };
+        assert_eq!(next(&view(leftover), standing), Step::CleanUp);
+        let standing = Standing { is_cleaned: true, ..standing };
+        assert!(matches!(next(&view(leftover), standing), Step::Move(_)));
+        assert_eq!(
+            next(
+                &view(|it| {
+                    skewed(it);
+                    unclean(it);
+                }),
+                standing
+            ),
+            Step::Rest
+        );
     }
 }

@@ -224,6 +224,22 @@ impl Etcd {
         Ok(self.endpoints.call("delete", delete).await?.succeeded())
     }
 
+    /// Deletes a key if it is still as it was found; tells whether it was.
+    ///
+    /// # Errors
+    ///
+    /// Fails when no endpoint answers, or etcd refuses.
+    pub async fn delete_unchanged(&self, found: &KeyValue) -> Result<bool, EtcdError> {
+        let key = found.key.as_str();
+        let same = Compare::mod_revision(key, CompareOp::Equal, found.mod_revision);
+        let txn = Txn::new().when([same]).and_then([TxnOp::delete(key, None)]);
+        let delete = |client: etcd_client::Client| {
+            let txn = txn.clone();
+            async move { client.kv_client().txn(txn).await }
+        };
+        Ok(self.endpoints.call("delete", delete).await?.succeeded())
+    }
+
     /// Gets a new lease. Keys bound to it are deleted when it was not kept alive for `ttl`.
     /// Returns it with the time that etcd granted, in whole seconds, 2 s or more.
     ///

@@ -13,6 +13,18 @@ const PROGRESS: &str = "
       FROM get_rebalance_progress()
      WHERE progress = 1 AND shardid = ANY ($1)";
 
+/// Citus' phases in their order; from here on a move may take its locks at any moment …
+const NEAR_THE_END: [&str; 6] = [
+    "Catching Up",
+    "Creating Constraints",
+    "Final Catchup",
+    "Creating Foreign Keys",
+    "Completing",
+    "Completed",
+];
+/// … and in these it has them, so writers wait.
+const UNDER_LOCKS: [&str; 3] = ["Final Catchup", "Creating Foreign Keys", "Completing"];
+
 /// How far a move is; by default, unknown.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
@@ -22,6 +34,17 @@ pub struct Progress {
     pub bytes: Option<u64>,
     /// How far the target has followed.
     pub lsn: Option<PgLsn>,
+}
+
+impl Progress {
+    /// Whether writers may have to wait soon.
+    pub fn is_near_the_end(&self) -> bool {
+        self.phase.as_deref().is_some_and(|it| NEAR_THE_END.contains(&it))
+    }
+
+    fn is_under_locks(&self) -> bool {
+        self.phase.as_deref().is_some_and(|it| UNDER_LOCKS.contains(&it))
+    }
 }
 
 /// Asks how far the move of these shards is.
@@ -63,9 +86,82 @@ impl Standstill {
     }
 }
 
+/// Since when writers wait for a move that has its locks: Citus bounds how long it waits for them, and
+/// not how long it keeps them. Pure.
+#[derive(Clone, Debug)]
+pub struct Cutover {
+    limit: Duration,
+    was_near: bool,
+    since: Option<Instant>,
+}
+
+impl Cutover {
+    /// With the longest that the locks may be kept.
+    pub fn new(limit: Duration) -> Self {
+        Self { limit, was_near: false, since: None }
+    }
+
+    /// Takes in how far a move is, and says so if writers have waited for too long. Near the end, what
+    /// is not known may be just that.
+    pub fn see(&mut self, progress: &Progress, now: Instant) -> Option<String> {
+        let is_unknown = *progress == Progress::default();
+        if !is_unknown {
+            self.was_near = progress.is_near_the_end();
+        }
+        if progress.is_under_locks() || (is_unknown && self.was_near) {
+            let since = *self.since.get_or_insert(now);
+            let phase = progress.phase.as_deref().unwrap_or("a phase that it does not tell");
+            return (self.limit <= now.duration_since(since)).then(|| {
+                format!("it kept writers waiting for {} in {phase}", format_duration(self.limit))
+            });
+        }
+        self.since = None;
+        None
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn locks_are_not_kept_for_long_and_near_the_end_unknown_counts() {
+        let at = |phase: &str| Progress { phase: Some(phase.to_owned()), ..Progress::default() };
+        let unknown = Progress::default();
+        let start = Instant::now();
+        for (name, seen, is_too_long) in [
+            ("a long copy", vec![(0, at("Copying Data")), (9000, at("Copying Data"))], false),
+            ("a long way", vec![(0, at("Catching Up")), (9000, at("Catching Up"))], false),
+            ("in time", vec![(0, at("Final Catchup")), (999, at("Final Catchup"))], false),
+            ("too long", vec![(0, at("Final Catchup")), (1000, at("Final Catchup"))], true),
+            ("over phases", vec![(0, at("Final Catchup")), (1000, at("Completing"))], true),
+            (
+                "a copy that is silent",
+                vec![(0, at("Copying Data")), (9000, unknown.clone())],
+                false,
+            ),
+            (
+                "silent near the end",
+                vec![(0, at("Catching Up")), (500, unknown.clone()), (1500, unknown.clone())],
+                true,
+            ),
+            (
+                "silent for a moment",
+                vec![
+                    (0, at("Catching Up")),
+                    (500, unknown.clone()),
+                    (900, at("Catching Up")),
+                    (1500, unknown),
+                ],
+                false,
+            ),
+        ] {
+            let mut cutover = Cutover::new(Duration::from_secs(1));
+            let found =
+                seen.iter().map(|(ms, it)| cutover.see(it, start + Duration::from_millis(*ms)));
+            assert_eq!(found.last().unwrap().is_some(), is_too_long, "{name}");
+        }
+    }
 
     #[test]
     fn a_move_stands_still_when_neither_phase_nor_bytes_nor_position_change() {

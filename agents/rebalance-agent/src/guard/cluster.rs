@@ -179,11 +179,8 @@ fn asked(inputs: Inputs<'_>, refusals: &mut Refusals) {
     }
     let control = refusals.known(Gate::Paused, ALL, "whether it is paused", inputs.control);
     if let Some(pause) = control.and_then(|it| it.pause_at(inputs.now)) {
-        let until = pause
-            .until
-            .map_or_else(String::new, |it| format!(" until {}", it.format("%Y-%m-%d %H:%M UTC")));
-        let reason = format!("paused{until}: {}", pause.comment);
-        refusals.add(Gate::Paused, ALL, reason, "end it with rebalance-agent resume");
+        let next = "end it with rebalance-agent resume";
+        refusals.add(Gate::Paused, ALL, pause.reason(), next);
     }
     let what = "what was moved in the last 24 hours";
     let Some(ledger) = refusals.known(Gate::Budget, ALL, what, inputs.ledger) else { return };
@@ -206,12 +203,17 @@ fn asked(inputs: Inputs<'_>, refusals: &mut Refusals) {
         let next = "wait, or raise [budget]";
         if moves_max <= spent.moves {
             let moves = count(spent.moves as usize, "shard group");
-            let reason = format!("{moves} were moved {when}, as many as may be");
+            let reason = format!("moves of {moves} began {when}, as many as may");
             refusals.add(Gate::Budget, ALL, reason, next);
         }
         if bytes_max <= spent.bytes {
             let (spent, limit) = (bytes(spent.bytes), bytes(bytes_max));
-            refusals.add(Gate::Budget, ALL, format!("{spent} of {limit} were moved {when}"), next);
+            refusals.add(
+                Gate::Budget,
+                ALL,
+                format!("{spent} of {limit} began to be moved {when}"),
+                next,
+            );
         }
     }
 }

@@ -99,9 +99,11 @@ fn moved(minutes: i64, moves: i64, bytes: u64) -> Ledger {
         from: 1,
         to: 2,
         bytes: if shard == 0 { bytes } else { 0 },
+        shards: vec![shard],
         replica: String::new(),
         outcome: Outcome::Moved,
         reason: String::new(),
+        ended_at: None,
     };
     Ledger::new((0..moves).map(entry).collect())
 }
@@ -274,7 +276,8 @@ const BAD: &[Case] = &[
         "1 object of a move to clean up: public.events_101 on group 1",
         |it| {
             let object = "public.events_101".to_owned();
-            it.observation.catalogue.cleanup = Ok(vec![CleanupRecord { object, group: 1 }]);
+            it.observation.catalogue.cleanup =
+                Ok(vec![CleanupRecord { object, group: 1, is_deferred: false }]);
         },
     ),
     case(Gate::Window, ALL, "the window is closed", |it| {
@@ -291,30 +294,40 @@ const BAD: &[Case] = &[
     case(
         Gate::Budget,
         ALL,
-        "256 shard groups were moved in the last 24 hours, as many as may be",
+        "moves of 256 shard groups began in the last 24 hours, as many as may",
         |it| it.ledger = Ok(moved(90, 256, 5)),
     ),
     case(
         Gate::Budget,
         ALL,
-        "32 shard groups were moved since the window opened, as many as may be",
+        "moves of 32 shard groups began since the window opened, as many as may",
         |it| it.ledger = Ok(moved(60, 32, 5)),
     ),
     case(
         Gate::Budget,
         ALL,
-        "32 shard groups were moved in the last hour, as many as may be",
+        "moves of 32 shard groups began in the last hour, as many as may",
         |it| {
             it.window = None;
             it.ledger = Ok(moved(60, 32, 5));
         },
     ),
-    case(Gate::Budget, ALL, "100.0 GiB of 100.0 GiB were moved since the window opened", |it| {
-        it.ledger = Ok(moved(59, 1, 100 * GIB));
-    }),
-    case(Gate::Budget, ALL, "500.0 GiB of 500.0 GiB were moved in the last 24 hours", |it| {
-        it.ledger = Ok(moved(90, 1, 500 * GIB));
-    }),
+    case(
+        Gate::Budget,
+        ALL,
+        "100.0 GiB of 100.0 GiB began to be moved since the window opened",
+        |it| {
+            it.ledger = Ok(moved(59, 1, 100 * GIB));
+        },
+    ),
+    case(
+        Gate::Budget,
+        ALL,
+        "500.0 GiB of 500.0 GiB began to be moved in the last 24 hours",
+        |it| {
+            it.ledger = Ok(moved(90, 1, 500 * GIB));
+        },
+    ),
     case(Gate::Health, ALL, "the health monitor says critical: group 2 has no primary", |it| {
         it.verdict().health = Health::Critical;
         it.verdict().reason = "group 2 has no primary".to_owned();

@@ -68,7 +68,7 @@ const SIZES: &str = "
     HAVING count(*) = count(shard.shard_size)";
 
 const CLEANUP: &str = "
-    SELECT object_name, node_group_id::bigint
+    SELECT object_name, node_group_id::bigint, policy_type = 2
       FROM pg_dist_cleanup
      ORDER BY record_id
      LIMIT 1000";
@@ -123,7 +123,8 @@ pub(super) async fn read(
         it.bytes = sizes.and_then(|sizes| sizes.get(&it.shard).copied().ok_or_else(untold));
     }
     let cleanup = rows(connection, CLEANUP, |it| {
-        Ok(CleanupRecord { object: it.take()?, group: it.number("node_group_id")? })
+        let (object, group) = (it.take()?, it.number("node_group_id")?);
+        Ok(CleanupRecord { object, group, is_deferred: it.take()? })
     });
     let cleanup = known(cleanup.await);
     let jobs = known(rows(connection, JOBS, job).await);

@@ -115,7 +115,7 @@ impl<'a> Planner<'a> {
     /// Why a shard group of that size cannot be written to a place.
     fn refusal(&self, place: &Place, bytes: u64) -> Option<String> {
         if !place.is_wanted {
-            return Some(format!("{} is drained", place.address));
+            return Some(format!("{} takes no shards", place.address));
         }
         if let Some(reason) = &place.blocked {
             return Some(reason.clone());
@@ -189,7 +189,7 @@ impl<'a> Planner<'a> {
             return;
         }
         let Some(candidate) = self.candidates().find(|it| it.group.id == group.id) else {
-            return self.skip(name(group), "it must stay where it is");
+            return self.skip(name(group), self.why_it_stays(group));
         };
         let refusal = self.place(to).map_or_else(
             || Some(format!("group {to} has no primary")),
@@ -199,6 +199,19 @@ impl<'a> Planner<'a> {
             Some(reason) => self.skip(name(group), reason),
             None => self.take(candidate, to, why),
         }
+    }
+
+    /// Why a shard group is no candidate.
+    fn why_it_stays(&self, group: &ShardGroup) -> String {
+        let from = group.place.as_ref().ok().and_then(|it| self.place(*it));
+        let reasons = [
+            group.place.as_ref().err().map(|it| it.0.clone()),
+            from.and_then(|it| it.blocked.clone()),
+            self.situation.held.get(&group.colocation).cloned(),
+            self.situation.resting.get(&group.id).cloned(),
+        ];
+        let known = reasons.into_iter().flatten().next();
+        known.unwrap_or_else(|| "another move of it comes first".to_owned())
     }
 
     /// Empties the nodes that are drained, the largest shard groups first: those are the hardest to

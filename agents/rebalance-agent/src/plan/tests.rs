@@ -263,6 +263,32 @@ fn an_unknown_size_is_no_plan() {
 }
 
 #[test]
+fn what_is_asked_for_comes_first_and_a_drain_before_the_plan_of_citus() {
+    let mut it = situation(
+        vec![place(1), place(2), blocked(3), drained(4)],
+        &[(1, 3), (1, 3), (2, 3), (4, 1)],
+    );
+    it.asked = [(100, 3), (101, 2), (102, 2), (999, 1)].into();
+    it.resting = [(103, "it rests".to_owned())].into();
+    let strategy = Balance { strategy: Strategy::Citus, ..balance() };
+    let found = plan(&it, &strategy, PLENTY).unwrap();
+    assert_eq!(moves(&found), ["101 1>2"]);
+    assert_eq!(found.moves[0].why, Why::Asked);
+    for (what, reason) in [
+        ("shard 100 of public.t", "a base backup is taken from w3:5432"),
+        ("shard 999", "there is none that can be moved"),
+        ("shard 103 of public.t", "it rests"),
+    ] {
+        let mut skipped = found.skipped.iter();
+        assert!(skipped.any(|it| it.what == what && it.reason == reason), "{what} {found:?}");
+    }
+    it.resting.clear();
+    let found = plan(&it, &strategy, PLENTY).unwrap();
+    assert_eq!(moves(&found), ["101 1>2", "103 4>1"]);
+    assert_eq!(found.moves[1].why, Why::Drain);
+}
+
+#[test]
 fn the_plan_of_citus_is_followed_as_far_as_it_is_allowed() {
     let strategy = Balance { strategy: Strategy::Citus, ..balance() };
     let mut it = situation(
@@ -282,8 +308,8 @@ fn the_plan_of_citus_is_followed_as_far_as_it_is_allowed() {
             "a base backup is taken from w3:5432",
             "a base backup is taken from w3:5432",
             "5.0 GiB are left of the budget, and it has 9.0 GiB",
-            "it must stay where it is",
-            "w4:5432 is drained",
+            "a base backup is taken from w3:5432",
+            "w4:5432 takes no shards",
         ]
     );
     // Without one, there is none.
