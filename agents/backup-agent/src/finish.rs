@@ -25,6 +25,9 @@ pub(crate) fn finish(
     options: &RestoreOptions,
 ) -> Result<(), RestoreError> {
     let data = &layout.data;
+    if data.join("postmaster.pid").exists() {
+        return Err(RestoreError::InUse { path: data.clone() });
+    }
     let path = data.join("postgresql.auto.conf");
     let before = match fs::read(&path) {
         Ok(text) => text,

@@ -1,7 +1,7 @@
 //! Where a restored backup lies on disk: directories, links, empty files, and what may be deleted.
 
-use std::collections::BTreeSet;
-use std::fs::{self, File, OpenOptions};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{
     DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, lchown, symlink,
@@ -129,6 +129,29 @@ fn owner(to: &Path) -> Option<(u32, u32)> {
     }
     let existing = to.ancestors().find_map(|path| fs::metadata(path).ok())?;
     (existing.uid() != 0).then(|| (existing.uid(), existing.gid()))
+}
+
+/// Locks the roots that are there and not locked yet: one that was stopped for a while and goes on must not
+/// write under the server that another restore has made startable.
+pub(crate) fn lock(
+    layout: &Layout,
+    locks: &mut BTreeMap<PathBuf, File>,
+) -> Result<(), RestoreError> {
+    for root in layout.roots.iter().chain([&layout.data]).filter(|root| root.is_dir()) {
+        if locks.contains_key(root) {
+            continue;
+        }
+        let directory = File::open(root).map_err(file_error("open", root))?;
+        match directory.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                return Err(RestoreError::UnderWay { path: root.clone() });
+            }
+            Err(TryLockError::Error(error)) => return Err(file_error("lock", root)(error)),
+        }
+        locks.insert(root.clone(), directory);
+    }
+    Ok(())
 }
 
 /// Makes sure that every root is an empty directory, or empties it. Every root is looked at before
@@ -383,6 +406,21 @@ mod tests {
     }
 
     /// It was a living server's, and `--tablespace OLD=OLD` was said.
+    #[test]
+    fn two_restores_cannot_write_to_one_place() {
+        let directory = tempfile::tempdir().unwrap();
+        let layout = layout(directory.path());
+        fs::create_dir_all(&layout.data).unwrap();
+        let (mut ours, mut theirs) = (BTreeMap::new(), BTreeMap::new());
+        lock(&layout, &mut ours).unwrap();
+        // Again, for what was made meanwhile.
+        lock(&layout, &mut ours).unwrap();
+        let error = lock(&layout, &mut theirs).unwrap_err();
+        assert!(matches!(error, RestoreError::UnderWay { .. }), "{error}");
+        drop(ours);
+        lock(&layout, &mut theirs).unwrap();
+    }
+
     #[test]
     fn a_tablespace_is_emptied_only_if_the_data_directory_links_to_it() {
         let directory = tempfile::tempdir().unwrap();

@@ -4,7 +4,7 @@
 //! so they are fetched and unpacked in parallel and in any order. `global/pg_control` gets its
 //! name last: a directory that is not whole never starts.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -19,7 +19,7 @@ use crate::catalog::Catalog;
 use crate::config::Config;
 use crate::container::{ContainerError, Kind};
 use crate::finish::{finish, warn_of_server};
-use crate::layout::{Layout, clear, create, make_members, make_roots};
+use crate::layout::{Layout, clear, create, lock, make_members, make_roots};
 use crate::lines::Lines;
 use crate::manifest::{BackupId, Commit, ObjectRecord, part_name};
 use crate::members::Members;
@@ -191,6 +191,15 @@ pub enum RestoreError {
         /// The directory.
         path: PathBuf,
     },
+    /// Another restore writes there.
+    #[error(
+        "another restore into {} is under way on this machine: find it with fuser -v {}, and wait for it or \
+         stop it", path.display(), path.display()
+    )]
+    UnderWay {
+        /// The directory.
+        path: PathBuf,
+    },
     /// There is nothing to go on with.
     #[error("{} holds no restore that was stopped; leave --resume away", path.display())]
     NothingToResume {
@@ -324,6 +333,9 @@ pub async fn restore(
     // All of it, before anything is deleted; it is not kept.
     read_manifest(&manifest, |_| Ok(())).await?;
     let layout = Arc::new(Layout::new(backup, options)?);
+    // Before anything is deleted, and until all is written.
+    let mut locks = BTreeMap::new();
+    lock(&layout, &mut locks)?;
     let done = if options.resume {
         read_state(&layout, &backup.backup_id)?
     } else {
@@ -333,6 +345,7 @@ pub async fn restore(
     // What a stopped restore has on disk takes its room already.
     let needed_bytes = if options.resume { 0 } else { backup.plain_bytes() };
     make_roots(&layout, &members, needed_bytes)?;
+    lock(&layout, &mut locks)?;
     if !options.resume {
         begin_state(&layout, &backup.backup_id)?;
     }
@@ -343,6 +356,7 @@ pub async fn restore(
     progress.begin("writing to disk", 0);
     write_manifest(&layout, &manifest).await?;
     finish(&layout, &backup.backup_id, &reach, options)?;
+    drop(locks);
     warn_of_server(&layout, options).await;
     info!(backup_id = %backup.backup_id, bytes, to = %options.to.display(), "restore completed");
     Ok(Restored { commit: backup.clone(), reach, bytes })
