@@ -8,43 +8,18 @@
 # Settings come from the environment: NODES (numbers, each with an interval), PHASE (seconds).
 set -euo pipefail
 
-readonly work=$PWD
-readonly log="$work/log"
+# shellcheck source=tests/bench/inside.sh
+source "${BASH_SOURCE[0]%/*}/inside.sh"
+
 readonly primary=5432
 readonly standbys=(5433 5434 5435)
 readonly role=monitor
 readonly url=http://127.0.0.1:9631
 # Between two scrapes of Prometheus, in seconds.
 readonly scrape=15
-export PGHOST="$work" PGUSER=postgres PGDATABASE=postgres
 
 monitor='' # its process
 writer=''  # what writes all the time
-
-say() {
-    printf '[%4ds] %s\n' "$SECONDS" "$*" >&2
-}
-
-die() {
-    printf '\nmonitor: %s; the end of its log:\n' "$1" >&2
-    tail -n 20 "$log" >&2
-    exit 1
-}
-
-# wait_for WHAT COMMAND…: until the command succeeds, or die.
-wait_for() {
-    local i what=$1
-    shift
-    for ((i = 0; i < 600; i++)); do
-        ! "$@" || return 0
-        sleep 0.2
-    done
-    die "$what"
-}
-
-sql() {
-    psql --quiet --no-align --tuples-only --no-psqlrc --set ON_ERROR_STOP=1 --port="$primary" --command "$1"
-}
 
 start_servers() {
     local port most=0 pair

@@ -209,8 +209,7 @@ impl Rebalancer {
     }
 
     async fn look(&self) -> Looked {
-        let seen = Box::pin(self.observer.look());
-        let seen = seen.await;
+        let seen = Box::pin(self.observer.look()).await;
         // The newest, because a look may take long.
         let (control, ledger) = self.memory.read().await;
         match seen {

@@ -216,12 +216,7 @@ impl Etcd {
     /// Fails when no endpoint answers, or etcd refuses.
     pub async fn delete(&self, key: &str, create_revision: i64) -> Result<bool, EtcdError> {
         let same = Compare::create_revision(key, CompareOp::Equal, create_revision);
-        let txn = Txn::new().when([same]).and_then([TxnOp::delete(key, None)]);
-        let delete = |client: etcd_client::Client| {
-            let txn = txn.clone();
-            async move { client.kv_client().txn(txn).await }
-        };
-        Ok(self.endpoints.call("delete", delete).await?.succeeded())
+        self.delete_if(key, same).await
     }
 
     /// Deletes a key if it is still as it was found; tells whether it was.
@@ -232,6 +227,10 @@ impl Etcd {
     pub async fn delete_unchanged(&self, found: &KeyValue) -> Result<bool, EtcdError> {
         let key = found.key.as_str();
         let same = Compare::mod_revision(key, CompareOp::Equal, found.mod_revision);
+        self.delete_if(key, same).await
+    }
+
+    async fn delete_if(&self, key: &str, same: Compare) -> Result<bool, EtcdError> {
         let txn = Txn::new().when([same]).and_then([TxnOp::delete(key, None)]);
         let delete = |client: etcd_client::Client| {
             let txn = txn.clone();
