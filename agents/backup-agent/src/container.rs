@@ -21,6 +21,7 @@
 //! Format version 1 has no time in the index, and is read as ever.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::io::Cursor;
 use std::ops::Range;
 
@@ -584,7 +585,7 @@ impl Opener {
 }
 
 /// Content that is compressed and not sealed yet: the name of the object may depend on it.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct Compressed {
     /// The object as it will be: room for the header, then each chunk with room for its tag. So it
     /// is sealed where it lies; fresh memory costs more than the cipher does.
@@ -607,6 +608,33 @@ impl Compressed {
         self.lens.push(count(self.object.len() - start));
         self.plain_bytes += plain.len() as u64;
         Ok(())
+    }
+
+    /// Its chunks, as they will stand in the object, tags not made yet.
+    fn chunks(&self) -> impl Iterator<Item = &[u8]> {
+        let mut rest = self.object.get(HEADER_BYTES..).unwrap_or_default();
+        self.lens.iter().map(move |len| {
+            let (chunk, after) = rest.split_at(*len as usize);
+            rest = after;
+            chunk
+        })
+    }
+
+    /// Joins chunks of one content that several threads have compressed: each part with the numbers of
+    /// its chunks.
+    pub fn join(parts: &[(Vec<usize>, Self)]) -> Self {
+        let numbered = parts.iter().flat_map(|(numbers, part)| numbers.iter().zip(part.chunks()));
+        let in_order: BTreeMap<_, _> = numbered.collect();
+        let mut object = Vec::with_capacity(parts.iter().map(|(_, part)| part.object.len()).sum());
+        object.resize(HEADER_BYTES, 0);
+        for chunk in in_order.values() {
+            object.extend_from_slice(chunk);
+        }
+        Self {
+            object,
+            lens: in_order.values().map(|chunk| count(chunk.len())).collect(),
+            plain_bytes: parts.iter().map(|(_, part)| part.plain_bytes).sum(),
+        }
     }
 
     /// A copy of the chunks from number `first` on. All of them hold `chunk_bytes`.

@@ -6,6 +6,7 @@ pub(crate) mod example;
 pub mod growing;
 mod map;
 pub mod newest;
+mod packed;
 pub mod piece;
 mod put;
 pub mod ranges;
@@ -15,7 +16,7 @@ mod timelines;
 mod times;
 
 use std::collections::BTreeMap;
-use std::io::{self, Read};
+use std::io;
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
@@ -28,12 +29,13 @@ use shared::store::StoreErrorKind;
 use thiserror::Error;
 use tokio_postgres::types::PgLsn;
 
-use crate::container::{Compressed, ContainerError, Kind, open_each};
+use crate::container::{ContainerError, Kind, open_each};
 use crate::manifest::lsn;
 use crate::repository::{Place, RepositoryError};
 
 pub use absence::{Absence, absence};
 pub use map::{Reach, Then, WalMap};
+pub use packed::Packed;
 pub use put::{Stored, push, store, store_and_compare};
 pub use rekey::{locked, readable, rekey};
 pub use timelines::{LeftBehind, Moment, Rivals};
@@ -231,57 +233,6 @@ impl ContentHash {
         text.truncate(HASH_DIGITS);
         text
     }
-}
-
-/// A WAL file that was read once: checked, hashed and compressed, and not sealed yet, because its
-/// object's name has the hash in it.
-#[derive(Debug)]
-pub struct Packed {
-    file: String,
-    hash: String,
-    content: Compressed,
-    /// The system identifier in its header; history files have none.
-    pub system_identifier: Option<u64>,
-}
-
-impl Packed {
-    /// Reads a file and checks that its content is what its name says.
-    ///
-    /// # Errors
-    ///
-    /// It cannot be read, or the first thing that differs.
-    pub fn read(file: &str, mut from: impl Read, level: i32) -> Result<Self, WalError> {
-        let unreadable = |source| WalError::Read { name: file.to_owned(), source };
-        let mut checked = Checked::new(file)?;
-        let (mut hash, mut content) = (ContentHash::default(), Compressed::default());
-        let mut buffer = vec![0; CHUNK_BYTES as usize];
-        loop {
-            let len = fill(&mut from, &mut buffer).map_err(unreadable)?;
-            let chunk = &buffer[..len];
-            if chunk.is_empty() {
-                break;
-            }
-            checked.take(chunk)?;
-            hash.update(&piece::stretch_hash(chunk));
-            content.push(chunk, level).map_err(|error| unreadable(io::Error::other(error)))?;
-        }
-        let (hash, system_identifier) = (hash.in_name(), checked.finish()?);
-        Ok(Self { file: file.to_owned(), hash, content, system_identifier })
-    }
-}
-
-/// Reads until the buffer is full or nothing more comes; returns how much came.
-fn fill(from: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut filled = 0;
-    while filled < buffer.len() {
-        match from.read(&mut buffer[filled..]) {
-            Ok(0) => break,
-            Ok(read) => filled += read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(filled)
 }
 
 /// Checks a WAL file while it passes: its header and its length.
