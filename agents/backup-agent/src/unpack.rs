@@ -21,6 +21,9 @@ use crate::tar::{Member, MemberKind};
 
 /// Chunks fetched by one request and unpacked by one thread: 4 MiB of files at a time.
 const CHUNKS_PER_JOB: u32 = 4;
+/// Parts that are unpacked side by side, a job of each in turn. One after the other belong to the same
+/// file, and a file system lets in one writer of a file at a time.
+const PARTS_AT_ONCE: usize = 4;
 /// How much is unpacked between two notes of what is on disk, in bytes: what a resumed restore
 /// fetches again at most.
 const NOTE_EVERY_BYTES: u64 = 1 << 30;
@@ -111,16 +114,20 @@ pub(crate) async fn unpack(
     let members = Arc::new(members);
     let at_once = config.backup.upload().workers + config.backup.uploads.get();
     let (mut bytes, mut noted_bytes, mut unnoted) = (0, 0, Vec::new());
-    let mut part_start = 0;
+    let (mut part, mut part_start) = (0, 0);
     let mut running: JoinSet<Result<(Job, u64), RestoreError>> = JoinSet::new();
     let state_path = layout.data.join(STATE_FILE);
     let state = OpenOptions::new().append(true).open(&state_path);
     let mut state = state.map_err(file_error("open", &state_path))?;
 
-    for (part, record) in backup.parts.iter().enumerate() {
-        let reader = open_part(place, backup, part).await?;
-        for first in (0..reader.opener.chunks()).step_by(CHUNKS_PER_JOB as usize) {
-            let job = Job { part, first };
+    for parts in backup.parts.chunks(PARTS_AT_ONCE) {
+        let mut readers = Vec::new();
+        for record in parts {
+            let reader = open_part(place, backup, part).await?;
+            readers.push((part, part_start, reader));
+            (part, part_start) = (part + 1, part_start + record.plain_bytes);
+        }
+        for (job, part_start, reader) in in_turn(&readers) {
             if done.remove(&job) {
                 continue;
             }
@@ -143,12 +150,22 @@ pub(crate) async fn unpack(
                 Ok((job, bytes))
             });
         }
-        part_start += record.plain_bytes;
     }
     while let Some(result) = running.join_next().await {
         bytes += flatten(result)?.1;
     }
     Ok(bytes)
+}
+
+/// The jobs of several parts, one of each in turn.
+fn in_turn(
+    readers: &[(usize, u64, ObjectReader)],
+) -> impl Iterator<Item = (Job, u64, &ObjectReader)> {
+    let longest = readers.iter().map(|(.., reader)| reader.opener.chunks()).max().unwrap_or(0);
+    (0..longest).step_by(CHUNKS_PER_JOB as usize).flat_map(move |first| {
+        let long_enough = readers.iter().filter(move |(.., it)| first < it.opener.chunks());
+        long_enough.map(move |(part, start, reader)| (Job { part: *part, first }, *start, reader))
+    })
 }
 
 fn flatten<T>(
