@@ -1,9 +1,10 @@
 //! Configuration files: read, parse, check; every problem at once, each with its key.
 //!
 //! serde stops at the first key it does not like. To show the others as well, that key is taken
-//! out of the parsed file and the rest is tried again, until what is left is accepted or nothing
-//! is left to take out.
+//! out of the parsed file, or something is put in for one that is missing, and it is tried again,
+//! until what is there is accepted or nothing is left to try.
 
+use std::borrow::Cow;
 use std::fmt::{self, Display};
 use std::fs;
 use std::io;
@@ -12,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use thiserror::Error;
+use toml::Spanned;
 use toml::de::{DeTable, DeValue, Deserializer};
 
 /// Rules between the values of a configuration, beyond what its types ensure.
@@ -81,48 +83,31 @@ pub fn load<T: DeserializeOwned + Check>(path: &Path) -> Result<T, ConfigError> 
 
 /// Parses and checks `text`, which was read from `path`.
 fn parse<T: DeserializeOwned + Check>(path: &Path, text: &str) -> Result<T, ConfigError> {
-    let mut table = DeTable::parse(text).map_err(|error| ConfigError::Syntax {
+    let table = DeTable::parse(text).map_err(|error| ConfigError::Syntax {
         path: path.to_owned(),
         line: line_of(text, error.span()),
         problem: error.message().to_owned(),
     })?;
-
-    let mut problems = Problems::default();
-    let mut removed: Vec<String> = Vec::new();
-    let mut only_unknown_keys = true;
+    let mut trial = Trial {
+        text,
+        table,
+        stand_ins: StandIns { after: text.len() + 1, tried: Vec::new() },
+        removed: Vec::new(),
+        only_unknown_keys: true,
+        problems: Problems::default(),
+    };
     let config: Option<T> = loop {
-        let error = match T::deserialize(Deserializer::from(table.clone())) {
+        match T::deserialize(Deserializer::from(trial.table.clone())) {
             Ok(config) => break Some(config),
-            Err(error) => error,
-        };
-        let span = error.span().unwrap_or_default();
-        let line = line_of(text, Some(span.clone()));
-        let found = remove(table.get_mut(), &span);
-        let mut key = found.as_ref().map(|found| found.key.clone()).unwrap_or_default();
-        let problem = if let Some(field) = quoted_after(error.message(), "missing field ") {
-            push_key(&mut key, field);
-            only_unknown_keys = false;
-            "must be set".to_owned()
-        } else if quoted_after(error.message(), "unknown field ").is_some() {
-            let (_, expected) = error.message().split_once(", ").unwrap_or_default();
-            format!("unknown key, {expected}")
-        } else {
-            only_unknown_keys = false;
-            error.message().to_owned()
-        };
-        // A key missing because it was taken out here is no news.
-        if !removed.contains(&key) {
-            problems.add(&key, format!("{problem} (line {line})"));
-        }
-        match found {
-            Some(found) => removed.push(found.removed),
-            None => break None,
+            Err(error) if trial.mend(&error) => {}
+            Err(_) => break None,
         }
     };
+    let mut problems = trial.problems;
 
     // Without the values that were wrong, rules could seem broken that are not.
     if let Some(config) = &config
-        && only_unknown_keys
+        && trial.only_unknown_keys
     {
         config.check(&mut problems);
     }
@@ -130,6 +115,148 @@ fn parse<T: DeserializeOwned + Check>(path: &Path, text: &str) -> Result<T, Conf
         Some(config) if problems.is_empty() => Ok(config),
         _ => Err(ConfigError::Rules { path: path.to_owned(), problems: problems.found }),
     }
+}
+
+/// A file that is tried again and again, without what was wrong with it.
+struct Trial<'t> {
+    text: &'t str,
+    table: Spanned<DeTable<'t>>,
+    stand_ins: StandIns,
+    /// The paths of the keys that were taken out.
+    removed: Vec<String>,
+    only_unknown_keys: bool,
+    problems: Problems,
+}
+
+impl Trial<'_> {
+    /// Notes what is wrong and mends it; returns whether that could be done.
+    fn mend(&mut self, error: &toml::de::Error) -> bool {
+        let span = error.span().unwrap_or_default();
+        let line = line_of(self.text, Some(span.clone()));
+        let is_unknown = quoted_after(error.message(), "unknown field ").is_some();
+        self.only_unknown_keys &= is_unknown;
+        if let Some(field) = quoted_after(error.message(), "missing field ") {
+            return self.put_in(&span, line, field);
+        }
+        if let Some(number) = self.stand_ins.number(&span) {
+            return self.stand_ins.exchange(self.table.get_mut(), number);
+        }
+        let mut problem = error.message().to_owned();
+        if is_unknown {
+            let (_, expected) = error.message().split_once(", ").unwrap_or_default();
+            problem = format!("unknown key, {expected}");
+        }
+        let found = remove(self.table.get_mut(), &span);
+        let key = found.as_ref().map(|found| found.key.as_str()).unwrap_or_default();
+        self.problems.add(key, format!("{problem} (line {line})"));
+        let is_mended = found.is_some();
+        self.removed.extend(found.map(|found| found.removed));
+        is_mended
+    }
+
+    /// Puts something in for a field that the table at `span` lacks.
+    fn put_in(&mut self, span: &Range<usize>, line: usize, field: &str) -> bool {
+        let is_news = self.stand_ins.number(span).is_none();
+        let Some(mut key) = self.stand_ins.add(self.table.get_mut(), span, field) else {
+            return false;
+        };
+        // The whole file has no line.
+        let line = if key.is_empty() { String::new() } else { format!(" (line {line})") };
+        push_key(&mut key, field);
+        // A key missing because it was taken out here is none either.
+        if is_news && !self.removed.contains(&key) {
+            self.problems.add(&key, format!("must be set{line}"));
+        }
+        true
+    }
+}
+
+/// What is put in for a missing key, one after the other until one is accepted: a value of each kind,
+/// and strings that something is read from.
+const STAND_INS: [&str; 7] = ["{}", "\"x\"", "1", "[]", "true", "\"1s\"", "\"127.0.0.1:1\""];
+
+/// The values that stand in for missing keys. They stand after the end of the text, so that an error
+/// tells which of them it is about.
+struct StandIns {
+    /// Where the first one stands.
+    after: usize,
+    /// For each, how many were tried.
+    tried: Vec<usize>,
+}
+
+impl StandIns {
+    /// Which of them stands at `span`.
+    fn number(&self, span: &Range<usize>) -> Option<usize> {
+        span.start.checked_sub(self.after).filter(|number| *number < self.tried.len())
+    }
+
+    fn value(&self, number: usize) -> Option<DeValue<'static>> {
+        let value = STAND_INS.get(*self.tried.get(number)?)?;
+        DeValue::parse(value).ok().map(Spanned::into_inner)
+    }
+
+    /// Puts one in for `field` of the table at `span`, which is the whole file if there is none
+    /// there. Returns that table's key; `None` if the field is there.
+    fn add(&mut self, table: &mut DeTable<'_>, span: &Range<usize>, field: &str) -> Option<String> {
+        let number = self.tried.len();
+        self.tried.push(0);
+        let (value, start) = (self.value(number)?, self.after + number);
+        let mut is_new = false;
+        let mut put = |table: &mut DeTable<'_>| {
+            let name = Spanned::new(start..start + 1, Cow::Owned(field.to_owned()));
+            let value = Spanned::new(start..start + 1, value.clone());
+            is_new = table.insert(name, value).is_none();
+        };
+        let key = change(table, span, &mut |value| {
+            if let DeValue::Table(inner) = value {
+                put(inner);
+            }
+        });
+        let key = key.unwrap_or_else(|| {
+            put(table);
+            String::new()
+        });
+        is_new.then_some(key)
+    }
+
+    /// Exchanges one that was not accepted for the next; returns whether there is another.
+    fn exchange(&mut self, table: &mut DeTable<'_>, number: usize) -> bool {
+        self.tried[number] += 1;
+        let Some(next) = self.value(number) else { return false };
+        let start = self.after + number;
+        change(table, &(start..start + 1), &mut |value| *value = next.clone()).is_some()
+    }
+}
+
+/// Lets `act` change the value that stands at `span`, the innermost if there are several, and returns
+/// its key.
+fn change<'i>(
+    table: &mut DeTable<'i>,
+    span: &Range<usize>,
+    act: &mut dyn FnMut(&mut DeValue<'i>),
+) -> Option<String> {
+    table.iter_mut().find_map(|(name, value)| change_value(name.get_ref(), value, span, act))
+}
+
+fn change_value<'i>(
+    name: &str,
+    value: &mut Spanned<DeValue<'i>>,
+    span: &Range<usize>,
+    act: &mut dyn FnMut(&mut DeValue<'i>),
+) -> Option<String> {
+    let is_it = value.span() == *span;
+    let below = match value.get_mut() {
+        DeValue::Table(inner) => change(inner, span, act).map(|below| format!("{name}.{below}")),
+        DeValue::Array(elements) => elements.iter_mut().enumerate().find_map(|(index, element)| {
+            change_value(&format!("{name}[{index}]"), element, span, act)
+        }),
+        _ => None,
+    };
+    if below.is_none() && is_it {
+        act(value.get_mut());
+        return Some(name.to_owned());
+    }
+    below
 }
 
 /// A key that was taken out.
@@ -417,12 +544,9 @@ mod tests {
     #[test]
     fn a_missing_key_is_named_in_full() {
         for (line, expected) in [
-            ("cluster = \"demo\"\n", "cluster: must be set (line 1)"),
+            ("cluster = \"demo\"\n", "cluster: must be set"),
             ("bucket = \"pgmesh\"\n", "repository.s3.bucket: must be set (line 3)"),
-            (
-                "[repository.s3]\nbucket = \"pgmesh\"\nparts = 100\n",
-                "repository: must be set (line 1)",
-            ),
+            ("[repository.s3]\nbucket = \"pgmesh\"\nparts = 100\n", "repository: must be set"),
             ("port = 5432\n", "nodes[0].port: must be set (line 6)"),
         ] {
             let message = problems(&GOOD.replacen(line, "", 1));
@@ -442,8 +566,31 @@ mod tests {
             "configuration agent.toml breaks these rules:\n\
              nodes[0].port: must be set (line 4)\n\
              repository.s3.bucket: must be set (line 2)\n\
-             cluster: must be set (line 1)"
+             cluster: must be set"
         );
+    }
+
+    #[test]
+    fn all_that_is_missing_is_named() {
+        for (text, expected) in [
+            ("", "cluster: must be set\ngrace: must be set\nrepository: must be set"),
+            (
+                "[[nodes]]\n[repository]\n[[nodes]]\nname = \"a\"\n",
+                "nodes[0].name: must be set (line 1)\nnodes[0].port: must be set (line 1)\n\
+                 nodes[1].port: must be set (line 3)\nrepository.s3: must be set (line 2)\n\
+                 cluster: must be set\ngrace: must be set",
+            ),
+            (
+                "cluster = 7\ngrace = \"0 parsecs\"\n[repository.s3]\nparts = 0\n",
+                "cluster: invalid type: integer `7`, expected a string (line 1)\n\
+                 grace: invalid value: string \"0 parsecs\", expected a duration (line 2)\n\
+                 repository.s3.parts: invalid value: integer `0`, expected a nonzero usize \
+                 (line 4)\nrepository.s3.bucket: must be set (line 3)",
+            ),
+        ] {
+            let expected = format!("configuration agent.toml breaks these rules:\n{expected}");
+            assert_eq!(problems(text), expected, "{text}");
+        }
     }
 
     #[test]
@@ -451,20 +598,19 @@ mod tests {
         for (text, expected) in [
             (
                 "nodes = [1, 2]\n",
-                "nodes[0]: invalid type: integer `1`, expected struct Node (line 1)",
+                "nodes[0]: invalid type: integer `1`, expected struct Node (line 1)\n\
+                 cluster: must be set\ngrace: must be set\nrepository: must be set",
             ),
             (
                 "repository = 7\n",
-                "repository: invalid type: integer `7`, expected struct Repository (line 1)",
+                "repository: invalid type: integer `7`, expected struct Repository (line 1)\n\
+                 cluster: must be set\ngrace: must be set",
             ),
         ] {
             let message = problems(text);
             assert_eq!(
                 message,
-                format!(
-                    "configuration agent.toml breaks these rules:\n{expected}\n\
-                     cluster: must be set (line 1)"
-                )
+                format!("configuration agent.toml breaks these rules:\n{expected}")
             );
         }
     }

@@ -308,10 +308,11 @@ async fn a_directory_that_is_not_empty_is_refused_and_a_server_is_never_deleted(
     assert_eq!(fs::read_to_string(to.join("precious")).unwrap(), "data");
 
     fs::write(to.join("PG_VERSION"), "17").unwrap();
-    scene
-        .run(&["restore", "--archive-mode", "off", "--force", "--to", to.to_str().unwrap()])
-        .await
-        .assert_success();
+    let forced = scene.run(&forced).await;
+    forced.assert_success();
+    let said = forced.stderr.lines().find(|line| line.contains("is deleted now"));
+    let said = said.unwrap_or_default();
+    assert!(said.contains("WARN") && said.contains("\"files\":3"), "{forced}");
     assert!(!to.join("precious").exists());
 }
 

@@ -485,6 +485,7 @@ async fn retention_marks_then_deletes_and_a_mark_can_be_taken_back() {
     let dry = scene.run(&["expire"]).await;
     dry.assert_success();
     assert!(dry.stdout.contains("nothing was changed"), "{dry}");
+    scene.run(&["expire", "--group", "9"]).await.assert_code(1);
     assert_eq!(scene.list().await.len(), 3);
     scene.run(&["expire", "--apply"]).await.assert_success();
     assert_eq!(scene.list().await.len(), 1);

@@ -6,8 +6,10 @@ mod exporter;
 mod monitor;
 mod scene;
 
+mod arrival;
 mod backup_restore;
 mod check;
+mod clocks;
 mod configuration;
 mod damage;
 mod etcd;

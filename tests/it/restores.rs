@@ -289,8 +289,9 @@ async fn the_retention_keeps_the_backup_that_leads_to_the_server_that_lives() {
     scene.backup().await;
     let old = replace(&mut scene, "new", &["--backup", &id, "--target", "immediate"]).await;
     scene.primary.psql("INSERT INTO t VALUES (10)").await;
-    scene.archive_wal().await;
+    // Ages count until the newest that is stored.
     tokio::time::sleep(Duration::from_secs(2)).await;
+    scene.archive_wal().await;
     for _ in 0..2 {
         scene.run(&["expire", "--apply"]).await.assert_success();
     }
@@ -298,8 +299,8 @@ async fn the_retention_keeps_the_backup_that_leads_to_the_server_that_lives() {
 
     let newest = backup(&scene).await;
     scene.primary.psql("INSERT INTO t VALUES (11)").await;
-    scene.archive_wal().await;
     tokio::time::sleep(Duration::from_secs(2)).await;
+    scene.archive_wal().await;
     for _ in 0..2 {
         scene.run(&["expire", "--apply"]).await.assert_success();
     }
@@ -371,7 +372,8 @@ async fn an_idle_database_is_restored_to_the_time_that_is_listed() {
     assert_eq!(rows(&restored).await, "1");
 }
 
-/// Copied with `cp -r`, every object seemed to be as new as the copy, and so did what is in it.
+/// Copied with `cp -r`, every object seemed to be as new as the copy, and so did what is in it; copied with
+/// older times, nothing could be reached any more.
 #[tokio::test]
 async fn a_repository_that_was_copied_without_its_times_reaches_no_further() {
     if postgres_is_missing() {
@@ -390,12 +392,19 @@ async fn a_repository_that_was_copied_without_its_times_reaches_no_further() {
     };
     let before = times().await;
     let later = SystemTime::now() + Duration::from_hours(1);
-    for file in files(&scene.repository()) {
-        fs::File::open(file).unwrap().set_modified(later).unwrap();
-    }
-    // A file system's clock ticks less often than ours.
-    for (after, before) in times().await.into_iter().zip(before) {
-        assert!((after - before).abs() < TimeDelta::seconds(1), "{before} has become {after}");
+    for (name, other) in [("later", later), ("long-ago", SystemTime::UNIX_EPOCH)] {
+        for file in files(&scene.repository()) {
+            fs::File::open(file).unwrap().set_modified(other).unwrap();
+        }
+        for (which, (after, before)) in times().await.into_iter().zip(before).enumerate() {
+            // Nothing tells that what is before the first backup is not so old.
+            if name == "later" || which != 1 {
+                // A file system's clock ticks less often than ours.
+                let apart = (after - before).abs();
+                assert!(apart < TimeDelta::seconds(1), "{name}: {before} has become {after}");
+            }
+        }
+        scene.restore(name, &["--target-time", &before[0].to_rfc3339()]).await;
     }
     let at = (Utc::now() + TimeDelta::minutes(10)).to_rfc3339();
     let to = scene.path("beyond");

@@ -10,15 +10,14 @@ use std::time::Duration;
 use chrono::{TimeDelta, Utc};
 use shared::etcd::Etcd;
 use shared::pg::connect::connect;
-use shared::pg::wal::Segment;
 use shared::pg::{ConnectError, Node, QueryError, Settings};
 use shared::store::StoreErrorKind;
 use shared::telemetry::chain;
 use shared::topology::{self, Group, Topology, TopologyError};
 use thiserror::Error;
-use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
 
+use crate::arrival::Way;
 use crate::catalog::Catalog;
 use crate::config::{BackupConfig, Config};
 use crate::container::Kind;
@@ -32,12 +31,7 @@ use crate::same_key;
 use crate::server_manifest::ManifestError;
 use crate::source::{self, RunLock, Source, SourceError};
 use crate::tar::TarError;
-use crate::wal::{self, WalError};
-
-/// How often the repository is asked for the WAL that a backup waits for.
-const WAL_POLL: Duration = Duration::from_secs(1);
-/// WAL that is not there after this time is late: by then it is received or archived.
-const WAL_LATE: Duration = Duration::from_secs(30);
+use crate::wal::WalError;
 
 /// The age at which an unfinished upload of something else than a base backup is nobody's.
 const FOREIGN_UPLOAD_AGE: TimeDelta = TimeDelta::days(1);
@@ -74,6 +68,40 @@ pub enum BackupError {
         /// The slot of the receiver.
         slot: String,
     },
+    /// The WAL that a backup needs would never come here.
+    #[error(
+        "the WAL of {primary} is stored elsewhere: whoever is connected to slot {slot} has acknowledged \
+         WAL that {place} does not hold. Does `backup-agent run` have this cluster name, prefix and \
+         bucket or directory?"
+    )]
+    StoredElsewhere {
+        /// The primary.
+        primary: String,
+        /// The slot of the receiver.
+        slot: String,
+        /// The place in the repository.
+        place: String,
+    },
+    /// The backup begins before the WAL that is stored, or after it was lost.
+    #[error(
+        "a base backup from {node} needs WAL segment {missing}, which is not in the repository and never \
+         comes: the receiver at {primary} is past it. One that begins with a later checkpoint does not \
+         need it"
+    )]
+    Past {
+        /// The server that was read.
+        node: String,
+        /// The first segment that is missing.
+        missing: String,
+        /// The primary.
+        primary: String,
+    },
+    /// Nobody with this configuration could restore the backup.
+    #[error(
+        "the WAL that a base backup needs cannot be opened with this configuration, and without it nothing \
+         can be restored"
+    )]
+    Locked(#[source] RepositoryError),
     /// The lock was lost, so another run may be under way.
     #[error(
         "lost the lock on {primary} during backup {backup_id}: it was restarted, promoted away \
@@ -172,18 +200,23 @@ impl BackupError {
             Self::Connect(error) => error.is_transient(),
             Self::Query(error) => error.is_transient(),
             Self::Replication(error) => error.is_transient(),
-            Self::Repository(error) => error.is_transient(),
+            Self::Repository(error) | Self::Wal(WalError::Repository(error)) => {
+                error.is_transient()
+            }
             Self::Source(_)
             | Self::LockLost { .. }
             | Self::TimelineChanged { .. }
             | Self::NoArchiving { .. }
+            | Self::StoredElsewhere { .. }
+            | Self::Past { .. }
+            | Self::NoWal { .. }
             | Self::OtherRun { .. } => true,
             Self::OtherServer { .. }
             | Self::Tar { .. }
             | Self::Manifest { .. }
             | Self::UnknownArchive { .. }
             | Self::WrongKey { .. }
-            | Self::NoWal { .. }
+            | Self::Locked(_)
             | Self::Wal(_) => false,
         }
     }
@@ -244,18 +277,16 @@ pub async fn take_backup(
         .ok_or(BackupError::OtherRun { group })?;
     // Before what follows from it: nothing takes the WAL of a server with another key.
     same_key::require(&place).await?;
-    let slot = &context.config.wal.slot;
-    if !lock.wal_is_taken(slot).await? {
-        let (primary, slot) = (source.primary.to_string(), slot.clone());
-        return Err(BackupError::NoArchiving { primary, slot });
-    }
+    let way = Way { place: &place, lock: &lock, slot: &context.config.wal.slot };
+    progress.begin("looking for the WAL receiver", 0);
+    way.require(&source, context.config.wal.ship_interval).await?;
     let catalog = Catalog::read(&place).await?;
     refuse_wrong_key(&catalog)?;
     remove_leftovers(&place, &catalog).await?;
 
     progress.begin("checkpoint", 0);
     let started_at = Utc::now();
-    let stream = start(settings, &observed, config, &mut source).await?;
+    let stream = start(settings, &observed, config, &mut source, way).await?;
     let backup_id = BackupId::new(started_at, stream.timeline, stream.start_lsn);
     let total_bytes = stream.tablespaces.iter().map(|tablespace| tablespace.bytes).sum();
     info!(
@@ -306,7 +337,7 @@ pub async fn take_backup(
     };
 
     progress.begin("waiting for WAL", 0);
-    let waited = wait_for_wal(&place, &commit, &source, (&lock, slot), config.wal_timeout).await;
+    let waited = way.wait(&commit, &source, config.wal_timeout).await;
     or_clear_away(&place, &lock, waited).await?;
 
     // From here on only a single put is left. Whoever lost the lock must not make it.
@@ -338,23 +369,25 @@ fn refuse_wrong_key(catalog: &Catalog) -> Result<(), BackupError> {
     }
 }
 
-/// Starts the base backup on the chosen server; if that is a standby and does not let us, on the
-/// next one, and at last on the primary.
+/// Starts the base backup on the chosen server; if that is a standby and does not let us, or begins
+/// before the WAL that is stored, on the next one, and at last on the primary.
 async fn start(
     settings: &Settings,
     observed: &Group,
     config: &BackupConfig,
     source: &mut Source,
+    way: Way<'_>,
 ) -> Result<BaseBackup, BackupError> {
     let mut refused = Vec::new();
     loop {
         for reason in &source.passed_over {
             info!(reason, "server passed over");
         }
-        match start_on(settings, source, config).await {
+        match start_on(settings, source, config, way).await {
+            Err(error @ BackupError::Locked(_)) => return Err(error),
             Err(error) if source::is_standby(&source.state) => {
                 let node = source.node.name.clone();
-                warn!(node, error = %chain(&error), "standby cannot be read; trying another server");
+                warn!(node, error = %chain(&error), "standby cannot be used; trying another server");
                 refused.push(node);
                 *source = source::choose(observed, config, &refused)?;
             }
@@ -368,6 +401,7 @@ async fn start_on(
     settings: &Settings,
     source: &Source,
     config: &BackupConfig,
+    way: Way<'_>,
 ) -> Result<BaseBackup, BackupError> {
     let mut replication =
         Replication::connect(settings, &source.node, config.stall_timeout).await?;
@@ -384,7 +418,9 @@ async fn start_on(
         fast_checkpoint: config.fast_checkpoint,
         rate_kilobytes_max: config.rate_kilobytes_max(),
     };
-    Ok(replication.base_backup(&options).await?)
+    let stream = replication.base_backup(&options).await?;
+    way.require_first(source, stream.timeline, stream.start_lsn).await?;
+    Ok(stream)
 }
 
 /// What makes a backup suspect, if anything does: damaged pages, or data that the server left out.
@@ -407,72 +443,6 @@ fn names_data(warning: &str) -> bool {
 fn to_json(backup_id: &BackupId, commit: &Commit) -> Result<Vec<u8>, RepositoryError> {
     serde_json::to_vec(commit)
         .map_err(|source| RepositoryError::Content { name: backup_id.to_string(), source })
-}
-
-/// Waits until every segment that the backup needs is stored.
-///
-/// A backup of a primary ends its last segment itself; after one of a standby, only the primary
-/// can.
-async fn wait_for_wal(
-    place: &Place,
-    commit: &Commit,
-    source: &Source,
-    (lock, slot): (&RunLock, &str),
-    limit: Duration,
-) -> Result<(), BackupError> {
-    let began_at = Instant::now();
-    let (mut switched, mut said) = (!commit.from_standby, false);
-    loop {
-        let Some(missing) = first_missing(place, commit).await? else { return Ok(()) };
-        if !switched {
-            switched = true;
-            match lock.switch_wal().await {
-                Ok(()) => info!(node = source.primary.name, "WAL segment ended"),
-                Err(error) => warn!(
-                    error = %chain(&error),
-                    "WAL segment not ended; waiting until it is full or archive_timeout ends it"
-                ),
-            }
-        }
-        let is_late = began_at.elapsed() > WAL_LATE;
-        if !said && (is_late || !lock.wal_is_taken(slot).await.unwrap_or(true)) {
-            said = true;
-            warn!(
-                missing,
-                slot,
-                "WAL that the backup needs is not stored yet: the log of `backup-agent run`, or the \
-                 server's about archive_command, tells why"
-            );
-        }
-        if began_at.elapsed() >= limit {
-            return Err(BackupError::NoWal {
-                backup_id: commit.backup_id.clone(),
-                missing,
-                primary: source.primary.to_string(),
-                limit,
-            });
-        }
-        sleep(WAL_POLL).await;
-    }
-}
-
-/// The first segment that the backup needs and the repository has not.
-async fn first_missing(place: &Place, commit: &Commit) -> Result<Option<String>, WalError> {
-    let segment_bytes = commit.wal_segment_bytes;
-    let stored = wal::stored_from(place, &commit.first_segment(), None).await?;
-    for number in commit.segments() {
-        let name = Segment { timeline: commit.timeline, number }.name(segment_bytes);
-        match stored.get(&name).map_or(0, Vec::len) {
-            0 => return Ok(Some(name)),
-            1 => {}
-            _ => {
-                let found = stored.get(&name).into_iter().flatten().map(|it| it.name.as_str());
-                let found = found.collect::<Vec<_>>().join(", ");
-                return Err(WalError::Conflict { name, found });
-            }
-        }
-    }
-    Ok(None)
 }
 
 /// Asks the store once more for everything that the commit names: the last moment at which a
@@ -569,7 +539,35 @@ fn report(commit: &Commit) {
 
 #[cfg(test)]
 mod tests {
+    use shared::store::StoreError;
+
     use super::*;
+
+    #[test]
+    fn what_another_attempt_may_mend_is_tried_again() {
+        let text = || "x".to_owned();
+        let unavailable = || {
+            let (operation, kind) = ("list", StoreErrorKind::Unavailable);
+            let source = "no answer".into();
+            RepositoryError::from(StoreError { operation, key: text(), kind, source })
+        };
+        let conflict = || WalError::Conflict { name: text(), found: text() };
+        let backup_id = BackupId::new(Utc::now(), 1, 0.into());
+        let (missing, primary, slot, place) = (text(), text(), text(), text());
+        let (node, limit) = (text(), Duration::ZERO);
+        for (error, expected) in [
+            (BackupError::NoArchiving { primary: text(), slot: text() }, true),
+            (BackupError::StoredElsewhere { primary: text(), slot, place }, true),
+            (BackupError::Past { node, missing: text(), primary: text() }, true),
+            (BackupError::NoWal { backup_id, missing, primary, limit }, true),
+            (BackupError::Repository(unavailable()), true),
+            (BackupError::Wal(unavailable().into()), true),
+            (BackupError::Wal(conflict()), false),
+            (BackupError::Locked(RepositoryError::Conflict { key: text() }), false),
+        ] {
+            assert_eq!(error.is_transient(), expected, "{error}");
+        }
+    }
 
     #[test]
     fn data_that_the_server_leaves_out_is_told_from_files_of_the_operator() {

@@ -17,8 +17,8 @@ pub struct Catalog {
     pub backups: Vec<Commit>,
     /// Backups whose commit object or tombstone cannot be read, and why.
     pub unreadable: Vec<(BackupId, RepositoryError)>,
-    /// Backups that were marked as deleted, and since when.
-    pub tombstones: BTreeMap<BackupId, DateTime<Utc>>,
+    /// Backups that were marked as deleted, and when.
+    pub tombstones: BTreeMap<BackupId, Mark>,
     /// Of those, the ones that objects are left of.
     pub buried: BTreeSet<BackupId>,
     /// The newest backup that there is, whether it can be read or not.
@@ -38,6 +38,16 @@ pub struct Tombstone {
     pub reason: String,
 }
 
+/// When a backup was marked as deleted. Either time may be wrong: a clock was, or the repository was
+/// copied and its objects have other times since.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mark {
+    /// By the tombstone's own word.
+    pub deleted_at: DateTime<Utc>,
+    /// When the store says that the tombstone was stored.
+    pub stored_at: DateTime<Utc>,
+}
+
 impl Catalog {
     /// Lists the backups and reads their commit objects.
     ///
@@ -53,8 +63,11 @@ impl Catalog {
                 continue;
             };
             // A tombstone deletes a backup, so it has to prove itself as a commit object does.
-            match place.get(Kind::Tombstone, &info.key).await {
-                Ok(_) => drop(catalog.tombstones.insert(id, info.modified_at)),
+            match read_tombstone(place, &info.key).await {
+                Ok(Tombstone { deleted_at, .. }) => {
+                    let mark = Mark { deleted_at, stored_at: info.modified_at };
+                    catalog.tombstones.insert(id, mark);
+                }
                 Err(error) if error.is_transient() => return Err(error),
                 Err(error) => catalog.unreadable.push((id, error)),
             }
@@ -143,6 +156,12 @@ pub async fn wal_segment_bytes(place: &Place) -> Result<Option<u64>, RepositoryE
         }
     }
     Ok(None)
+}
+
+async fn read_tombstone(place: &Place, name: &str) -> Result<Tombstone, RepositoryError> {
+    let (text, _) = place.get(Kind::Tombstone, name).await?;
+    let wrong = |source| RepositoryError::Content { name: name.to_owned(), source };
+    serde_json::from_slice(&text).map_err(wrong)
 }
 
 /// Reads one backup's commit object.

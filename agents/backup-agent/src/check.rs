@@ -7,7 +7,9 @@ use shared::pg::connect::connect;
 use shared::store::{Put, StoreErrorKind};
 use shared::telemetry::chain;
 use shared::topology::{Group, groups, observe_group};
+use tokio_postgres::types::PgLsn;
 
+use crate::arrival;
 use crate::backup::Context;
 use crate::catalog::Catalog;
 use crate::container::{Identity, Kind, open_whole, seal_whole};
@@ -227,15 +229,17 @@ async fn check_replication(context: &Context, node: &Node, steps: &mut Steps) {
     }
 }
 
-/// What the primary says of its archiver, and whether what it archived last is in the repository.
+/// What the primary says of its archiver and of the receiver.
 const ARCHIVER: &str = "
     SELECT current_setting('archive_mode') AS mode, clock_timestamp() AS now,
            last_archived_wal AS archived, last_failed_wal AS failed,
            coalesce(last_failed_time > last_archived_time, last_failed_time IS NOT NULL) AS failing,
-           (SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::bigint
-              FROM pg_replication_slots WHERE slot_name = $1 AND active) AS behind
-      FROM pg_stat_archiver";
+           restart_lsn AS acknowledged,
+           pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::bigint AS behind
+      FROM pg_stat_archiver
+      LEFT JOIN pg_replication_slots ON slot_name = $1 AND active";
 
+/// Whether what the receiver has acknowledged is in the repository, and what the primary archived last.
 async fn check_archiving(
     context: &Context,
     group: &Group,
@@ -249,10 +253,20 @@ async fn check_archiving(
     let row =
         connection.query_one(ARCHIVER, &[slot]).await.map_err(|error| chain(&error).to_string())?;
     check_clock(&format!("group {}: the primary's clock", group.number), row.get("now"), steps);
-    let (mode, behind): (String, Option<i64>) = (row.get("mode"), row.get("behind"));
-    if let Some(behind) = behind {
-        let detail = format!("connected to slot {slot}, {behind} bytes behind");
-        steps.add(format!("group {}: WAL receiver", group.number), Outcome::Ok, detail);
+    let place = context.repository.place(group.number, state.system_identifier);
+    let (mode, acknowledged): (String, Option<PgLsn>) = (row.get("mode"), row.get("acknowledged"));
+    let mut is_received = false;
+    if let Some(lsn) = acknowledged {
+        let step = format!("group {}: WAL receiver", group.number);
+        let ship_interval = context.config.wal.ship_interval;
+        let (timeline, segment_bytes) = (state.timeline, state.wal_segment_bytes);
+        let stored =
+            arrival::is_stored_soon(&place, timeline, segment_bytes, lsn, ship_interval).await;
+        is_received = stored.map_err(|error| chain(&error).to_string())?;
+        let connected =
+            format!("connected to slot {slot}, {} bytes behind", row.get::<_, i64>("behind"));
+        let (outcome, detail) = receiving(connected, &mode, is_received, &place.location());
+        steps.add(step, outcome, detail);
         if mode == "off" {
             return Ok(());
         }
@@ -263,7 +277,6 @@ async fn check_archiving(
              (`backup-agent run`), and archive_mode is off"
         ));
     }
-    let is_received = behind.is_some();
     if row.get("failing") {
         let failed: String = row.get("failed");
         let failed = format!("{failed} could not be archived; see the log of {}", node.name);
@@ -280,7 +293,6 @@ async fn check_archiving(
         steps.add(step, outcome, "on, and nothing archived yet; try SELECT pg_switch_wal()");
         return Ok(());
     };
-    let place = context.repository.place(group.number, state.system_identifier);
     let mut contents = 0;
     for file in [Some(archived.as_str()), labelled(&archived)].into_iter().flatten() {
         let found = wal::find(&place, file).await.map_err(|error| chain(&error).to_string())?;
@@ -289,6 +301,19 @@ async fn check_archiving(
     let (outcome, detail) = archiving(&archived, contents, is_received);
     steps.add(step, outcome, detail);
     Ok(())
+}
+
+/// What it means that a receiver is connected, and that what it has acknowledged is stored in a place.
+fn receiving(connected: String, mode: &str, is_here: bool, place: &str) -> (Outcome, String) {
+    if is_here {
+        return (Outcome::Ok, connected);
+    }
+    let outcome = if mode == "off" { Outcome::Failed } else { Outcome::Warning };
+    let detail = format!(
+        "{connected}, and what it has acknowledged is not in {place}: whoever is connected stores \
+         elsewhere. Does `backup-agent run` have this cluster name, prefix and bucket or directory?"
+    );
+    (outcome, detail)
 }
 
 /// The segment that the label of a base backup is named for: it was archived before.
@@ -325,6 +350,21 @@ fn archiving(archived: &str, contents: usize, is_received: bool) -> (Outcome, St
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_receiver_that_stores_elsewhere_is_told() {
+        for (mode, is_here, expected) in [
+            ("off", true, Outcome::Ok),
+            ("on", true, Outcome::Ok),
+            ("off", false, Outcome::Failed),
+            ("on", false, Outcome::Warning),
+        ] {
+            let (outcome, detail) =
+                receiving("connected".to_owned(), mode, is_here, "v1/c/0/7/ of s3://b");
+            assert_eq!(outcome, expected, "{mode}, {is_here}: {detail}");
+            assert_eq!(detail.contains("in v1/c/0/7/ of s3://b:"), !is_here, "{detail}");
+        }
+    }
 
     #[test]
     fn archiving_fails_only_if_wal_is_lost() {

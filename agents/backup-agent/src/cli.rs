@@ -58,6 +58,10 @@ pub enum Command {
     ///
     /// Backups are marked at first and deleted when they have been marked for
     /// `retention.delete_after`.
+    ///
+    /// Ages count until the newest WAL or backup that is stored: where nothing new comes, nothing goes.
+    /// --apply changes nothing while this host's clock is more than 15 min from the repository's or the
+    /// primary's.
     Expire(ExpireArgs),
     /// Try the whole chain now: keys, repository, clocks, servers, archiving
     Check(JsonArgs),
@@ -93,7 +97,7 @@ pub enum Command {
     ///
     /// Without it, a repository that holds nothing of a database cluster whose WAL was stored before is
     /// refused: it may not be mounted. Take a backup next.
-    Begin(BeginArgs),
+    Begin(GroupArgs),
     /// Check the configuration and the files it names, and say what is wrong
     CheckConfig,
     /// Make an encryption key: 32 random bytes in base64
@@ -136,14 +140,6 @@ pub struct GroupArgs {
     /// Print JSON, for programs
     #[arg(long)]
     pub json: bool,
-}
-
-/// Options of `begin`.
-#[derive(Debug, Args)]
-pub struct BeginArgs {
-    /// The group [default: all of them]
-    #[arg(long)]
-    pub group: Option<u32>,
 }
 
 /// Options of `list`.

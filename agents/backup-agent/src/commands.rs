@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow, bail, ensure};
-use chrono::Utc;
+use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 use shared::cli::{WrongUse, print};
 use shared::config;
@@ -17,9 +17,10 @@ use crate::archive;
 use crate::backup::{Context, take_backup};
 use crate::check::{Outcome, check};
 use crate::cli::{
-    Action, ArchiveMode, BeginArgs, Cli, Command, ExpireArgs, GroupArgs, JsonArgs, ListArgs,
-    RestoreArgs, VerifyArgs,
+    Action, ArchiveMode, Cli, Command, ExpireArgs, GroupArgs, JsonArgs, ListArgs, RestoreArgs,
+    VerifyArgs,
 };
+use crate::clocks::APART_MAX;
 use crate::config::Config;
 use crate::expire::{self, Plan, Spare};
 use crate::follow::begun;
@@ -30,8 +31,9 @@ use crate::progress::{Progress, drawn};
 use crate::quantities::{bytes, span, time};
 use crate::recovery::{Target, Window};
 use crate::repository::{Place, Repository};
-use crate::restore::{RestoreError, RestoreOptions, restore};
+use crate::restore::{RestoreOptions, restore};
 use crate::service;
+use crate::unpack::STATE_FILE;
 use crate::verify::verify;
 use crate::wal_commands;
 
@@ -51,7 +53,7 @@ pub async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::List(args) => list(&load(&path)?, &args).await,
         Command::Restore(args) => restore_command(&path, &args).await,
         Command::Verify(args) => verify_command(&load(&path)?, &args).await,
-        Command::Expire(args) => expire_command(&load(&path)?, &args).await,
+        Command::Expire(args) => Box::pin(expire_command(&load(&path)?, &args)).await,
         Command::Check(args) => check_command(&context(&path).await?, &args).await,
         Command::WalPush { path: file } => {
             archive::push(&load(&path)?, &file).await?;
@@ -111,17 +113,25 @@ async fn with_servers(context: &Context, asked: Option<u32>) -> anyhow::Result<B
     Ok([group].into())
 }
 
-async fn begin(context: &Context, args: &BeginArgs) -> anyhow::Result<()> {
+async fn begin(context: &Context, args: &GroupArgs) -> anyhow::Result<()> {
+    let mut values = Vec::new();
     for group in with_servers(context, args.group).await? {
         let nodes = context.topology.nodes().await?;
         let observed = observe_group(&context.settings, &nodes, group).await;
         let (_, state) = observed.primary().map_err(|reason| anyhow!("group {group}: {reason}"))?;
         let place = context.repository.place(group, state.system_identifier).pinned().await?;
         begun::begin(&place).await?;
-        let (store, key) = (place.store().location(), place.key(""));
-        print(format!("the WAL of group {group} may be received into {store}/{key}\n"))?;
+        let location = place.location();
+        if !args.json {
+            print(format!("the WAL of group {group} may be received into {location}\n"))?;
+        }
+        let system_identifier = place.system_identifier.to_string();
+        let value = json!({
+            "group": group, "system_identifier": system_identifier, "place": location,
+        });
+        values.push(value);
     }
-    Ok(())
+    if args.json { print_json(&json!(values)) } else { Ok(()) }
 }
 
 async fn backup(context: &Context, args: &GroupArgs) -> anyhow::Result<()> {
@@ -235,9 +245,8 @@ async fn restore_command(config_path: &Path, args: &RestoreArgs) -> anyhow::Resu
     let began = Utc::now();
     let work = Box::pin(restore(&config, &repository, &options, &progress));
     let restored = drawn(&progress, work).await.map_err(|error| {
-        let is_other = matches!(error, RestoreError::OtherRestore { .. });
-        let state = options.to.join(".pgmesh-restore").exists() && !is_other;
-        let hint = if state { "; go on with --resume once the cause is gone" } else { "" };
+        let is_begun = options.to.join(STATE_FILE).exists();
+        let hint = if is_begun { error.next_step() } else { "" };
         anyhow::Error::new(error).context(format!("restore failed{hint}"))
     })?;
     let window = Window {
@@ -361,27 +370,31 @@ async fn verify_command(config: &Config, args: &VerifyArgs) -> anyhow::Result<()
             verified.problems.into_iter().for_each(|problem| table.note(problem));
         }
     }
+    if count == 0 {
+        let backup_id = args.backup.as_ref().map(|id| format!(" {id}")).unwrap_or_default();
+        let nothing = nothing(config, args.group).await?;
+        bail!("there is no backup{backup_id}{nothing}: nothing was verified");
+    }
     if args.json {
         print_json(&json!(values))?;
-    } else if !table.is_empty() {
+    } else {
         print(table.to_string())?;
     }
-    match (count, bad) {
-        (0, _) => {
-            let backup_id = args.backup.as_ref().map(|id| format!(" {id}")).unwrap_or_default();
-            let nothing = nothing(config, args.group).await?;
-            bail!("there is no backup{backup_id}{nothing}: nothing was verified")
-        }
-        (_, 0) => Ok(()),
-        _ => bail!("{bad} of {count} backups have problems"),
-    }
+    ensure!(bad == 0, "{bad} of {count} backups have problems");
+    Ok(())
 }
 
 async fn expire_command(config: &Config, args: &ExpireArgs) -> anyhow::Result<()> {
     let (mut values, mut texts, mut problems) = (Vec::new(), Vec::new(), Vec::new());
-    for place in places(config, args.group).await? {
+    let places = places(config, args.group).await?;
+    if args.group.is_some() && places.is_empty() {
+        bail!("there is nothing{}", nothing(config, args.group).await?);
+    }
+    let context = if args.apply { with_clock(config).await } else { None };
+    for place in places {
         let (group, system_identifier) = (place.group, place.system_identifier);
-        let plan = match expire::plan(&place, &config.retention, None, Utc::now()).await {
+        let now = Utc::now();
+        let plan = match expire::plan(&place, &config.retention, None, now).await {
             Ok(plan) => plan,
             Err(error) => {
                 problems.push(format!("nothing of group {group} goes: {}", chain(&error)));
@@ -392,24 +405,56 @@ async fn expire_command(config: &Config, args: &ExpireArgs) -> anyhow::Result<()
         values.extend(plan_values.into_iter().map(|mut value| {
             value["group"] = json!(group);
             value["system_identifier"] = json!(system_identifier.to_string());
+            value["as_of"] = json!(plan.as_of);
             value
         }));
         if !table.is_empty() {
-            texts.push(format!("{}\n{table}", heading(group, system_identifier)));
+            let standstill = standstill(&plan, now);
+            texts.push(format!("{}\n{table}{standstill}", heading(group, system_identifier)));
         }
-        if args.apply {
-            expire::apply(&place, &plan).await?;
+        if args.apply
+            && let Err(error) = expire::apply(&place, &plan, context.as_ref()).await
+        {
+            problems.push(format!("group {group}: {}", chain(&error)));
         }
     }
     if args.json {
         print_json(&json!(values))?;
     } else if !texts.is_empty() {
-        let done = if args.apply { "done" } else { "nothing was changed; do it with --apply" };
+        let done = match (args.apply, problems.is_empty()) {
+            (false, _) => "nothing was changed; do it with --apply",
+            (true, true) => "done",
+            (true, false) => "NOT DONE, or not all of it",
+        };
         print(format!("{}{done}\n", texts.join("\n")))?;
     } else if problems.is_empty() {
         print(format!("there is nothing{}\n", nothing(config, args.group).await?))?;
     }
     none_of(&problems)
+}
+
+/// What it takes to ask the primary for its time, if one is configured.
+async fn with_clock(config: &Config) -> Option<Context> {
+    if !config.has_servers() {
+        return None;
+    }
+    let context = Context::new(config.clone(), &format!("pgmesh/{AGENT}")).await;
+    let warn = |error: &anyhow::Error| {
+        tracing::warn!(error = %chain(error.as_ref()), "the primary's clock cannot be asked");
+    };
+    context.inspect_err(warn).ok()
+}
+
+/// Says that nothing gets older where nothing new comes.
+fn standstill(plan: &Plan, now: DateTime<Utc>) -> String {
+    if now - plan.as_of <= APART_MAX {
+        return String::new();
+    }
+    let since = time(plan.as_of);
+    format!(
+        "nothing was stored since {since}: ages count until then, and nothing gets older meanwhile.\n\
+         If that is not so, this host's clock is ahead: `backup-agent check` tells.\n"
+    )
 }
 
 /// A plan, for people and for programs.

@@ -6,24 +6,43 @@
 
 use std::collections::BTreeSet;
 
-use chrono::{DateTime, TimeDelta, Utc};
+use chrono::{DateTime, Utc};
 use shared::store::StoreErrorKind;
 use shared::telemetry::chain;
+use thiserror::Error;
 use tokio_postgres::types::PgLsn;
 use tracing::{info, warn};
 
-use crate::catalog::{Catalog, Tombstone, read_commit};
+use crate::backup::Context;
+use crate::catalog::{Catalog, Mark, Tombstone, read_commit};
+use crate::clocks::{self, ClockError};
 use crate::container::Kind;
 use crate::manifest::{BackupId, Commit, Suspicion};
 use crate::repository::{Place, RepositoryError};
-use crate::retention::{Decision, Needs, Retention, decide};
+use crate::retention::{Decision, Needs, Retention, as_of, decide};
 use crate::wal::piece::Piece;
 use crate::wal::remnant::{self, Remnant, What};
 use crate::wal::{WalError, WalMap, WalObject};
 
+/// Why nothing goes, or not all that should.
+#[derive(Debug, Error)]
+pub enum ExpireError {
+    /// Nobody can tell how old anything is.
+    #[error(transparent)]
+    Clock(#[from] ClockError),
+    /// The WAL could not be looked at.
+    #[error(transparent)]
+    Wal(#[from] WalError),
+    /// The repository failed.
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
+}
+
 /// What is to go, and why the rest stays.
 #[derive(Clone, Debug)]
 pub struct Plan {
+    /// Until when ages were counted ([`as_of`]).
+    pub as_of: DateTime<Utc>,
     /// Each listed backup.
     pub decisions: Vec<Decision>,
     /// Backups that were marked long enough ago.
@@ -44,6 +63,11 @@ impl Plan {
     /// The backups that will be marked.
     pub fn mark(&self) -> impl Iterator<Item = &BackupId> {
         self.decisions.iter().filter(|it| it.keep.is_empty()).map(|it| &it.backup_id)
+    }
+
+    /// Whether it changes nothing.
+    pub fn is_empty(&self) -> bool {
+        self.mark().next().is_none() && self.delete.is_empty() && self.spare().is_empty()
     }
 
     /// Bytes that will go, beside those of backups.
@@ -134,27 +158,18 @@ pub async fn plan(
         keep: vec!["its key is not configured"],
     });
     let mut decisions: Vec<Decision> = kept.collect();
-    let grace = TimeDelta::from_std(retention.delete_after).unwrap_or(TimeDelta::MAX);
     let named: BTreeSet<BackupId> =
         catalog.backups.iter().filter_map(|backup| backup.previous.clone()).collect();
-    let (mut delete, mut marked) = (Vec::new(), Vec::new());
-    for (backup_id, at) in &catalog.tombstones {
-        let due = at.checked_add_signed(grace).unwrap_or(DateTime::<Utc>::MAX_UTC);
-        if due <= now {
-            // A tombstone stays after its backup, while a later one names that as its predecessor.
-            if catalog.buried.contains(backup_id) || !named.contains(backup_id) {
-                delete.push(backup_id.clone());
-            }
-        } else {
-            marked.push((backup_id.clone(), due));
-        }
-    }
     let Some(newest) = catalog.backups.last() else {
+        let (delete, marked) = buried(&catalog, &named, |mark| mark.is_due(retention, now, now));
+        let marked = until(&marked, retention);
         let (wal, pieces, remnants) = (Vec::new(), Vec::new(), Vec::new());
-        return Ok(Plan { decisions, delete, marked, wal, pieces, remnants, named });
+        return Ok(Plan { as_of: now, decisions, delete, marked, wal, pieces, remnants, named });
     };
     let map = WalMap::read(place, newest.wal_segment_bytes).await?;
-    decisions.extend(decide(&catalog.backups, &map, retention, primary, now));
+    let as_of = as_of(&catalog.backups, &map, primary, now);
+    let (delete, marks) = buried(&catalog, &named, |mark| mark.is_due(retention, as_of, now));
+    decisions.extend(decide(&catalog.backups, &map, retention, primary, as_of));
     // What a marked backup needs stays as long as it can be brought back; one that is marked in
     // this very run, too.
     let stand_ins: Vec<_> =
@@ -162,7 +177,7 @@ pub async fn plan(
     let like = newest.clone();
     let mut needed = catalog.backups;
     needed.extend(stand_ins);
-    for (backup_id, _) in &marked {
+    for (backup_id, _) in &marks {
         match read_commit(place, backup_id).await {
             Ok(commit) => needed.push(commit),
             // Removed by hand: there is nothing to bring back.
@@ -172,14 +187,33 @@ pub async fn plan(
         }
     }
     // The one that began the window may have been marked late: what it reached then stays.
-    let marked_at = marked.iter().filter_map(|(backup_id, _)| catalog.tombstones.get(backup_id));
-    let at = marked_at.min().copied().unwrap_or(now).min(now);
+    let marked_at = marks.iter().map(|(_, mark)| mark.deleted_at.min(mark.stored_at));
+    let at = marked_at.chain([as_of]).min().unwrap_or(as_of);
     let needs = Needs::new(&needed, &map, retention, primary, at);
     let wal = needs.spare_wal().into_iter().cloned().collect();
     let pieces = needs.spare_pieces().into_iter().cloned().collect();
     let remnants = remnant::list(place, map.segment_bytes).await?;
     let remnants = needs.spare_remnants(&remnants).into_iter().cloned().collect();
-    Ok(Plan { decisions, delete, marked, wal, pieces, remnants, named })
+    let marked = until(&marks, retention);
+    Ok(Plan { as_of, decisions, delete, marked, wal, pieces, remnants, named })
+}
+
+/// Divides the marked backups into those that go and those that can still be brought back.
+fn buried(
+    catalog: &Catalog,
+    named: &BTreeSet<BackupId>,
+    is_due: impl Fn(&Mark) -> bool,
+) -> (Vec<BackupId>, Vec<(BackupId, Mark)>) {
+    let (due, marked): (Vec<_>, Vec<_>) =
+        catalog.tombstones.clone().into_iter().partition(|(_, mark)| is_due(mark));
+    // A tombstone stays after its backup, while a later one names that as its predecessor.
+    let goes = |id: &BackupId| catalog.buried.contains(id) || !named.contains(id);
+    (due.into_iter().map(|(id, _)| id).filter(goes).collect(), marked)
+}
+
+/// Until when each can be brought back.
+fn until(marks: &[(BackupId, Mark)], retention: &Retention) -> Vec<(BackupId, DateTime<Utc>)> {
+    marks.iter().map(|(id, mark)| (id.clone(), mark.due(retention))).collect()
 }
 
 /// What a backup needs whose commit object nobody can read: its name says where it begins, and the next
@@ -199,13 +233,38 @@ fn stand_in(backup_id: &BackupId, backups: &[Commit], like: &Commit) -> Commit {
     }
 }
 
-/// Carries out a plan.
+/// Carries out a plan, if this host's clock is that of the repository and of the primary that `context`
+/// leads to.
 ///
 /// # Errors
 ///
-/// The repository could not be written. What Object Lock protects stays, and is tried again next
-/// time.
-pub async fn apply(place: &Place, plan: &Plan) -> Result<(), RepositoryError> {
+/// The clocks are apart: nothing was changed. Or the repository could not be written. What Object Lock
+/// protects stays, and is tried again next time.
+pub async fn apply(
+    place: &Place,
+    plan: &Plan,
+    context: Option<&Context>,
+) -> Result<(), ExpireError> {
+    if plan.is_empty() {
+        return Ok(());
+    }
+    clocks::require(place, context).await?;
+    mark(place, plan).await?;
+    delete_marked(place, plan).await?;
+    let names = plan.wal.iter().map(|wal| &wal.name);
+    let names = names.chain(plan.pieces.iter().map(|piece| &piece.name));
+    for name in names.chain(plan.remnants.iter().map(|remnant| &remnant.name)) {
+        delete(place, name).await?;
+    }
+    let (segments, pieces, others) = (plan.wal.len(), plan.pieces.len(), plan.remnants.len());
+    if segments + pieces + others > 0 {
+        info!(segments, pieces, others, bytes = plan.spare_bytes(), "WAL deleted");
+    }
+    Ok(())
+}
+
+/// Marks backups as deleted.
+async fn mark(place: &Place, plan: &Plan) -> Result<(), RepositoryError> {
     for backup_id in plan.mark() {
         let tombstone = Tombstone {
             backup_id: backup_id.clone(),
@@ -221,6 +280,11 @@ pub async fn apply(place: &Place, plan: &Plan) -> Result<(), RepositoryError> {
         }
         info!(%backup_id, "backup marked as deleted");
     }
+    Ok(())
+}
+
+/// Deletes the backups that were marked long enough ago.
+async fn delete_marked(place: &Place, plan: &Plan) -> Result<(), RepositoryError> {
     for backup_id in &plan.delete {
         let mut all = true;
         // The commit object first: what is left is then no backup, whatever happens.
@@ -236,15 +300,6 @@ pub async fn apply(place: &Place, plan: &Plan) -> Result<(), RepositoryError> {
         } else {
             warn!(%backup_id, "backup not deleted: the store does not allow it yet");
         }
-    }
-    let names = plan.wal.iter().map(|wal| &wal.name);
-    let names = names.chain(plan.pieces.iter().map(|piece| &piece.name));
-    for name in names.chain(plan.remnants.iter().map(|remnant| &remnant.name)) {
-        delete(place, name).await?;
-    }
-    let (segments, pieces, others) = (plan.wal.len(), plan.pieces.len(), plan.remnants.len());
-    if segments + pieces + others > 0 {
-        info!(segments, pieces, others, bytes = plan.spare_bytes(), "WAL deleted");
     }
     Ok(())
 }

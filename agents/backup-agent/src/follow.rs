@@ -44,7 +44,7 @@ const WATCH_EVERY: Duration = Duration::from_secs(10);
 /// The first wait after a failure; each further one doubles it.
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 /// The longest wait between two attempts.
-const RETRY_LONGEST: Duration = Duration::from_secs(30);
+pub(crate) const RETRY_LONGEST: Duration = Duration::from_secs(30);
 /// The server may be silent this long while it is not streaming.
 const STALL_LIMIT: Duration = Duration::from_mins(1);
 

@@ -9,7 +9,7 @@ use std::os::unix::fs::{
 use std::path::{Component, Path, PathBuf};
 use std::sync::OnceLock;
 
-use tracing::info;
+use tracing::warn;
 
 use crate::manifest::Commit;
 use crate::members::Members;
@@ -265,7 +265,8 @@ pub(crate) fn make_members(
 
 /// Deletes what is in a directory, but what it is known by as ours.
 fn empty(path: &Path) -> Result<(), RestoreError> {
-    info!(path = %path.display(), "directory emptied");
+    let (files, bytes) = held(path);
+    warn!(path = %path.display(), files, bytes, "--force: what is in the directory is deleted now");
     for entry in fs::read_dir(path).map_err(file_error("read", path))? {
         let entry = entry.map_err(file_error("read", path))?;
         let path = entry.path();
@@ -277,6 +278,19 @@ fn empty(path: &Path) -> Result<(), RestoreError> {
         removed.map_err(file_error("delete", &path))?;
     }
     Ok(())
+}
+
+/// How many files are in a directory, and their bytes: as far as they can be looked at.
+fn held(directory: &Path) -> (u64, u64) {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.fold((0, 0), |(files, bytes), entry| match entry.metadata() {
+        Ok(about) if about.is_dir() => {
+            let (more_files, more_bytes) = held(&entry.path());
+            (files + more_files, bytes + more_bytes)
+        }
+        Ok(about) => (files + 1, bytes + about.len()),
+        Err(_) => (files, bytes),
+    })
 }
 
 fn require_room(layout: &Layout, needed_bytes: u64) -> Result<(), RestoreError> {

@@ -24,6 +24,7 @@ pub mod tar;
 pub mod upload;
 
 pub mod archive;
+pub mod arrival;
 pub mod follow;
 pub mod groups;
 pub mod heartbeat;
@@ -44,6 +45,7 @@ mod tablespaces;
 mod unpack;
 pub mod verify;
 
+pub mod clocks;
 pub mod expire;
 pub mod retention;
 

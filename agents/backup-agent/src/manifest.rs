@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use chrono::{DateTime, SubsecRound, Utc};
+use chrono::{DateTime, NaiveDateTime, SubsecRound, Utc};
 use serde::{Deserialize, Serialize};
 use shared::pg::wal::segment_name;
 use thiserror::Error;
@@ -29,6 +29,12 @@ impl BackupId {
     /// The name as it stands in the repository.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// When it began, by the agent's clock, as the name says; `None` if that is no time.
+    pub fn started_at(&self) -> Option<DateTime<Utc>> {
+        let time = self.0.split('-').next()?;
+        Some(NaiveDateTime::parse_from_str(time, "%Y%m%dT%H%M%SZ").ok()?.and_utc())
     }
 
     /// The timeline and the position at which the backup starts, as the name says.

@@ -440,6 +440,7 @@ pub(crate) mod tests {
             histories: histories.iter().map(|(timeline, it)| (*timeline, history(it))).collect(),
             history_times: BTreeMap::new(),
             strange: Vec::new(),
+            unopened: Vec::new(),
         }
     }
 

@@ -223,6 +223,11 @@ impl Place {
         format!("{}{name}", self.base)
     }
 
+    /// Where it is, for people.
+    pub fn location(&self) -> String {
+        format!("{} of {}", self.base, self.store().location())
+    }
+
     /// What an object is called, as its key is derived from.
     pub fn identity(&self, kind: Kind, name: &str) -> Identity {
         Identity { system_identifier: self.system_identifier, kind, name: name.to_owned() }

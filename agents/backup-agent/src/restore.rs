@@ -11,6 +11,7 @@ use std::pin::pin;
 use std::sync::Arc;
 
 use futures_util::StreamExt;
+use shared::store::{StoreError, StoreErrorKind};
 use shared::telemetry::chain;
 use thiserror::Error;
 use tracing::{info, warn};
@@ -265,6 +266,26 @@ pub enum RestoreError {
     /// The repository failed.
     #[error(transparent)]
     Repository(#[from] RepositoryError),
+}
+
+impl RestoreError {
+    /// What to do about a restore that was begun, if that is not the message's own word.
+    pub fn next_step(&self) -> &'static str {
+        const RESUME: &str = "; go on with --resume once the cause is gone";
+        const OTHER: &str = "; --resume cannot help: take another backup with --backup and --force";
+        let is_gone = |error: &StoreError| {
+            error.kind == StoreErrorKind::NotFound && error.operation != "list"
+        };
+        match self {
+            Self::Repository(RepositoryError::Store(error)) if is_gone(error) => OTHER,
+            Self::Repository(error) if error.is_damage() => OTHER,
+            Self::Inconsistent { .. } => OTHER,
+            Self::Repository(_) | Self::Wal(_) | Self::File { .. } | Self::NoRoom { .. } => RESUME,
+            Self::NotEmpty { .. } => "; a restore was stopped there: go on with it with --resume",
+            // Refused before anything was done, by words that say what to do.
+            _ => "",
+        }
+    }
 }
 
 impl From<ContainerError> for RestoreError {
@@ -542,4 +563,33 @@ async fn write_manifest(layout: &Layout, manifest: &ObjectReader) -> Result<(), 
     let begun = create(layout, &path, 0o600).and_then(|file| file.set_len(0).map(|()| file));
     let mut file = begun.map_err(file_error("write", &path))?;
     read_manifest(manifest, |text| file.write_all(text).map_err(file_error("write", &path))).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_restore_is_resumed_only_where_that_can_help() {
+        let (path, found) = (|| PathBuf::from("/x"), || "y".to_owned());
+        let store = |kind, operation| {
+            let (key, source) = ("k".to_owned(), "no".into());
+            RestoreError::Repository(StoreError { operation, key, kind, source }.into())
+        };
+        let damaged = ContainerError::Damaged { name: found(), chunk: 1, chunks: 2 };
+        for (error, resume, other) in [
+            (store(StoreErrorKind::Unavailable, "get"), true, false),
+            (store(StoreErrorKind::NotFound, "list"), true, false),
+            (store(StoreErrorKind::NotFound, "get"), false, true),
+            (damaged.into(), false, true),
+            (file_error("write", Path::new("/x"))(io::ErrorKind::StorageFull.into()), true, false),
+            (RestoreError::NotEmpty { path: path(), found: found() }, true, false),
+            (RestoreError::UnderWay { path: path() }, false, false),
+            (RestoreError::NothingToResume { path: path() }, false, false),
+        ] {
+            let next = error.next_step();
+            let says = (next.contains("with --resume"), next.contains("cannot help"));
+            assert_eq!(says, (resume, other), "{error}: {next}");
+        }
+    }
 }

@@ -9,6 +9,8 @@ use serde::Deserialize;
 use shared::config::Problems;
 use shared::pg::wal::{Segment, segment_number};
 
+use crate::catalog::Mark;
+use crate::clocks::APART_MAX;
 use crate::manifest::{BackupId, Commit};
 use crate::wal::piece::Piece;
 use crate::wal::remnant::Remnant;
@@ -58,6 +60,43 @@ impl Retention {
     }
 }
 
+/// Until when ages are counted: by the clock, which says `now`, and no further than to what was stored last,
+/// the cluster's own WAL or a backup. So a clock that is ahead makes nothing old, and where nothing new
+/// comes, nothing goes. What was stored in the future was so by a clock that was ahead, and tells nothing.
+pub fn as_of(
+    backups: &[Commit],
+    wal: &WalMap,
+    primary: Option<u32>,
+    now: DateTime<Utc>,
+) -> DateTime<Utc> {
+    let own = wal.candidates(primary).into_iter().filter_map(|own| wal.last_stored(own));
+    let stored = own.chain(backups.iter().map(complete_at)).filter(|at| *at - now <= APART_MAX);
+    stored.max().map_or(now, |newest| newest.min(now))
+}
+
+/// When a backup was complete, by the clock that says the earlier time if its two do not agree.
+fn complete_at(backup: &Commit) -> DateTime<Utc> {
+    let (ours, servers) = (backup.finished_at, backup.server_finished_at);
+    let servers = servers.unwrap_or(ours);
+    if (ours - servers).abs() > APART_MAX { ours.min(servers) } else { ours.max(servers) }
+}
+
+impl Mark {
+    /// From when on the backup may be deleted, if ages are counted so far.
+    pub fn due(&self, retention: &Retention) -> DateTime<Utc> {
+        let grace = TimeDelta::from_std(retention.delete_after).unwrap_or(TimeDelta::MAX);
+        let since = self.deleted_at.max(self.stored_at);
+        since.checked_add_signed(grace).unwrap_or(DateTime::<Utc>::MAX_UTC)
+    }
+
+    /// Whether it was marked long enough ago, by its own word and by the store's; a mark of the future
+    /// has no age.
+    pub fn is_due(&self, retention: &Retention, as_of: DateTime<Utc>, now: DateTime<Utc>) -> bool {
+        let is_past = self.deleted_at.max(self.stored_at) <= now;
+        is_past && (retention.delete_after.is_zero() || self.due(retention) <= as_of)
+    }
+}
+
 /// What is to become of one backup, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Decision {
@@ -68,7 +107,7 @@ pub struct Decision {
 }
 
 /// Decides for each backup, oldest first. `primary` is the timeline that the cluster's primary writes,
-/// if one is known.
+/// if one is known; ages are counted until `as_of` ([`as_of()`]).
 ///
 /// The newest backup and those of days, weeks and months are chosen among those that lead to the
 /// cluster's own timeline, and once more among all: what was left is given up by a person, not by
@@ -79,9 +118,9 @@ pub fn decide(
     wal: &WalMap,
     retention: &Retention,
     primary: Option<u32>,
-    now: DateTime<Utc>,
+    as_of: DateTime<Utc>,
 ) -> Vec<Decision> {
-    let window_start = ago(retention.wal, now);
+    let window_start = ago(retention.wal, as_of);
     let mut oldest_first: Vec<&Commit> = backups.iter().collect();
     oldest_first.sort_by_key(|backup| backup.finished_at);
     let good: Vec<&Commit> =
@@ -141,16 +180,16 @@ pub struct Needs<'a> {
 }
 
 impl<'a> Needs<'a> {
-    /// Works it out. `primary` as in [`decide`].
+    /// Works it out. `primary` and `as_of` as in [`decide`].
     pub fn new(
         kept: &'a [Commit],
         wal: &'a WalMap,
         retention: &Retention,
         primary: Option<u32>,
-        now: DateTime<Utc>,
+        as_of: DateTime<Utc>,
     ) -> Self {
         // The backup that began the window until a moment ago can be brought back.
-        let window_start = ago(retention.wal.saturating_add(retention.delete_after), now);
+        let window_start = ago(retention.wal.saturating_add(retention.delete_after), as_of);
         let mut good: Vec<&Commit> = kept.iter().filter(|it| it.suspect.is_none()).collect();
         good.sort_by_key(|backup| backup.finished_at);
         let anchors = anchors(&good, wal, primary, window_start);
@@ -226,19 +265,23 @@ fn anchors<'a>(
     anchors
 }
 
-/// The backups that lead to a timeline.
+/// The backups that lead to a timeline, in the order of their places on the way there: a time of one may
+/// be wrong, and then it would be the newest for long.
 fn leading<'a>(good: &[&'a Commit], wal: &WalMap, timeline: u32) -> Vec<&'a Commit> {
-    good.iter().copied().filter(|backup| wal.leads(backup, timeline)).collect()
+    let leading = good.iter().copied().filter(|backup| wal.leads(backup, timeline));
+    let mut leading: Vec<&Commit> = leading.collect();
+    leading.sort_by_key(|backup| (backup.end_lsn, backup.finished_at));
+    leading
 }
 
 /// The newest backup that was complete before the window: it serves the window's oldest moment.
 fn anchor<'a>(good: &[&'a Commit], window_start: DateTime<Utc>) -> Option<&'a Commit> {
-    good.iter().rev().find(|backup| backup.finished_at <= window_start).copied()
+    good.iter().rev().find(|backup| backup.reaches_from() <= window_start).copied()
 }
 
-fn ago(span: Duration, now: DateTime<Utc>) -> DateTime<Utc> {
+fn ago(span: Duration, as_of: DateTime<Utc>) -> DateTime<Utc> {
     let span = TimeDelta::from_std(span).unwrap_or(TimeDelta::MAX);
-    now.checked_sub_signed(span).unwrap_or(DateTime::<Utc>::MIN_UTC)
+    as_of.checked_sub_signed(span).unwrap_or(DateTime::<Utc>::MIN_UTC)
 }
 
 /// The newest backup of each of the newest `count` periods that have one, of each list.
@@ -252,7 +295,7 @@ fn newest_of_each<'a, P: PartialEq>(
         let mut periods = Vec::new();
         for backup in oldest_first.iter().rev() {
             let this = period(backup.finished_at);
-            if periods.last() == Some(&this) {
+            if periods.contains(&this) {
                 continue;
             }
             if periods.len() == count {
@@ -495,6 +538,104 @@ mod tests {
             })
         });
         ways.find(|segment| !needs.has(*segment))
+    }
+
+    /// A backup was complete at one time by the agent's clock and at another by the primary's, if that said.
+    fn told(days: i64, servers_days: Option<i64>) -> Commit {
+        let ago = |days| now() - TimeDelta::days(days);
+        let server_finished_at = servers_days.map(ago);
+        Commit { finished_at: ago(days), server_finished_at, ..backup(1, false) }
+    }
+
+    #[test]
+    fn ages_count_until_what_was_stored_last_and_not_until_a_clock_that_is_ahead() {
+        type Told = &'static [(i64, Option<i64>)];
+        let cases: [(&str, Told, Option<i64>, i64); 12] = [
+            ("nothing tells", &[], None, 0),
+            ("WAL comes", &[(5, None)], Some(0), 0),
+            ("the clock is ahead: all seems old", &[(45, None)], Some(40), 40),
+            ("backups and WAL have stopped", &[(31, None), (30, None)], Some(29), 29),
+            ("an idle server, and backups of its standby", &[(1, None)], Some(30), 1),
+            ("a backup of the future", &[(-40, None), (5, None)], Some(1), 1),
+            ("the agent's clock was ahead", &[(-40, Some(2)), (5, None)], None, 2),
+            ("and the future has come", &[(1, Some(41))], None, 41),
+            ("the primary's clock was ahead", &[(41, Some(1))], None, 41),
+            ("WAL of the future, of a clock that was ahead", &[(2, None)], Some(-40), 2),
+            ("all is of the future: the clock is behind", &[(-5, None)], Some(-5), 0),
+            ("copied with older times", &[(5, None)], Some(2000), 5),
+        ];
+        for (case, backups, wal_days, expected) in cases {
+            let backups: Vec<_> = backups.iter().map(|it| told(it.0, it.1)).collect();
+            let wal = wal_days.map(|days| map(&[(1, 1..5)], now() - TimeDelta::days(days)));
+            let found = as_of(&backups, &wal.unwrap_or_default(), Some(1), now());
+            assert_eq!(found, now() - TimeDelta::days(expected), "{case}");
+        }
+        // The store's clock, or another replica's, is a little ahead.
+        let wal = map(&[(1, 1..5)], now() + TimeDelta::minutes(1));
+        assert_eq!(as_of(&[told(1, None)], &wal, None, now()), now());
+    }
+
+    /// As after a virtual machine was resumed with a wrong clock, 40 days ahead.
+    #[test]
+    fn a_clock_that_is_ahead_makes_nothing_go() {
+        let backups: Vec<_> = [50, 40, 20, 3, 2, 1, 0].map(|days| backup(days, false)).into();
+        let wal = map(&[(1, segment(50)..segment(0) + 2)], day(0));
+        let retention =
+            Retention { delete_after: Duration::from_hours(24), ..retention(3, 0, 0, 30) };
+        let planned = |now| {
+            let at = as_of(&backups, &wal, Some(1), now);
+            let decided = decide(&backups, &wal, &retention, Some(1), at);
+            let needs = Needs::new(&backups, &wal, &retention, Some(1), at);
+            (decided, needs.spare_wal().len())
+        };
+        let (decided, spare) = planned(now());
+        assert_eq!(planned(now() + TimeDelta::days(40)), (decided.clone(), spare));
+        let kept: Vec<bool> = decided.iter().map(|it| !it.keep.is_empty()).collect();
+        assert_eq!((kept, spare), (vec![false, true, false, false, true, true, true], 0));
+    }
+
+    #[test]
+    fn a_mark_is_as_old_as_the_later_of_its_times_says() {
+        let (hour, old) = (Duration::from_hours(1), 3);
+        // Minutes ago.
+        for (case, deleted, stored, as_of, grace, expected) in [
+            ("just marked", 0, 0, 0, hour, false),
+            ("long enough ago", 61, 61, 0, hour, true),
+            ("copied with older times", 10, 1_000_000, 0, hour, false),
+            ("copied without its times", 90, 10, 0, hour, false),
+            ("marked by a clock that was behind", 1_000_000, 10, 0, hour, false),
+            ("marked by a clock that was ahead", -1_000, 90, 0, hour, false),
+            ("nothing came since it was marked", 90, 90, 90, hour, false),
+            ("little came since it was marked", 90, 90, 40, hour, false),
+            ("at once", old, old, 100, Duration::ZERO, true),
+            ("at once, and marked in the future", -1, old, 100, Duration::ZERO, false),
+            ("never", old, old, 0, Duration::MAX, false),
+        ] {
+            let ago = |minutes: i64| now() - TimeDelta::minutes(minutes);
+            let mark = Mark { deleted_at: ago(deleted), stored_at: ago(stored) };
+            let retention = Retention { delete_after: grace, ..Retention::default() };
+            assert_eq!(mark.is_due(&retention, ago(as_of), now()), expected, "{case}");
+        }
+    }
+
+    /// One was taken while the clock was 40 days ahead: it is not the newest until then.
+    #[test]
+    fn a_backup_of_the_future_takes_nobodys_place() {
+        let ahead = Commit { finished_at: now() + TimeDelta::days(40), ..backup(5, false) };
+        let backups = [backup(50, false), ahead, backup(2, false), backup(1, false)];
+        let wal = map(&[(1, segment(50)..segment(0))], day(0));
+        let decided = decide(&backups, &wal, &retention(1, 0, 0, 30), Some(1), now());
+        let why = |backup: &Commit| {
+            let decided = decided.iter().find(|it| it.backup_id == backup.backup_id).unwrap();
+            decided.keep.join(", ")
+        };
+        let expected = ["start of the WAL window", "daily", "", "newest, daily"];
+        assert_eq!(backups.each_ref().map(why), expected);
+        // Its own time, which is wrong, does not make it the start of the window either.
+        let earlier = Commit { server_finished_at: Some(now()), ..backup(40, false) };
+        let backups = [backup(50, false), earlier, backup(1, false)];
+        let decided = decide(&backups, &wal, &retention(1, 0, 0, 30), Some(1), now());
+        assert_eq!(decided[0].keep, ["start of the WAL window"]);
     }
 
     #[test]

@@ -220,8 +220,7 @@ async fn expire_after(context: &Context, commit: &Commit) {
     let expired = async {
         let (retention, timeline) = (&context.config.retention, Some(commit.timeline));
         let plan = expire::plan(&place, retention, timeline, Utc::now()).await?;
-        expire::apply(&place, &plan).await?;
-        Ok::<_, WalError>(())
+        expire::apply(&place, &plan, Some(context)).await
     };
     if let Err(failure) = expired.await {
         error!(group = commit.group, error = %chain(&failure), "retention not applied");

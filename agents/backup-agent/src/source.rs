@@ -8,6 +8,7 @@ use shared::topology::{Group, GroupError, NodeState, Role};
 use thiserror::Error;
 use tokio::time::sleep;
 
+use crate::arrival::Takers;
 use crate::config::{BackupConfig, Prefer};
 
 /// The servers of a run.
@@ -128,15 +129,13 @@ impl RunLock {
         }
     }
 
-    /// Whether anything takes the primary's WAL: `archive_command`, or a receiver on `slot`.
+    /// Who takes the primary's WAL.
     ///
     /// # Errors
     ///
     /// The primary did not answer.
-    pub async fn wal_is_taken(&self, slot: &str) -> Result<bool, QueryError> {
-        let ask = "SELECT current_setting('archive_mode') <> 'off' OR EXISTS \
-                   (SELECT FROM pg_replication_slots WHERE slot_name = $1 AND active)";
-        Ok(self.connection.query_one(ask, &[&slot]).await?.get(0))
+    pub async fn takers(&self, slot: &str) -> Result<Takers, QueryError> {
+        Takers::ask(&self.connection, slot).await
     }
 
     /// What the primary's clock says.

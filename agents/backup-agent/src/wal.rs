@@ -1,6 +1,7 @@
 //! WAL in the repository: what is there, what may be stored, and what a restore can reach.
 
 mod absence;
+mod contents;
 #[cfg(test)]
 pub(crate) mod example;
 pub mod growing;
@@ -307,10 +308,23 @@ fn read_history(name: &str, text: &[u8]) -> Result<Vec<HistoryEntry>, WalError> 
     parse_history(text).map_err(|error| wrong(error.to_string()))
 }
 
+/// Whether that is the hash of a content as it stands in names.
+fn is_hash(text: &str) -> bool {
+    text.len() == HASH_DIGITS && is_hex(text)
+}
+
+fn is_hex(text: &str) -> bool {
+    text.bytes().all(|it| matches!(it, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+/// Reads an object's name; `None` if it has no hash at its end, like what a copy tool leaves behind.
 fn object(info: shared::store::ObjectInfo) -> Option<WalObject> {
     let (_, last) = info.key.rsplit_once('/')?;
     let (file, hash) = last.rsplit_once('-')?;
     let hash = if file.ends_with(".history") { rekey::untagged(hash) } else { hash };
+    if !is_hash(hash) {
+        return None;
+    }
     Some(WalObject {
         file: file.to_owned(),
         hash: hash.to_owned(),
@@ -320,6 +334,27 @@ fn object(info: shared::store::ObjectInfo) -> Option<WalObject> {
     })
 }
 
+/// Lists the objects of WAL after `after`, at least the first `wanted` if there are so many: what else
+/// lies there counts for nothing.
+async fn list_some(
+    place: &Place,
+    prefix: &str,
+    after: &str,
+    wanted: Option<usize>,
+) -> Result<Vec<WalObject>, RepositoryError> {
+    let (mut found, mut after) = (Vec::new(), after.to_owned());
+    loop {
+        let listed = place.list(prefix, Some(&after), wanted).await?;
+        let last = listed.last().map(|info| info.key.clone());
+        let is_all = wanted.is_none_or(|wanted| listed.len() < wanted);
+        found.extend(listed.into_iter().filter_map(object));
+        match (last, wanted) {
+            (Some(last), Some(wanted)) if !is_all && found.len() < wanted => after = last,
+            _ => return Ok(found),
+        }
+    }
+}
+
 /// Finds the objects of a file: none, one, or several if there is a conflict.
 ///
 /// # Errors
@@ -327,7 +362,7 @@ fn object(info: shared::store::ObjectInfo) -> Option<WalObject> {
 /// The store could not be asked.
 pub async fn find(place: &Place, file: &str) -> Result<Vec<WalObject>, RepositoryError> {
     let listed = place.list(&stem(file), None, None).await?;
-    Ok(listed.into_iter().filter_map(object).collect())
+    contents::contents(place, listed.into_iter().filter_map(object).collect()).await
 }
 
 /// Lists the complete segments of a timeline from `first` on: the objects of each. Lists at most
@@ -343,13 +378,16 @@ pub async fn stored_from(
 ) -> Result<BTreeMap<String, Vec<WalObject>>, RepositoryError> {
     let timeline_prefix = format!("wal/{}/", &first[..8]);
     let mut stored: BTreeMap<String, Vec<WalObject>> = BTreeMap::new();
-    let listed = place.list(&timeline_prefix, Some(&stem(first)), limit).await?;
-    let is_cut = Some(listed.len()) == limit;
-    for wal in listed.into_iter().filter_map(object) {
+    let listed = list_some(place, &timeline_prefix, &stem(first), limit).await?;
+    let is_cut = limit.is_some_and(|limit| listed.len() >= limit);
+    for wal in listed {
         stored.entry(wal.file.clone()).or_default().push(wal);
     }
     if is_cut {
         stored.pop_last();
+    }
+    for several in stored.values_mut().filter(|several| several.len() > 1) {
+        *several = contents::contents(place, std::mem::take(several)).await?;
     }
     Ok(stored)
 }
@@ -431,7 +469,8 @@ pub async fn store_gap(place: &Place, gap: &Gap) -> Result<(), RepositoryError> 
 /// The repository failed, or a record is damaged.
 pub async fn gaps(place: &Place) -> Result<Vec<Gap>, RepositoryError> {
     let mut gaps = Vec::new();
-    for info in place.list("gap/", None, None).await? {
+    let listed = place.list("gap/", None, None).await?;
+    for info in listed.into_iter().filter(|info| remnant::is_gap(&info.key)) {
         let (text, _) = place.get(Kind::Gap, &info.key).await?;
         let wrong = |source| RepositoryError::Content { name: info.key.clone(), source };
         gaps.push(serde_json::from_slice(&text).map_err(wrong)?);

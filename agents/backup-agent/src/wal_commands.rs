@@ -13,7 +13,7 @@ use crate::listing::heading;
 use crate::progress::Progress;
 use crate::quantities::{bytes, time};
 use crate::repository::{Place, RepositoryError};
-use crate::retention::{Needs, Retention};
+use crate::retention::{Needs, Retention, as_of};
 use crate::wal::piece::{self, Piece};
 use crate::wal::ranges::{Next, Range, ranges};
 use crate::wal::{self, WalError, WalMap, WalObject, newest, remnant};
@@ -33,7 +33,8 @@ async fn read(place: &Place, retention: &Retention) -> Result<(WalMap, Vec<Range
     let backups = if catalog.unreadable.is_empty() { catalog.backups } else { Vec::new() };
     let mut map = WalMap::read(place, segment_bytes).await?;
     map.strange.extend(remnant::strange(place, segment_bytes).await?);
-    let needs = Needs::new(&backups, &map, retention, None, Utc::now());
+    let as_of = as_of(&backups, &map, None, Utc::now());
+    let needs = Needs::new(&backups, &map, retention, None, as_of);
     let ranges = ranges(&map, &wal::gaps(place).await?, |segment| !needs.has(segment));
     Ok((map, ranges))
 }
@@ -194,6 +195,7 @@ pub async fn verify(
         }
         let objects: Vec<Object<'_>> = segments
             .flatten()
+            .chain(&map.unopened)
             .map(Object::Segment)
             .chain(map.pieces.values().flatten().map(Object::Piece))
             .collect();
@@ -217,7 +219,7 @@ pub async fn verify(
             }
         }
     }
-    if as_json || bad > 0 || read_back > 0 {
+    if bad > 0 || read_back > 0 {
         let all_good = || format!("{read_back} WAL objects read back, all good\n");
         let text = if table.is_empty() { all_good() } else { table.to_string() };
         print(as_json, &values, text)?;

@@ -199,6 +199,14 @@ impl StoreConfig {
         {
             problems.add("repository.prefix", "must not begin or end with a slash");
         }
+        if self.prefix.split('/').any(|part| matches!(part, "." | ".."))
+            || self.prefix.contains(char::is_control)
+        {
+            problems.add(
+                "repository.prefix",
+                "must not have a part `.` or `..`, nor a control character",
+            );
+        }
     }
 }
 
@@ -486,5 +494,36 @@ impl Upload {
     pub async fn abort(self) -> Result<(), StoreError> {
         let unfinished = Unfinished { key: self.key, upload_id: self.id, started_at: None };
         self.store.abort(&unfinished).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prefix_stays_below_the_bucket_or_directory() {
+        for (prefix, expected) in [
+            ("", true),
+            ("a", true),
+            ("a/b c/ä%20+&?#", true),
+            ("..a/b..", true),
+            ("/a", false),
+            ("a/", false),
+            ("a//b", false),
+            (".", false),
+            ("..", false),
+            ("../esc", false),
+            ("a/./b", false),
+            ("a/../../b", false),
+            ("a\nb", false),
+            ("a\u{7f}", false),
+        ] {
+            let directory = Some(DirectoryConfig { path: "/srv/repository".into() });
+            let config = StoreConfig { prefix: prefix.to_owned(), directory, s3: None };
+            let mut problems = Problems::default();
+            config.check(&mut problems);
+            assert_eq!(problems.is_empty(), expected, "{prefix:?}: {:?}", problems.found());
+        }
     }
 }

@@ -14,7 +14,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 /// The most requests the record keeps; a server beyond that forgets the oldest half.
 const RECORD_MAX: usize = 100_000;
@@ -193,6 +193,7 @@ struct State {
     hits: HashMap<u64, u64>,
     counts: HashMap<Operation, u64>,
     record: Vec<Request>,
+    clock_behind: Duration,
 }
 
 #[derive(Debug)]
@@ -226,6 +227,7 @@ impl Faults {
         self.state().faults.clear();
         self.object_lock(false);
         self.ignore_conditions(false);
+        self.clock_behind(Duration::ZERO);
     }
 
     /// How many requests a fault has befallen.
@@ -242,6 +244,11 @@ impl Faults {
     /// From now on, `If-None-Match` and `If-Match` of puts are ignored silently, as Garage does.
     pub fn ignore_conditions(&self, ignored: bool) {
         self.0.ignore_conditions.store(ignored, Ordering::SeqCst);
+    }
+
+    /// From now on, objects are told to be written so much earlier than they were.
+    pub fn clock_behind(&self, by: Duration) {
+        self.state().clock_behind = by;
     }
 
     /// How often an operation was asked for, refused requests included.
@@ -272,6 +279,11 @@ impl Faults {
 
     pub(super) fn conditions_count(&self) -> bool {
         !self.0.ignore_conditions.load(Ordering::SeqCst)
+    }
+
+    /// What the server tells of when an object was written.
+    pub(super) fn told(&self, written_at: SystemTime) -> SystemTime {
+        written_at - self.state().clock_behind
     }
 
     /// Counts a request, and decides what befalls it.

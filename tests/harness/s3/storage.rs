@@ -95,6 +95,12 @@ impl Storage {
         if bucket.contains(key) { Ok(bucket) } else { Err(s3_error!(NoSuchKey)) }
     }
 
+    /// When an object was written, as far as the server tells.
+    fn written_at(&self, bucket: &Bucket, key: &str) -> Option<Timestamp> {
+        let written_at = fs::metadata(bucket.path(key)).and_then(|about| about.modified());
+        written_at.ok().map(|at| Timestamp::from(self.faults.told(at)))
+    }
+
     fn staging(&self) -> (Bucket, String) {
         let number = self.staged.fetch_add(1, Ordering::SeqCst);
         (self.bucket(STAGING), number.to_string())
@@ -319,9 +325,10 @@ impl S3 for Storage {
     ) -> S3Result<S3Response<HeadObjectOutput>> {
         let HeadObjectInput { bucket, key, .. } = &request.input;
         self.admit(Operation::HeadObject, key).await?;
-        self.holding(bucket, key)?;
+        let written_at = self.written_at(&self.holding(bucket, key)?, key);
         let mut response = self.files.head_object(request).await?;
         let output = &mut response.output;
+        output.last_modified = written_at;
         output.storage_class = take_class(&mut output.metadata).map(StorageClass::from);
         Ok(response)
     }
@@ -344,6 +351,7 @@ impl S3 for Storage {
         for object in response.output.contents.iter_mut().flatten() {
             let Some(key) = &object.key else { continue };
             object.e_tag = bucket.etag(key).map(ETag::Strong);
+            object.last_modified = self.written_at(&bucket, key);
             object.storage_class = bucket.storage_class(key).map(ObjectStorageClass::from);
         }
         Ok(response)

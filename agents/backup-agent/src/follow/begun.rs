@@ -27,6 +27,11 @@ pub(crate) async fn begin(place: &Place) -> Result<(), RepositoryError> {
     }
 }
 
+/// Whether a place is marked.
+pub(crate) async fn is_marked(place: &Place) -> Result<bool, RepositoryError> {
+    Ok(place.store().head(&place.key(BEGUN)).await?.is_some())
+}
+
 /// Marks a place for the WAL of a primary; refuses one that is not marked and has nothing of what is
 /// before the slot's position, if WAL was stored before.
 pub(super) async fn require(
@@ -43,10 +48,9 @@ pub(super) async fn require(
         Some(etcd) => etcd.get(&key).await?.is_some(),
         None => slot_lsn.is_some(),
     };
-    let location = format!("{}/{}", place.store().location(), place.key(""));
+    let location = place.location();
     let before = slot_lsn.unwrap_or(PgLsn::from(u64::MAX));
-    let marked = place.store().head(&place.key(BEGUN)).await.map_err(RepositoryError::from)?;
-    if marked.is_none() && !holds_before(place, primary.segment_bytes, before).await? {
+    if !is_marked(place).await? && !holds_before(place, primary.segment_bytes, before).await? {
         if stored_before {
             let (node, group) = (primary.node.to_string(), *group);
             return Err(FollowError::Empty { place: location, node, group });

@@ -3,7 +3,7 @@
 use shared::pg::wal::{Segment, WalFile, segment_number};
 
 use super::map::{histories, pieces_since};
-use super::{WalError, find, object, stem};
+use super::{WalError, find, list_some, stem};
 use crate::repository::Place;
 
 /// What the repository proves about a file that PostgreSQL asks for and that is not there.
@@ -62,11 +62,11 @@ pub async fn absence(place: &Place, file: &str, segment_bytes: u64) -> Result<Ab
         }
     }
     let timeline_prefix = format!("wal/{}/", &file[..8]);
-    let later = place.list(&timeline_prefix, Some(&stem(file)), Some(1)).await?;
+    let later = list_some(place, &timeline_prefix, &stem(file), Some(1)).await?;
     let pieces = pieces_since(place, before, segment_bytes).await?;
     let later_piece =
         pieces.keys().find(|it| it.timeline == segment.timeline && it.number >= segment.number);
-    let later = later.into_iter().find_map(object).map(|later| later.file);
+    let later = later.into_iter().next().map(|later| later.file);
     if let Some(later) = later.or(later_piece.map(|later| later.name(segment_bytes))) {
         let reason = if later == file {
             "its first piece is missing, and a later one is stored".to_owned()

@@ -9,7 +9,7 @@ use tokio_postgres::types::PgLsn;
 use tracing::warn;
 
 use super::piece::{self, Pieces};
-use super::{WalError, WalObject, find, object, read, read_history, stem};
+use super::{WalError, WalObject, find, list_some, object, read, read_history, stem};
 use crate::manifest::Commit;
 use crate::repository::{Place, RepositoryError};
 
@@ -28,6 +28,8 @@ pub struct WalMap {
     pub history_times: BTreeMap<u32, DateTime<Utc>>,
     /// Names of objects among the complete segments that are none.
     pub strange: Vec<String>,
+    /// Objects that do not open, of segments of which another one does.
+    pub unopened: Vec<WalObject>,
 }
 
 /// Where a recovery from a backup would stop, and why.
@@ -77,6 +79,7 @@ impl WalMap {
                 map.strange.push(name);
             }
         }
+        map.leave_out_unopened(place).await?;
         map.histories = histories(place).await?;
         map.ask_ends(place).await?;
         map.ask_histories(place).await?;
@@ -127,6 +130,7 @@ impl WalMap {
                 map.add(wal);
             }
         }
+        map.leave_out_unopened(place).await?;
         map.histories = histories(place).await?;
         Ok(map)
     }
@@ -189,12 +193,12 @@ impl WalMap {
         let parent = map.parent(segment).map(|(parent, _)| parent);
         for near in [Some(segment), parent].into_iter().flatten() {
             let prefix = format!("wal/{:08X}/", near.timeline);
-            let listed =
-                place.list(&prefix, Some(&stem(&near.name(segment_bytes))), Some(4)).await?;
-            for wal in listed.into_iter().filter_map(object) {
+            let first = stem(&near.name(segment_bytes));
+            for wal in list_some(place, &prefix, &first, Some(4)).await? {
                 map.add(wal);
             }
         }
+        map.leave_out_unopened(place).await?;
         Ok(map)
     }
 

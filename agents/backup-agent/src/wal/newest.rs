@@ -2,7 +2,7 @@
 
 use shared::pg::wal::{SEGMENT_BYTES_MIN, WalFile, WalHeader};
 
-use super::WalError;
+use super::{WalError, is_hash};
 use crate::catalog;
 use crate::container::{ContainerError, Kind};
 use crate::repository::{Place, RepositoryError};
@@ -40,7 +40,7 @@ pub async fn segments(place: &Place) -> Result<Vec<String>, RepositoryError> {
 pub async fn pieces(place: &Place, segments: &[String]) -> Result<Vec<String>, RepositoryError> {
     let complete = segments.last().map(|name| format!("partial/{}.", file(name)));
     let listed = place.list("partial/", complete.as_deref(), None).await?;
-    Ok(listed.into_iter().map(|info| info.key).collect())
+    Ok(listed.into_iter().map(|info| info.key).filter(|name| has_hash(name)).collect())
 }
 
 /// `wal_segment_size` of the server whose WAL this is: as a backup says it, or else the WAL itself.
@@ -85,7 +85,13 @@ fn file(name: &str) -> &str {
     last.split('-').next().unwrap_or_default()
 }
 
+/// Whether a name ends with a content's hash, and so is not what a copy tool left behind.
+fn has_hash(name: &str) -> bool {
+    name.rsplit_once('-').is_some_and(|(_, hash)| is_hash(hash))
+}
+
 /// Whether it is an object of a complete segment. 1 MiB allows every number.
 fn is_segment(name: &str) -> bool {
-    matches!(WalFile::parse(file(name), SEGMENT_BYTES_MIN), Ok(WalFile::Segment(_)))
+    has_hash(name)
+        && matches!(WalFile::parse(file(name), SEGMENT_BYTES_MIN), Ok(WalFile::Segment(_)))
 }

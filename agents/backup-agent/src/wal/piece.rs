@@ -13,7 +13,7 @@ use shared::store::{ObjectInfo, StoreError, StoreErrorKind};
 use shared::telemetry::chain;
 use tracing::warn;
 
-use super::{CHUNK_BYTES, ContentHash, LISTS_MAX, WalError, find};
+use super::{CHUNK_BYTES, ContentHash, LISTS_MAX, WalError, find, is_hash};
 use crate::container::{Compressed, ContainerError, Kind, open_each};
 use crate::repository::{Place, RepositoryError};
 
@@ -172,8 +172,8 @@ pub(super) fn parse(info: ObjectInfo, segment_bytes: u64) -> Option<Piece> {
     let mut parts = rest.split('-');
     let mut number = || u64::from_str_radix(parts.next()?, 16).ok();
     let (from, to) = (number()?, number()?);
-    let hash = parts.next()?.to_owned();
-    (from < to && to <= segment_bytes).then_some(Piece {
+    let hash = parts.next().filter(|hash| is_hash(hash))?.to_owned();
+    (from < to && to <= segment_bytes && parts.next().is_none()).then_some(Piece {
         segment,
         from,
         to,
@@ -635,6 +635,9 @@ mod tests {
             "partial/000000010000000000000002.00040000-00000000-0123456789abcdef",
             "partial/000000010000000000000002.00000000-01000001-0123456789abcdef",
             "partial/00000001000000000000000.00000000-00040000-0123456789abcdef",
+            "partial/000000010000000000000002.00000000-00040000-0123456789abcdef.tmp",
+            "partial/000000010000000000000002.00000000-00040000-0123456789abcdef-x",
+            "partial/000000010000000000000002.00000000-00040000-0123",
         ] {
             assert_eq!(parse(info(other), 16 << 20), None, "{other}");
         }

@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use shared::store::StoreErrorKind;
 
+use super::contents::contents;
 use super::{CHUNK_BYTES, Packed, WalError, WalObject, find, kind, object, read, rekey, stem};
 use crate::container::{ContainerError, Kind};
 use crate::repository::{Place, RepositoryError};
@@ -42,6 +43,7 @@ pub async fn push(place: &Place, packed: Packed) -> Result<Stored, WalError> {
     for wal in find_with_previous(place, &packed.file).await? {
         if wal.file == packed.file { before.push(wal) } else { previous.push(wal) }
     }
+    let before = contents(place, before).await?;
     // What is there of this very file is read back as a whole.
     let mut is_told = !before.is_empty();
     if let Some(wal) = previous.first().filter(|_| !is_told) {

@@ -4,22 +4,27 @@
 
 use std::collections::BTreeMap;
 
-use super::{HASH_DIGITS, WalError, WalObject, object, read, stem};
+use super::{HASH_DIGITS, WalError, WalObject, is_hex, object, read, stem};
 use crate::container::Kind;
 use crate::keys::KeyRing;
 use crate::repository::{Place, RepositoryError};
+
+/// Hexadecimal digits of a key's tag.
+const TAG_DIGITS: usize = 8;
 
 /// What a history's name ends with where it is not the first of its content: it tells keys apart.
 pub(super) fn tag(keys: &KeyRing) -> String {
     let (id, _) = keys.writing();
     let mut tag = hex::encode(blake3::hash(id.as_bytes()).as_bytes());
-    tag.truncate(8);
+    tag.truncate(TAG_DIGITS);
     tag
 }
 
-/// The content's hash in a name, without the key's tag.
+/// The content's hash in a name, without the key's tag if it has one.
 pub(super) fn untagged(hash: &str) -> &str {
-    hash.get(..HASH_DIGITS).unwrap_or(hash)
+    let tagged = hash.split_at_checked(HASH_DIGITS);
+    let tagged = tagged.filter(|(_, tag)| tag.len() == TAG_DIGITS && is_hex(tag));
+    tagged.map_or(hash, |(hash, _)| hash)
 }
 
 /// Of the objects of a file that is to be read, only one of those that differ in nothing but their

@@ -2,7 +2,7 @@
 //! the `.partial` files and backup labels of archivers, and the records of gaps.
 
 use chrono::{DateTime, Utc};
-use shared::pg::wal::{Segment, WalFile, segment_number};
+use shared::pg::wal::{SEGMENT_BYTES_MIN, Segment, WalFile, segment_number};
 use shared::store::ObjectInfo;
 use tokio_postgres::types::PgLsn;
 
@@ -68,8 +68,9 @@ pub async fn strange(place: &Place, segment_bytes: u64) -> Result<Vec<String>, R
 }
 
 fn is_strange(info: &ObjectInfo, segment_bytes: u64) -> bool {
-    let file = info.key.strip_prefix("history/").and_then(|name| name.rsplit_once('-'));
-    let history = file.and_then(|(file, _)| WalFile::parse(file, segment_bytes).ok());
+    let history = Some(info.clone()).filter(|info| info.key.starts_with("history/"));
+    let history = history.and_then(object);
+    let history = history.and_then(|wal| WalFile::parse(&wal.file, segment_bytes).ok());
     !matches!(history, Some(WalFile::History { .. }))
         && piece::parse(info.clone(), segment_bytes).is_none()
         && parse(info.clone(), segment_bytes).is_none()
@@ -89,6 +90,11 @@ fn parse(info: ObjectInfo, segment_bytes: u64) -> Option<Remnant> {
     Some(Remnant { what, segment, name, object_bytes, stored_at })
 }
 
+/// Whether an object is the record of a gap.
+pub(super) fn is_gap(name: &str) -> bool {
+    name.strip_prefix("gap/").is_some_and(|gap| after_gap(gap, SEGMENT_BYTES_MIN).is_some())
+}
+
 fn after_gap(name: &str, segment_bytes: u64) -> Option<Segment> {
     let mut parts = name.split('-');
     let timeline = u32::from_str_radix(parts.next()?, 16).ok()?;
@@ -105,7 +111,11 @@ mod tests {
     fn a_name_says_what_it_is_and_which_segment_it_goes_with() {
         let segment = |timeline, number| Segment { timeline, number };
         let hash = "0123456789abcdef";
-        let known = ["00000000-00040000", "00000002.history-"];
+        let known = [
+            format!("partial/000000010000000000000002.00000000-00040000-{hash}"),
+            format!("history/00000002.history-{hash}"),
+            format!("history/00000002.history-{hash}01234567"),
+        ];
         for (name, expected) in [
             (
                 format!("partial/000000010000000000000002.partial-{hash}"),
@@ -121,14 +131,21 @@ mod tests {
             ),
             (format!("partial/000000010000000000000002.00000000-00040000-{hash}"), None),
             (format!("history/00000002.history-{hash}"), None),
+            (format!("history/00000002.history-{hash}01234567"), None),
             ("history/00000002.history".to_owned(), None),
+            (format!("history/00000002.history-{hash}.tmp"), None),
+            (format!("history/00000002.history-{hash}01234567.partial"), None),
+            (format!("partial/000000010000000000000002.partial-{hash}.tmp"), None),
+            (format!("partial/000000010000000000000002.partial-{}", &hash[..15]), None),
+            (format!("partial/000000010000000000000002.00000000-00040000-{hash}-tmp"), None),
+            ("partial/000000010000000000000002.00000000-00040000-aaaa.tmp".to_owned(), None),
             ("gap/0000000A-0000000004000000".to_owned(), None),
             ("gap/0000000A-0000000004000000-0000000007000010-x".to_owned(), None),
             ("partial/anything".to_owned(), None),
         ] {
             let info =
                 ObjectInfo { key: name.clone(), bytes: 1, modified_at: DateTime::UNIX_EPOCH };
-            let is_strange = expected.is_none() && !known.iter().any(|it| name.contains(it));
+            let is_strange = expected.is_none() && !known.contains(&name);
             assert_eq!(super::is_strange(&info, 16 << 20), is_strange, "{name}");
             let found = parse(info, 16 << 20).map(|it| (it.what, it.segment));
             assert_eq!(found, expected, "{name}");
