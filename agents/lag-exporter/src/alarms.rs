@@ -13,9 +13,14 @@ use crate::view::{GroupView, LagState, MostWal, NodeView, SplitBrain};
 /// Between two looks.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Of a diverged standby.
-const REJOIN: &str = "run pg_rewind on it, or rebuild it";
+const REWIND: &str = "run pg_rewind on it, or rebuild it";
+/// … that has WAL of its own on the primary's timeline.
+const REBUILD: &str = "rebuild it: pg_rewind finds nothing to do on the primary's own timeline";
 /// Of several primaries. What only one of them has is lost when the other is kept.
 const CHOOSE: &str = "decide which one stays; stop the other, keep its data, then pg_rewind it";
+/// … that write the same timeline.
+const CHOOSE_AND_REBUILD: &str = "decide which one stays; stop the other, keep its data, then rebuild \
+                                  it: pg_rewind finds nothing to do on the same timeline";
 /// Without the primary that was there.
 const PROMOTE: &str = "see whether it runs and takes connections; if it is lost, promote a standby";
 /// Where none was ever there: perhaps all is well with one that is elsewhere.
@@ -55,6 +60,8 @@ struct Rivals {
 pub struct Place {
     /// Its name.
     pub node: String,
+    /// The timeline; `None` is unknown.
+    pub timeline: Option<u32>,
     /// The timeline, and the LSN on it as PostgreSQL prints it: `3 at 0/16B9188`. `?` is unknown.
     pub position: String,
 }
@@ -66,8 +73,10 @@ pub enum Event {
     Diverged {
         /// It, and how far it has replayed.
         standby: Place,
-        /// Whose WAL it was compared with.
+        /// The primary, if one is known: nobody counts as one beside another on its timeline.
         primary: Option<Place>,
+        /// The timeline of the WAL that it was compared with.
+        timeline: Option<u32>,
     },
     /// It was seen on the primary's history again, or is no longer a member.
     NotDiverged(String),
@@ -197,8 +206,8 @@ impl GroupAlarms {
         let mut over: Vec<_> = gone.collect();
         for (node, is_diverged) in known {
             if is_diverged && self.diverged.insert(node.name.clone()) {
-                events
-                    .push(Event::Diverged { standby: place(node), primary: self.primary.clone() });
+                let (standby, primary) = (place(node), self.primary.clone());
+                events.push(Event::Diverged { standby, primary, timeline: group.timeline });
             } else if !is_diverged && self.diverged.contains(&node.name) {
                 over.push(node.name.clone());
             }
@@ -229,33 +238,50 @@ fn node<'a>(group: &'a GroupView, name: &str) -> Option<&'a NodeView> {
 const UNKNOWN: &str = "?";
 
 fn place(node: &NodeView) -> Place {
+    let timeline = node.state.as_ref().and_then(|state| state.timeline);
     let position = node.state.as_ref().map_or(UNKNOWN.to_owned(), |state| {
         let timeline = state.timeline.map_or(UNKNOWN.to_owned(), |it| it.to_string());
         let lsn = state.wal_lsn.map_or(UNKNOWN.to_owned(), |it| it.to_string());
         format!("{timeline} at {lsn}")
     });
-    Place { node: node.name.clone(), position }
+    Place { node: node.name.clone(), timeline, position }
 }
 
 /// `a: 3 at 0/16B9188, b: 4 at 0/16B9000`.
 fn list(places: &[Place]) -> String {
-    let places = places.iter().map(|Place { node, position }| format!("{node}: {position}"));
+    let places = places.iter().map(|Place { node, position, .. }| format!("{node}: {position}"));
     places.collect::<Vec<_>>().join(", ")
+}
+
+/// What to do about a standby that diverged from WAL of that timeline. `pg_rewind` looks only where timelines
+/// part.
+fn mend(standby: &Place, timeline: Option<u32>) -> &'static str {
+    if timeline.is_some() && standby.timeline == timeline { REBUILD } else { REWIND }
+}
+
+/// What to do about several primaries.
+fn choose(places: &[Place]) -> &'static str {
+    let timelines: Vec<_> = places.iter().filter_map(|it| it.timeline).collect();
+    let are_apart = timelines.len() == timelines.iter().collect::<BTreeSet<_>>().len();
+    if are_apart { CHOOSE } else { CHOOSE_AND_REBUILD }
 }
 
 impl Event {
     fn log(&self, group: u32) {
         match self {
-            Self::Diverged { standby: Place { node, position }, primary } => {
+            Self::Diverged { standby, primary, timeline } => {
+                let next = mend(standby, *timeline);
+                let Place { node, position, .. } = standby;
                 let primary = list(primary.as_slice());
-                warn!(group, node, timeline = position, primary, next = REJOIN, "standby diverged");
+                warn!(group, node, timeline = position, primary, next, "standby diverged");
             }
             Self::NotDiverged(node) => info!(group, node, "standby no longer diverged"),
             Self::TwoPrimaries(places) => {
-                warn!(group, timelines = list(places), next = CHOOSE, "two primaries");
+                warn!(group, timelines = list(places), next = choose(places), "two primaries");
             }
             Self::SplitBrain(places) => {
-                error!(group, timelines = list(places), next = CHOOSE, "split brain: both write");
+                let next = choose(places);
+                error!(group, timelines = list(places), next, "split brain: both write");
             }
             Self::OnePrimary { nodes, silent } => {
                 let (nodes, silent) = (nodes.join(", "), silent.join(", "));
@@ -263,7 +289,8 @@ impl Event {
             }
             Self::PrimaryUnknown { last, most, are_several } => {
                 let next = match last {
-                    _ if *are_several => CHOOSE,
+                    // One is not known to be the primary if another writes the same timeline.
+                    _ if *are_several => CHOOSE_AND_REBUILD,
                     Some(_) => PROMOTE,
                     None => FIND,
                 };
@@ -275,10 +302,10 @@ impl Event {
                     last, most_wal, lacks_bytes, next, "primary unknown: no lag can be told"
                 );
             }
-            Self::PrimaryKnown(Place { node, position }) => {
+            Self::PrimaryKnown(Place { node, position, .. }) => {
                 info!(group, node, timeline = position, "primary known");
             }
-            Self::LeaderKnown(Place { node, position }) => {
+            Self::LeaderKnown(Place { node, position, .. }) => {
                 info!(group, node, timeline = position, "standby leader known");
             }
         }
@@ -329,8 +356,11 @@ mod tests {
         let well = || group(|_| ());
         let [primary, standby, silent] = [0, 1, 2].map(|index| place(&well().nodes[index]));
         assert_eq!(silent.position, UNKNOWN);
-        let diverged =
-            || Event::Diverged { standby: standby.clone(), primary: Some(primary.clone()) };
+        let diverged = || Event::Diverged {
+            standby: standby.clone(),
+            primary: Some(primary.clone()),
+            timeline: well().timeline,
+        };
         let not_diverged = || Event::NotDiverged("postgres-2".to_owned());
         let rivals = || vec![primary.clone(), silent.clone()];
         let one = Event::OnePrimary { nodes: names(), silent: vec!["postgres-3".to_owned()] };
@@ -448,6 +478,25 @@ mod tests {
         ];
         for (name, turns, expected) in table {
             assert_eq!(told(turns), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn what_one_timeline_holds_is_not_rewound() {
+        let at = |node: &str, timeline| Place {
+            node: node.to_owned(),
+            timeline,
+            position: String::new(),
+        };
+        for (name, standby, primary, diverged, primaries) in [
+            ("the primary's timeline", Some(2), Some(2), REBUILD, CHOOSE_AND_REBUILD),
+            ("an older one", Some(1), Some(2), REWIND, CHOOSE),
+            ("not known", None, Some(2), REWIND, CHOOSE),
+            ("of neither", None, None, REWIND, CHOOSE),
+        ] {
+            assert_eq!(mend(&at("b", standby), primary), diverged, "{name}");
+            let places = [at("a", primary), at("b", standby), at("c", Some(9))];
+            assert_eq!(choose(&places), primaries, "{name}");
         }
     }
 

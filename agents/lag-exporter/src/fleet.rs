@@ -297,7 +297,7 @@ mod tests {
     use tokio_postgres::types::PgLsn;
 
     use super::*;
-    use crate::observation::{Identity, Position};
+    use crate::observation::{Directory, Identity, Position};
 
     #[test]
     fn a_seed_that_is_refused_is_asked_for_once_and_proves_nothing() {
@@ -319,6 +319,7 @@ mod tests {
                 wal_segment_bytes: 16 << 20,
                 started_at: DateTime::UNIX_EPOCH,
             },
+            directory: Directory::default(),
             clock_ahead: chrono::TimeDelta::zero(),
             position: Position::Primary {
                 timeline: 1,

@@ -237,6 +237,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::observation::Directory;
     use crate::past::Run;
 
     const PLACE: Place<'_> = Place { cluster: "demo", boot_id: "8d0a" };
@@ -258,7 +259,9 @@ mod tests {
     fn pasts() -> Pasts {
         let started_at = DateTime::from_timestamp_micros(1_700_000_000_123_456).unwrap();
         let mut pasts = Pasts::default();
-        pasts.writes("a", Run { system_identifier: u64::MAX, timeline: 3, started_at });
+        let directory = Directory { statistics_reset: Some(started_at), checkpoint: u64::MAX };
+        let run = Run { system_identifier: u64::MAX, timeline: 3, started_at, directory };
+        pasts.writes("a", run);
         pasts
     }
 

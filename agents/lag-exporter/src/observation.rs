@@ -83,6 +83,8 @@ pub struct Sample {
     pub answered_at: Duration,
     /// Who answered.
     pub identity: Identity,
+    /// By what its data directory is known, as it was last asked.
+    pub directory: Directory,
     /// The server's `clock_timestamp()` less this host's wall clock, read midway between
     /// `asked_at` and `answered_at`: right to half of the time between them.
     pub clock_ahead: TimeDelta,
@@ -101,6 +103,18 @@ pub struct Identity {
     pub wal_segment_bytes: u64,
     /// `pg_postmaster_start_time()`, by the server's clock. Only compared for equality.
     pub started_at: DateTime<Utc>,
+}
+
+/// What a data directory keeps while its server is down: asked on connecting, and with what changes slowly.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Directory {
+    /// `pg_stat_archiver.stats_reset`. A server that was stopped in order has it again when it starts; it is
+    /// that of the start after a crash, a base backup and `pg_rewind`, and before version 15 of any
+    /// start in recovery.
+    pub statistics_reset: Option<DateTime<Utc>>,
+    /// `pg_control_checkpoint().checkpoint_lsn`: what it is recovered from. After a crash it is what it was;
+    /// a base backup of a primary begins with a checkpoint of its own. 0 is not known.
+    pub checkpoint: u64,
 }
 
 /// The positions of a server in WAL.

@@ -3,16 +3,18 @@
 //!
 //! Two servers may write the same timeline, and a primary may come back without its newest WAL.
 //! What a server alone has stays in its directory when it is restarted, and it then says of itself
-//! what any standby does. It has been rebuilt if it goes on to replay what it streams: a record names
-//! the one before it, so the WAL of another history does not fit. One thing looks the same: if the
-//! server begins its replay before its own WAL, and its receiver has laid the primary's over that.
+//! what any standby does. A record names the one before it, so the WAL of another history does not fit:
+//! such a standby stands still. But its receiver lays the primary's WAL over its own, and if its last
+//! checkpoint is older than that, the next start replays the primary's: its position is true, and in its
+//! tables there is still what it wrote alone. So it is not enough that a server goes on to replay what it
+//! streams: its [`Directory`] must be another one as well.
 
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
-use crate::observation::{Identity, Sample};
+use crate::observation::{Directory, Identity, Sample};
 
 /// So many nodes are remembered in a group.
 const NODES_MAX: usize = 256;
@@ -26,13 +28,47 @@ pub struct Run {
     pub timeline: u32,
     /// When it was started, by its own clock. Only compared for equality.
     pub started_at: DateTime<Utc>,
+    /// By what its directory is known. A file of an older version does not say.
+    #[serde(default)]
+    pub directory: Directory,
+}
+
+/// Whether two runs had the same data directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Same {
+    /// Surely.
+    Yes,
+    /// Both were recovered from the same checkpoint, and so may be copies made since then.
+    Perhaps,
+    /// Nothing says so.
+    Unknown,
 }
 
 impl Run {
     /// The run of whoever answered.
     pub fn of(sample: &Sample, timeline: u32) -> Self {
         let Identity { system_identifier, started_at, .. } = sample.identity;
-        Self { system_identifier, timeline, started_at }
+        Self { system_identifier, timeline, started_at, directory: sample.directory }
+    }
+
+    /// Whether it is this run still, perhaps on a newer timeline.
+    fn is_start_of(&self, run: &Self) -> bool {
+        (self.system_identifier, self.started_at) == (run.system_identifier, run.started_at)
+    }
+
+    fn directory_of(&self, later: &Self) -> Same {
+        let (before, now) = (self.directory, later.directory);
+        if self.system_identifier != later.system_identifier {
+            Same::Unknown
+        } else if self.is_start_of(later)
+            || (now.statistics_reset.is_some() && before.statistics_reset == now.statistics_reset)
+        {
+            Same::Yes
+        } else if now.checkpoint != 0 && before.checkpoint == now.checkpoint {
+            Same::Perhaps
+        } else {
+            Same::Unknown
+        }
     }
 }
 
@@ -54,6 +90,25 @@ struct Past {
     wrote: Option<Run>,
     /// It had WAL of that timeline that another writer of it had not.
     strayed: Option<Run>,
+    /// It may be a copy of another server since.
+    #[serde(default)]
+    is_unclear: bool,
+}
+
+impl Past {
+    /// What it wrote, and had of its own, it has still if `run` goes on in the same directory.
+    fn goes_on(&mut self, run: Run) {
+        let Self { wrote, strayed, is_unclear } = self;
+        let wrote = wrote.as_mut().filter(|it| it.timeline == run.timeline);
+        let strayed = strayed.as_mut().filter(|it| it.timeline <= run.timeline);
+        for before in wrote.into_iter().chain(strayed) {
+            let same = before.directory_of(&run);
+            if same != Same::Unknown {
+                *before = run;
+            }
+            *is_unclear |= same == Same::Perhaps;
+        }
+    }
 }
 
 /// What is remembered about the nodes of a group, by name.
@@ -75,13 +130,20 @@ impl Pasts {
             }
         }
         let past = self.of(name);
-        let goes_on = past.strayed.filter(|it| is_other(it) || *it == run);
-        *past = Past { wrote: Some(run), strayed: has_rival.then_some(run).or(goes_on) };
+        // What it replayed before it was promoted is the line's.
+        past.strayed.take_if(|it| it.timeline != run.timeline);
+        past.goes_on(run);
+        past.wrote = Some(run);
+        if has_rival {
+            past.strayed = past.wrote;
+        }
+        past.is_unclear &= past.strayed.is_some() && !has_rival;
     }
 
     /// Takes in that a standby has replayed what the primary has not.
     pub fn strays(&mut self, name: &str, run: Run) {
-        self.of(name).strayed = Some(run);
+        let past = self.of(name);
+        (past.strayed, past.is_unclear) = (Some(run), false);
     }
 
     /// Takes in that a node is a standby, and whether it has replayed what it streamed.
@@ -92,22 +154,27 @@ impl Pasts {
                 || it.timeline < run.timeline
                 || (it.started_at != run.started_at && has_streamed)
         };
+        past.goes_on(run);
         past.wrote.take_if(is_over);
         past.strayed.take_if(is_over);
-        if *past == Past::default() {
+        if past.wrote.or(past.strayed).is_none() {
             self.0.remove(name);
         }
     }
 
     /// Whose WAL a standby has, on `run`'s timeline, where the primary writes `timeline`.
     pub fn whose(&self, name: &str, run: Run, timeline: u32) -> Whose {
-        let strayed = self.0.get(name).and_then(|past| past.strayed);
+        let Some(Past { strayed: Some(strayed), is_unclear, .. }) = self.0.get(name) else {
+            return Whose::Primarys;
+        };
         let is_same =
-            |it: &Run| (it.system_identifier, it.timeline) == (run.system_identifier, run.timeline);
-        match strayed.filter(is_same) {
-            None => Whose::Primarys,
-            Some(strayed) if strayed == run && run.timeline == timeline => Whose::ItsOwn,
-            Some(_) => Whose::Unclear,
+            (strayed.system_identifier, strayed.timeline) == (run.system_identifier, run.timeline);
+        match is_same {
+            false => Whose::Primarys,
+            true if strayed.is_start_of(&run) && !is_unclear && run.timeline == timeline => {
+                Whose::ItsOwn
+            }
+            true => Whose::Unclear,
         }
     }
 
@@ -129,7 +196,12 @@ mod tests {
 
     fn run(started: i64, timeline: u32) -> Run {
         let started_at = DateTime::from_timestamp(started, 0).unwrap();
-        Run { system_identifier: 7, timeline, started_at }
+        Run { system_identifier: 7, timeline, started_at, directory: Directory::default() }
+    }
+
+    fn within(run: Run, statistics_reset: i64, checkpoint: u64) -> Run {
+        let statistics_reset = DateTime::from_timestamp(statistics_reset, 0);
+        Run { directory: Directory { statistics_reset, checkpoint }, ..run }
     }
 
     /// What a node is.
@@ -142,6 +214,18 @@ mod tests {
     }
 
     type Turns<'a> = Vec<(&'a str, Run, Is)>;
+
+    fn after(turns: Turns<'_>) -> Pasts {
+        let mut pasts = Pasts::default();
+        for (node, run, is) in turns {
+            match is {
+                Is::Primary => pasts.writes(node, run),
+                Is::Ahead => pasts.strays(node, run),
+                Is::Standby(has_streamed) => pasts.follows(node, run, has_streamed),
+            }
+        }
+        pasts
+    }
 
     #[test]
     fn what_a_server_alone_has_stays_until_it_was_rebuilt() {
@@ -212,15 +296,74 @@ mod tests {
             ),
         ];
         for (name, turns, now, expected) in table {
-            let mut pasts = Pasts::default();
-            for (node, run, is) in turns {
-                match is {
-                    Primary => pasts.writes(node, run),
-                    Ahead => pasts.strays(node, run),
-                    Standby(has_streamed) => pasts.follows(node, run, has_streamed),
-                }
-            }
-            assert_eq!(pasts.whose("s", now, 3), expected, "{name}");
+            assert_eq!(after(turns).whose("s", now, 3), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn what_a_server_alone_has_stays_in_its_directory() {
+        use Is::{Ahead, Primary, Standby};
+        let both = || vec![("p", run(1, 3), Primary), ("s", within(run(2, 3), 20, 200), Primary)];
+        let in_order = within(run(3, 3), 20, 300);
+        let crashed = within(run(3, 3), 30, 200);
+        let rebuilt = within(run(3, 3), 30, 300);
+        let streams = |run: Run| vec![("s", run, Standby(true)), ("p", self::run(1, 3), Primary)];
+        let table: [(&str, Vec<Turns<'_>>, Run, Whose); 10] = [
+            ("stopped in order", vec![both(), streams(in_order)], in_order, Whose::ItsOwn),
+            (
+                "its own is not the primary's",
+                vec![both(), vec![("s", in_order, Standby(false))]],
+                in_order,
+                Whose::ItsOwn,
+            ),
+            ("crashed", vec![both(), streams(crashed)], crashed, Whose::Unclear),
+            ("rebuilt", vec![both(), streams(rebuilt)], rebuilt, Whose::Primarys),
+            (
+                "rebuilt, and nothing is written yet",
+                vec![both(), vec![("s", rebuilt, Standby(false))]],
+                rebuilt,
+                Whose::Unclear,
+            ),
+            (
+                "crashed, and stopped in order",
+                vec![both(), streams(crashed), streams(within(run(4, 3), 30, 900))],
+                within(run(4, 3), 30, 900),
+                Whose::Unclear,
+            ),
+            (
+                "stopped in order, and rebuilt",
+                vec![both(), streams(in_order), streams(within(run(4, 3), 40, 900))],
+                within(run(4, 3), 40, 900),
+                Whose::Primarys,
+            ),
+            (
+                "it follows to a newer timeline",
+                vec![
+                    both(),
+                    streams(in_order),
+                    vec![("s", within(run(3, 4), 20, 900), Standby(true))],
+                ],
+                within(run(3, 4), 20, 900),
+                Whose::Unclear,
+            ),
+            (
+                "it was ahead, and stopped in order",
+                vec![vec![("s", within(run(2, 3), 20, 200), Ahead)], streams(in_order)],
+                in_order,
+                Whose::ItsOwn,
+            ),
+            (
+                "a primary that is a standby of nobody else",
+                vec![vec![
+                    ("s", within(run(2, 3), 20, 200), Primary),
+                    ("s", in_order, Standby(true)),
+                ]],
+                in_order,
+                Whose::Primarys,
+            ),
+        ];
+        for (name, turns, now, expected) in table {
+            assert_eq!(after(turns.concat()).whose("s", now, 3), expected, "{name}");
         }
     }
 

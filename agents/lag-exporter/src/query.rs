@@ -14,17 +14,19 @@ use tokio_postgres::Row;
 use tokio_postgres::types::{FromSql, PgLsn};
 
 use crate::observation::{
-    Archiver, CheckpointAge, Conflicts, Identity, Position, Receiver, ReceiverStatus, ReplayPause,
-    Sender, Slot, StandbyDetails, StandbyPosition, SyncWaits, WalFileAge, WalStatus,
+    Archiver, CheckpointAge, Conflicts, Directory, Identity, Position, Receiver, ReceiverStatus,
+    ReplayPause, Sender, Slot, StandbyDetails, StandbyPosition, SyncWaits, WalFileAge, WalStatus,
 };
 
-/// [`Identity`].
+/// [`Identity`], and [`Directory`].
 pub(crate) const IDENTITY: &str = "
     SELECT (SELECT system_identifier FROM pg_control_system()),
            current_setting('server_version_num')::int,
            pg_size_bytes(current_setting('wal_segment_size')),
            pg_postmaster_start_time(),
-           pg_has_role('pg_monitor', 'USAGE')";
+           pg_has_role('pg_monitor', 'USAGE'),
+           (SELECT stats_reset FROM pg_stat_archiver),
+           (SELECT checkpoint_lsn FROM pg_control_checkpoint())";
 
 /// [`Position`], in recovery and out of it. It costs the server about 20 µs.
 ///
@@ -90,7 +92,9 @@ pub(crate) fn general(server_version: u32) -> String {
                         '(?:^| )application_name=(.*?) fallback_application_name='),
                     substring(receiver.conninfo FROM
                         '(?:^| )fallback_application_name=(.*?)(?: [a-z_]+=|$)')),
-                waiting.sessions, waiting.oldest
+                waiting.sessions, waiting.oldest,
+                archiver.stats_reset,
+                (SELECT checkpoint_lsn FROM pg_control_checkpoint())
            FROM pg_stat_archiver AS archiver
           CROSS JOIN (
                 SELECT sum(confl_tablespace)::bigint, sum(confl_lock)::bigint,
@@ -189,7 +193,7 @@ impl<'a> Columns<'a> {
 }
 
 /// Reads the answer to [`IDENTITY`], and whether the role has `pg_monitor`.
-pub(crate) fn identity(row: &Row) -> Result<(Identity, bool), AnswerError> {
+pub(crate) fn identity(row: &Row) -> Result<(Identity, bool, Directory), AnswerError> {
     let mut columns = Columns::of(row);
     let system_identifier: i64 = columns.take()?;
     let version: i32 = columns.take()?;
@@ -204,7 +208,14 @@ pub(crate) fn identity(row: &Row) -> Result<(Identity, bool), AnswerError> {
             .ok_or(AnswerError::Range("wal_segment_size"))?,
         started_at: columns.take()?,
     };
-    Ok((identity, columns.take()?))
+    let is_monitor = columns.take()?;
+    Ok((identity, is_monitor, directory(&mut columns)?))
+}
+
+fn directory(columns: &mut Columns<'_>) -> Result<Directory, AnswerError> {
+    let statistics_reset = columns.take()?;
+    let checkpoint: PgLsn = columns.take()?;
+    Ok(Directory { statistics_reset, checkpoint: checkpoint.into() })
 }
 
 /// A row of [`POSITION`].
@@ -286,6 +297,7 @@ pub(crate) struct General {
     pub(crate) archiver: Archiver,
     pub(crate) standby: Option<StandbyDetails>,
     pub(crate) sync_waits: Option<SyncWaits>,
+    pub(crate) directory: Directory,
 }
 
 impl General {
@@ -338,6 +350,7 @@ impl General {
             archiver,
             standby,
             sync_waits,
+            directory: directory(&mut columns)?,
         })
     }
 }

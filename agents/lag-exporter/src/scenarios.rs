@@ -12,8 +12,8 @@ use tokio_postgres::types::PgLsn;
 use crate::group::{Group, Limits};
 use crate::line::Change;
 use crate::observation::{
-    Details, Identity, PAGE_BYTES, Position, Receiver, ReceiverStatus, ReplayPause, Report, Sample,
-    Seed, Sender, Slot, Stage, StandbyPosition, SyncWaits, WalFileAge, WalStatus,
+    Details, Directory, Identity, PAGE_BYTES, Position, Receiver, ReceiverStatus, ReplayPause,
+    Report, Sample, Seed, Sender, Slot, Stage, StandbyPosition, SyncWaits, WalFileAge, WalStatus,
 };
 use crate::view::{
     CatchUp, GroupView, Lag, LagState, LagView, MostWal, NodeView, Quorum, Role, Rpo, Runway,
@@ -75,6 +75,7 @@ struct Server {
     /// What it says of `RecoveryWalStream` where that is asked.
     startup_waits: bool,
     clock_ahead: i64,
+    directory: Directory,
 }
 
 impl Server {
@@ -134,6 +135,7 @@ impl Server {
                 wal_segment_bytes: 16 << 20,
                 started_at: DateTime::from_timestamp(self.started, 0).unwrap(),
             },
+            directory: self.directory,
             clock_ahead: TimeDelta::milliseconds(self.clock_ahead),
             position: self.position(),
         }
@@ -190,6 +192,7 @@ impl World {
             tells_received: true,
             startup_waits: true,
             clock_ahead: 0,
+            directory: Directory::default(),
         };
         let servers: Vec<_> = names.iter().enumerate().map(server).collect();
         let mut world = Self {
@@ -1007,6 +1010,42 @@ fn a_primary_that_went_back_makes_its_standby_diverged() {
     assert_eq!(world.lag("b").state, LagState::CaughtUp);
     world.run(seconds(4));
     assert_eq!(world.lag("b").state, LagState::CaughtUp);
+}
+
+/// Two were promoted, and each wrote its own timeline 2. Its receiver lays the primary's WAL over its own, and
+/// it replays that from a checkpoint that both have.
+#[test]
+fn who_replays_the_primarys_wal_over_its_own_tables_is_no_good_standby() {
+    for (is_stopped_in_order, expected) in [(true, LagState::Diverged), (false, LagState::Unknown)]
+    {
+        let mut world = World::running();
+        world.server("a").answers = false;
+        world.promote("b", true);
+        let history = world.server("b").history.clone();
+        let c = world.server("c");
+        (c.is_primary, c.timeline, c.history) = (true, 2, history);
+        c.directory = Directory { statistics_reset: DateTime::from_timestamp(5, 0), checkpoint: 5 };
+        world.run(seconds(3));
+        for start in 1..4 {
+            let (flush, c) = (world.primary().flush, world.server("c"));
+            (c.is_primary, c.mode, c.flush, c.replay) = (false, Mode::Follows, flush, flush);
+            c.started += 100;
+            if is_stopped_in_order {
+                c.directory.checkpoint += 1;
+            } else {
+                c.directory.statistics_reset = DateTime::from_timestamp(5 + start, 0);
+            }
+            world.run(seconds(10));
+            assert_eq!(world.lag("c").state, expected, "{start}");
+            world.restart_agent();
+        }
+        let (flush, c) = (world.primary().flush, world.server("c"));
+        (c.flush, c.replay, c.started) = (flush, flush, c.started + 100);
+        c.directory =
+            Directory { statistics_reset: DateTime::from_timestamp(50, 0), checkpoint: 50 };
+        world.run(seconds(10));
+        assert_eq!(world.lag("c").state, LagState::CaughtUp, "it was rebuilt");
+    }
 }
 
 /// Two were promoted, and each wrote its own timeline 2.

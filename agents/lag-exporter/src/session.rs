@@ -13,7 +13,7 @@ use tracing::{info, warn};
 
 use crate::clock;
 use crate::observation::{
-    Details, Identity, Position, ReceiverStatus, Sample, Seed, Stage, StandbyPosition,
+    Details, Directory, Identity, Position, ReceiverStatus, Sample, Seed, Stage, StandbyPosition,
 };
 use crate::query::{self, AnswerError, General, PositionRow};
 
@@ -132,6 +132,7 @@ pub struct Told {
 pub struct Session<'a> {
     connection: Connection,
     identity: Identity,
+    directory: Directory,
     position: Statement,
     timeline: Statement,
     general: Statement,
@@ -155,7 +156,7 @@ impl<'a> Session<'a> {
 
     async fn prepare(connection: Connection, told: &'a mut Told) -> Result<Self, Failure> {
         let row = connection.query_one(query::IDENTITY, &[]).await?;
-        let (identity, is_monitor) = query::identity(&row)?;
+        let (identity, is_monitor, directory) = query::identity(&row)?;
         let lacked_monitor = std::mem::replace(&mut told.lacks_monitor, !is_monitor);
         let node = connection.node().name.as_str();
         match (lacked_monitor, !is_monitor) {
@@ -176,6 +177,7 @@ impl<'a> Session<'a> {
             replayed_on: None,
             told,
             identity,
+            directory,
             connection,
         })
     }
@@ -201,6 +203,7 @@ impl<'a> Session<'a> {
             asked_at,
             answered_at,
             identity: self.identity,
+            directory: self.directory,
             clock_ahead: answer.clock - midway,
             position,
         })
@@ -253,6 +256,7 @@ impl<'a> Session<'a> {
         let mut details =
             Details { asked_at, answered_at: clock::now(), senders, slots, ..Details::default() };
         if let Some(general) = general {
+            self.directory = general.directory;
             details.synchronous_standby_names = Some(general.synchronous_standby_names);
             details.synchronous_commit = Some(general.synchronous_commit);
             details.conflicts = Some(general.conflicts);

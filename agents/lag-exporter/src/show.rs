@@ -320,7 +320,11 @@ fn node_notes(
         }
     }
     if node.lag.as_ref().is_some_and(|lag| lag.state == LagState::Diverged) {
-        add("has WAL that the primary never had: rebuild it or pg_rewind".to_owned());
+        let timeline = node.state.as_ref().and_then(|state| state.timeline);
+        // There pg_rewind finds nothing to do.
+        let has_rebuild_only = timeline.is_some() && timeline == group.timeline;
+        let next = if has_rebuild_only { "rebuild it" } else { "pg_rewind or rebuild it" };
+        add(format!("has WAL that the primary never had: {next}"));
     }
     let Some(state) = &node.state else { return };
     if state.replay_pause.is_some_and(|it| it != ReplayPause::NotPaused) {

@@ -400,6 +400,8 @@ mod tests {
                     (INT8, Some((16_i64 << 20).to_be_bytes().to_vec())),
                     (TIMESTAMPTZ, Some(vec![0; 8])),
                     (BOOL, Some(vec![1])),
+                    (TIMESTAMPTZ, None),
+                    (PG_LSN, Some(vec![0; 8])),
                 ],
                 Self::Position => {
                     let unknown = [INT4, PG_LSN, PG_LSN, PG_LSN, PG_LSN, TEXT, BOOL, TEXT, INT4];
