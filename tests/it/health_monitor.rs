@@ -129,23 +129,44 @@ async fn a_primary_that_hangs_is_told_as_soon_as_one_that_is_lost() {
     let (primary, standby) = pair().await;
     let monitor = Monitor::of_servers(&[server(&primary), server(&standby)]).started().await;
     for _ in 0..2 {
-        monitor.until_wrong(&[]).await;
-        primary.sigstop();
-        let stopped_at = Utc::now();
-        let mut lost_at = None;
-        eventually("the primary is missed", Duration::from_secs(10), async || {
-            let events = monitor.events().await;
-            let of_primary = |it: &&Value| it["check"] == "primary" && it["to"] == "critical";
-            let at = events.iter().find(of_primary).map(|it| it["at"].as_str().unwrap().parse());
-            lost_at = at.map(Result::<DateTime<Utc>, _>::unwrap).filter(|it| stopped_at < *it);
-            lost_at.is_some()
-        })
-        .await;
-        primary.sigcont();
-        let noticed = lost_at.unwrap() - stopped_at;
-        println!("a primary that hangs was noticed after {} ms", noticed.num_milliseconds());
-        assert!(noticed <= NOTICED_WITHIN, "noticed after {noticed}");
+        hang(&monitor, &primary).await;
     }
+}
+
+/// Of whom no other server says that it is gone.
+#[tokio::test]
+async fn a_primary_that_stands_alone_and_hangs_is_told_as_soon() {
+    if postgres_is_missing() {
+        return;
+    }
+    let primary = PgServer::builder().setting("fsync", "on").primary().await;
+    let monitor = Monitor::of_servers(&[server(&primary)]).started().await;
+    // Between two questions, at different moments, and once it is known for the primary.
+    for moment in [1500, 170] {
+        sleep(Duration::from_millis(moment)).await;
+        hang(&monitor, &primary).await;
+    }
+}
+
+/// Freezes a primary until it is missed, and waits until all is well again.
+#[expect(clippy::print_stdout, reason = "what was measured is worth to be read")]
+async fn hang(monitor: &Monitor, primary: &PgServer) {
+    monitor.until_wrong(&[]).await;
+    primary.sigstop();
+    let stopped_at = Utc::now();
+    let mut lost_at = None;
+    eventually("the primary is missed", Duration::from_secs(10), async || {
+        let events = monitor.events().await;
+        let of_primary = |it: &&Value| it["check"] == "primary" && it["to"] == "critical";
+        let at = events.iter().find(of_primary).map(|it| it["at"].as_str().unwrap().parse());
+        lost_at = at.map(Result::<DateTime<Utc>, _>::unwrap).filter(|it| stopped_at < *it);
+        lost_at.is_some()
+    })
+    .await;
+    primary.sigcont();
+    let noticed = lost_at.unwrap() - stopped_at;
+    println!("a primary that hangs was noticed after {} ms", noticed.num_milliseconds());
+    assert!(noticed <= NOTICED_WITHIN, "noticed after {noticed}");
     monitor.until_wrong(&[]).await;
 }
 

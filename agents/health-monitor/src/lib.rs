@@ -3,7 +3,7 @@
 //! In the order data flows: [`probe`] asks, [`facts`] is what was said, [`judge`] is what it comes to,
 //! check by check of the [`catalogue`]; [`settle`] says when that counts, [`verdict`] rolls it up,
 //! [`failover`] and [`journal`] remember what happened;
-//! [`advice`] and [`sizing`] say when it should grow. [`monitor`] holds it all, [`mod@watch`] drives it, [`roster`] is who belongs to the cluster;
+//! [`advice`] and [`sizing`] say when it should grow. [`monitor`] holds it all, [`mod@watch`] and [`asking`] drive it, [`roster`] is who belongs to the cluster;
 //! [`notify`] tells who must know, unless a [`silence`] says otherwise;
 //! [`status`], [`mod@page`], [`metrics`], [`report`] and [`log_file`] are what one can see of it.
 
@@ -25,6 +25,7 @@ pub mod settle;
 pub mod sizing;
 pub mod verdict;
 
+pub mod asking;
 pub mod monitor;
 pub mod pace;
 pub mod roster;

@@ -21,6 +21,8 @@ pub const RISE: u32 = 3;
 const FLAPPING_CHANGES: usize = 6;
 /// … within so long are flapping, until there are fewer than half of them.
 const FLAPPING_WINDOW: Duration = Duration::from_mins(10);
+/// What to do about it while it is well.
+const LOOK_BACK: &str = "see the last events for what comes and goes";
 
 /// A moment, by the clock that nobody sets and by the one that people read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,6 +98,16 @@ impl Settled {
         (self.reading.reason.clone(), self.reading.next_step().to_owned())
     }
 
+    /// The same for somebody who reads it later, of a check that may be told at its worst: nothing of how it
+    /// is just now, if it is well.
+    pub fn words_to_keep(&self) -> (String, String) {
+        if self.is_flapping && self.damped == Status::Ok {
+            (self.comes_and_goes(""), LOOK_BACK.to_owned())
+        } else {
+            self.words()
+        }
+    }
+
     /// Takes a reading; `read_at` says when it was taken, so that one that is shown again does not count
     /// twice. Returns what changed, if anything did.
     pub fn take(&mut self, reading: Reading, read_at: Duration, now: Now) -> Option<Change> {
@@ -119,18 +131,19 @@ impl Settled {
         change
     }
 
+    fn comes_and_goes(&self, now: &str) -> String {
+        let (count, window) = (self.changes.len(), duration(FLAPPING_WINDOW));
+        let last = self.last_bad.as_ref().map_or("", |it| &it.reason);
+        format!("it comes and goes: {count} changes in {window}{now}; last: {last}")
+    }
+
     /// What is said of a check that is ok for now.
     fn restless(&self) -> Reading {
         let Reading { check, measures, .. } = &self.reading;
-        let window = duration(FLAPPING_WINDOW);
-        let (count, last) = (self.changes.len(), self.last_bad.as_ref());
-        let reason = last.map_or("", |it| &it.reason);
-        let reason = format!(
-            "it comes and goes: {count} changes in {window}, well just now; last: {reason}"
-        );
         let measures = measures.clone();
-        let follows = last.is_some_and(|it| it.follows);
-        let next = "see the last events for what comes and goes; it is well just now";
+        let follows = self.last_bad.as_ref().is_some_and(|it| it.follows);
+        let next = format!("{LOOK_BACK}; it is well just now");
+        let reason = self.comes_and_goes(", well just now");
         let reading = Reading::new(check, Status::Warning, reason).with_next(next);
         Reading { measures, follows, ..reading }
     }
@@ -305,6 +318,10 @@ mod tests {
             assert_eq!(settled.reading.status, status, "{second}");
             let is_well = settled.reading.reason.starts_with("it comes and goes");
             assert_eq!(settled.reading.next_step() == ROLE.next, !is_well, "{second}");
+            let (reason, next) = settled.words_to_keep();
+            assert!(![&reason, &next].iter().any(|it| it.contains("just now")), "{reason}; {next}");
+            let told = "it comes and goes: 6 changes in 10 min; last: ";
+            assert_eq!(reason.starts_with(told), is_well, "{second}: {reason}");
         }
         // Three times worse, twice better, and once that it flaps.
         assert_eq!(changes.len(), 6, "{changes:?}");

@@ -1,4 +1,4 @@
-//! The loop: one task asks each component for ever, one judges what was said.
+//! The loop: a task for each component that asks it for ever, and one that judges what was said.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -8,19 +8,20 @@ use shared::etcd::Etcd;
 use shared::pg::{Node, Settings};
 use shared::topology::{Members, Spread, Topology, members_changed};
 use tokio::task::{AbortHandle, JoinSet};
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::asking::ask_for_ever;
 use crate::check::Status;
 use crate::clock;
 use crate::component::{Component, Kind};
 use crate::config::Config;
-use crate::facts::{Ages, Facts, Failure, Membership, Of, Stage};
+use crate::facts::{Ages, Facts, Membership, Of};
 use crate::journal::{Event, What};
 use crate::monitor::Monitor;
 use crate::notify::store::Store;
-use crate::pace::{Course, Pace, SECOND_LOOK};
+use crate::pace::Pace;
 use crate::probe::Probe;
 use crate::probe::agent::AgentProbe;
 use crate::probe::disk::DiskProbe;
@@ -43,74 +44,8 @@ pub const START_SPREAD: Duration = Duration::from_secs(10);
 const CALM: Duration = Duration::from_millis(50);
 /// An outcome is too old after so many times that there should have been another.
 const AGES: u32 = 3;
-/// A primary is asked so many times as often as others: one that hangs is only missed by a question, and
-/// nobody takes writes meanwhile.
-const LEADS: u32 = 2;
-/// The servers of a group that lost its primary are asked so often: so exactly it is known for how long
-/// nobody took writes.
-const SEARCH_EVERY: Duration = Duration::from_millis(100);
 /// So long after the start nobody complains that members are not known yet.
 const EARLY: Duration = Duration::from_secs(5);
-
-/// Asks a component for ever.
-pub async fn watch<P: Probe>(
-    monitor: Monitor,
-    of: fn(&mut Facts) -> &mut Of<P::Facts>,
-    component: Component,
-    mut probe: P,
-    pace: Pace,
-) {
-    sleep(pace.wait).await;
-    let mut course = Course::default();
-    loop {
-        let asked_at = Instant::now();
-        let soon = asked_at + SECOND_LOOK.min(pace.every);
-        let fails = ask(&mut probe, &monitor, of, &component, pace.limit).await;
-        let leads = pace.searches.is_some() && monitor.state().primaries.has(&component);
-        let every = if leads { pace.every / LEADS } else { pace.every };
-        let due = asked_at + course.pause(fails, every);
-        let sooner = async {
-            tokio::select! {
-                () = probe.lost() => {
-                    monitor.lost(of, &component, clock::now());
-                    sleep_until(soon).await;
-                }
-                () = searched(&monitor, pace.searches) => {
-                    sleep_until(asked_at + SEARCH_EVERY.min(pace.every)).await;
-                }
-            }
-        };
-        tokio::select! {
-            () = sleep_until(due) => {}
-            () = sooner => {}
-        }
-    }
-}
-
-async fn searched(monitor: &Monitor, group: Option<u32>) {
-    match group {
-        Some(group) => monitor.leaderless(group).await,
-        None => std::future::pending().await,
-    }
-}
-
-/// Asks once and records the outcome; returns whether it failed.
-pub async fn ask<P: Probe>(
-    probe: &mut P,
-    monitor: &Monitor,
-    of: impl FnOnce(&mut Facts) -> &mut Of<P::Facts>,
-    component: &Component,
-    limit: Duration,
-) -> bool {
-    let asked_at = clock::now();
-    let outcome = timeout(limit, probe.ask()).await.unwrap_or_else(|_| {
-        let error = format!("no answer within {}", humantime::format_duration(limit));
-        Err(Failure { stage: Stage::Timeout, error })
-    });
-    let has_failed = outcome.is_err();
-    monitor.record(of, component, (asked_at, clock::now()), outcome);
-    has_failed
-}
 
 /// Judges what is known, until `shutdown`, and logs what changes.
 ///
@@ -271,7 +206,7 @@ impl Watcher {
     {
         let wait = pace.wait.min(self.spread).mul_f64(self.phases.take());
         let pace = Pace { wait, ..pace };
-        self.tasks.spawn(watch(self.monitor.clone(), of, component, probe, pace))
+        self.tasks.spawn(ask_for_ever(self.monitor.clone(), of, component, probe, pace))
     }
 
     /// The components that the configuration lists.

@@ -123,7 +123,7 @@ pub fn judge(facts: &Facts, writes: &Writes, group: u32) -> Vec<Reading> {
         _ if servers.len() > 1 => {
             let reason = "there is no one primary to ask which standbys stream";
             let reading = Reading::new(&REDUNDANCY, Status::Unknown, reason);
-            let reading = reading.with_next("see the check primary of the group");
+            let reading = reading.with_next("it needs a primary first: see what is said of that");
             Some(Reading { follows: true, ..reading })
         }
         _ => None,

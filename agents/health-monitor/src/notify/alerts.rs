@@ -254,12 +254,13 @@ fn problem(settled: &Settled, severity: Severity) -> Problem {
         Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
         None => text.to_owned(),
     };
+    let (reason, next) = settled.words_to_keep();
     Problem {
         severity,
         is_flapping: settled.is_flapping,
         since: settled.since,
-        reason: short(&settled.reading.reason),
-        next: short(settled.reading.next_step()),
+        reason: short(&reason),
+        next: short(&next),
     }
 }
 

@@ -193,7 +193,10 @@ fn text(cluster: &str, notices: &[Notice]) -> String {
 fn line(notice: &Notice) -> String {
     let Notice { event, subject, problem } = notice;
     let (component, check) = (&subject.component, &subject.check);
-    let severity = problem.severity.name().to_uppercase();
+    let mut severity = problem.severity.name().to_uppercase();
+    if problem.is_flapping {
+        severity += " at its worst";
+    }
     let what = match event {
         Event::Began => severity,
         Event::Changed { before } => format!("{severity} (was {})", before.name()),
@@ -223,7 +226,8 @@ mod tests {
     use super::*;
 
     fn notice(event: Event, name: &str) -> Notice {
-        let problem = problem_at(Severity::Critical, 5);
+        let is_flapping = event == Event::Flapping;
+        let problem = Problem { is_flapping, ..problem_at(Severity::Critical, 5) };
         Notice { event, subject: subject(name, "reachable"), problem }
     }
 
@@ -252,7 +256,7 @@ mod tests {
             ),
             (
                 Event::Flapping,
-                "[demo] CRITICAL, keeps changing: postgres a of group 1: no connection: refused \
+                "[demo] CRITICAL at its worst, keeps changing: postgres a of group 1: no connection: refused \
                  (reachable, since 08:00:05 UTC)\n  Next: look at it",
             ),
             (

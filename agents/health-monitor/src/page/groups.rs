@@ -90,7 +90,10 @@ fn summary<'a>(
     let mut parts = vec![writes];
     if !standbys.is_empty() {
         let lag = standbys.iter().filter_map(|it| lag(it, primary)).max();
-        let lag = lag.map(|it| format!(", lag up to {}", bytes(it))).unwrap_or_default();
+        let lag = lag.map_or_else(String::new, |it| match it {
+            0 => ", no lag".to_owned(),
+            _ => format!(", lag up to {}", bytes(it)),
+        });
         parts.push(counted(standbys.len() as u64, "standby", "standbys") + &lag);
     }
     let silent = members.len() - all.len();
