@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
+use chrono::{Timelike as _, Utc};
 use harness::postgres::postgres_is_missing;
-use harness::{EtcdCluster, RunningAgent, etcd_is_missing, eventually, server_port};
+use harness::{EtcdCluster, PgServer, RunningAgent, etcd_is_missing, eventually, server_port};
 use serde_json::Value;
 use tokio::time::{Instant, sleep};
 
@@ -25,10 +26,10 @@ impl Cluster {
         rows.iter().map(|it| it.get(0)).collect()
     }
 
-    /// How many moves the server is at.
+    /// How many moves, or copies of reference tables, the server is at.
     async fn under_way(&self) -> i64 {
-        let sql = "SELECT count(*) FROM pg_stat_activity \
-                   WHERE query LIKE 'SELECT citus_move%' AND state = 'active'";
+        let sql = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' \
+                   AND query ~ '^SELECT (citus_move|replicate_reference)'";
         self.coordinator.connect().await.query_one(sql, &[]).await.unwrap().get(0)
     }
 
@@ -45,6 +46,36 @@ impl Cluster {
             self.places().await.iter().filter(|it| **it == 2).count() == 2
         })
         .await;
+    }
+
+    /// That its worker 2 is new: it has no reference tables.
+    async fn is_bare(&self) {
+        self.change(
+            "DELETE FROM pg_dist_placement USING pg_dist_shard \
+             WHERE pg_dist_shard.shardid = pg_dist_placement.shardid \
+               AND logicalrelid = 'countries'::regclass AND groupid = 2",
+        )
+        .await;
+    }
+
+    /// A standby of the coordinator, and where both are.
+    async fn coordinators(&self) -> (PgServer, String) {
+        let standby = self.coordinator.standby("coordinator-2").await;
+        standby.catch_up(&self.coordinator).await;
+        let member = Self::member(0, &standby);
+        (standby, member)
+    }
+
+    /// As Patroni tells Citus after a failover.
+    async fn has_new_coordinator(&mut self, promoted: PgServer) -> PgServer {
+        let (host, port) = (promoted.socket_directory().display().to_string(), promoted.port());
+        let old = std::mem::replace(&mut self.coordinator, promoted);
+        self.change(&format!(
+            "UPDATE pg_dist_node SET nodename = '{host}', nodeport = {port} WHERE groupid = 0"
+        ))
+        .await;
+        self.copies_for(0).await;
+        old
     }
 
     /// How the last moves ended, the newest first, as the agent says that runs.
@@ -75,18 +106,11 @@ async fn what_is_planned_is_moved_and_nothing_is_left() {
         return;
     }
     let cluster = Cluster::skewed().await;
-    // A node that is new has no reference tables.
-    cluster
-        .change(
-            "DELETE FROM pg_dist_placement USING pg_dist_shard \
-             WHERE pg_dist_shard.shardid = pg_dist_placement.shardid \
-               AND logicalrelid = 'countries'::regclass AND groupid = 2",
-        )
-        .await;
+    cluster.is_bare().await;
     cluster.configure(APPLY);
     let agent = cluster.starts();
     cluster.is_balanced().await;
-    eventually("all is told", LIMIT, async || cluster.ends().await.len() == 2).await;
+    eventually("all is told", LIMIT, async || cluster.ends().await.len() == 3).await;
     eventually("all is cleaned up", LIMIT, async || {
         let report = cluster.plan().await;
         report["refusals"] == Value::Array(vec![])
@@ -95,7 +119,7 @@ async fn what_is_planned_is_moved_and_nothing_is_left() {
     .await;
     let finished = agent.terminate().await;
     finished.assert_success();
-    for words in ["\"step\":\"copy_reference_tables\"", "\"outcome\":\"moved\""] {
+    for words in ["\"why\":\"reference_tables\"", "\"outcome\":\"moved\""] {
         assert!(finished.stdout.contains(words), "no {words} in {finished}");
     }
     assert!(!finished.stdout.contains("WARN"), "{finished}");
@@ -279,6 +303,170 @@ async fn a_pause_breaks_a_move_off_and_a_budget_outlives_the_agent() {
 }
 
 #[tokio::test]
+async fn reference_tables_are_copied_within_the_same_bounds() {
+    if postgres_is_missing() || etcd_is_missing() {
+        return;
+    }
+    let cluster = Cluster::skewed().await;
+    let etcd = EtcdCluster::start(1).await;
+    cluster.configure(&format!("{APPLY}etcd.endpoints = {:?}\n", etcd.endpoints()));
+    cluster.is_bare().await;
+    cluster.copies_for(60).await;
+    let agent = cluster.starts();
+    cluster.begins().await;
+    cluster.agent().run(&["pause"]).await.assert_success();
+    eventually("the copy ends", LIMIT, async || cluster.under_way().await == 0).await;
+    assert_eq!(cluster.ended("stopped").await, "paused: no reason given");
+
+    // A failure makes it rest for a minute, and nothing comes to that node.
+    cluster.copies_for(0).await;
+    let failure = "could not open a connection to localhost";
+    cluster
+        .change(&format!(
+            "INSERT INTO stand_in.failure VALUES ('replicate_reference_tables', '{failure}')"
+        ))
+        .await;
+    cluster.agent().run(&["resume"]).await.assert_success();
+    let reason = cluster.ended("failed").await;
+    assert!(reason.contains(failure), "{reason}");
+    sleep(Duration::from_secs(8)).await;
+    assert_eq!((cluster.ends().await.len(), cluster.places().await), (2, vec![1; 4]));
+    let status = cluster.agent().run(&["status"]).await.stdout;
+    let words = "lacks reference tables: public.countries; they are not copied: it rests until ";
+    assert!(status.contains(words), "{status}");
+
+    // Whoever has mended it need not wait.
+    cluster.change("TRUNCATE stand_in.failure").await;
+    cluster.agent().run(&["resume"]).await.assert_success();
+    cluster.is_balanced().await;
+    eventually("all is told", LIMIT, async || cluster.ends().await.len() == 5).await;
+    agent.terminate().await.assert_success();
+}
+
+/// Citus shows nothing of an index that it builds.
+#[tokio::test]
+async fn a_move_that_builds_an_index_does_not_stand_still() {
+    if postgres_is_missing() {
+        return;
+    }
+    let cluster = Cluster::skewed().await;
+    cluster.configure(&format!("{APPLY}apply.stall_timeout = \"30s\"\n"));
+    cluster.copies_for(45).await;
+    cluster.change("INSERT INTO stand_in.building VALUES (12)").await;
+    let agent = cluster.starts();
+    eventually("it is moved", Duration::from_secs(80), async || {
+        cluster.ends().await.iter().any(|it| it.0 != "started")
+    })
+    .await;
+    let ends = cluster.ends().await;
+    assert!(ends.iter().all(|it| it.0 != "failed"), "{ends:?}");
+    agent.terminate().await.assert_success();
+}
+
+#[tokio::test]
+async fn a_move_ends_with_its_window() {
+    if postgres_is_missing() {
+        return;
+    }
+    let cluster = Cluster::skewed().await;
+    cluster.copies_for(300).await;
+    // One minute, of which something is left.
+    eventually("a minute begins", Duration::from_mins(1), async || Utc::now().second() < 30).await;
+    let now = Utc::now();
+    let schedule = format!("{} {} * * *", now.minute(), now.hour());
+    cluster
+        .configure(&format!("{APPLY}window = {{ schedule = \"{schedule}\", length = \"1m\" }}\n"));
+    let agent = cluster.starts();
+    cluster.begins().await;
+    eventually("the move ends", Duration::from_secs(75), async || cluster.under_way().await == 0)
+        .await;
+    assert_eq!(cluster.ended("stopped").await, "the window is closed");
+    assert_ne!(Utc::now().minute(), now.minute());
+    cluster.copies_for(0).await;
+    sleep(Duration::from_secs(6)).await;
+    assert_eq!((cluster.ends().await.len(), cluster.places().await), (1, vec![1; 4]));
+    agent.terminate().await.assert_success();
+}
+
+#[tokio::test]
+async fn after_a_failover_of_the_coordinator_moves_go_on() {
+    if postgres_is_missing() {
+        return;
+    }
+    let mut cluster = Cluster::skewed().await;
+    let (standby, member) = cluster.coordinators().await;
+    cluster.configure(&format!("{APPLY}{member}"));
+    cluster.copies_for(60).await;
+    standby.catch_up(&cluster.coordinator).await;
+    let agent = cluster.starts();
+    cluster.begins().await;
+    cluster.coordinator.kill9().await;
+    standby.promote().await;
+    let _old = cluster.has_new_coordinator(standby).await;
+    cluster.is_balanced().await;
+    let reason = cluster.ended("unknown").await;
+    assert!(reason.starts_with("how it ended is unknown: "), "{reason}");
+    agent.terminate().await.assert_success();
+}
+
+/// The old one does not know yet, and still obeys.
+#[tokio::test]
+async fn a_move_does_not_go_on_beside_a_new_coordinator() {
+    if postgres_is_missing() {
+        return;
+    }
+    let mut cluster = Cluster::skewed().await;
+    let (standby, member) = cluster.coordinators().await;
+    cluster.configure(&format!("{APPLY}{member}"));
+    cluster.copies_for(300).await;
+    standby.catch_up(&cluster.coordinator).await;
+    let agent = cluster.starts();
+    cluster.begins().await;
+    standby.promote().await;
+    eventually("the move ends", LIMIT, async || cluster.under_way().await == 0).await;
+    let mut old = cluster.has_new_coordinator(standby).await;
+    old.kill9().await;
+    cluster.is_balanced().await;
+    let reason = cluster.ended("closed").await;
+    assert!(reason.contains("group 0 has several primaries"), "{reason}");
+    agent.terminate().await.assert_success();
+}
+
+#[tokio::test]
+async fn who_waits_is_told_that_nobody_does_it() {
+    if postgres_is_missing() || etcd_is_missing() {
+        return;
+    }
+    let cluster = Cluster::skewed().await;
+    let etcd = EtcdCluster::start(1).await;
+    let etcd = format!("etcd.endpoints = {:?}\n", etcd.endpoints());
+    // One that only looks does not count, and keeps nobody from moving.
+    cluster.configure(&etcd);
+    let mut idle = cluster.starts();
+    idle.logged("agent started", LIMIT).await;
+    let keys = format!("{APPLY}{etcd}");
+    let cluster = Cluster { port: server_port(), ..cluster };
+    cluster.configure(&keys);
+    let finished = cluster.agent().limit(LIMIT * 2).run(&["drain", "1", "--wait"]).await;
+    finished.assert_code(1);
+    let words = "nobody does it: for 30s no agent with mode = \\\"apply\\\" has led";
+    assert!(finished.stderr.contains(words), "{finished}");
+    assert!(
+        finished.stdout.contains("8 shards left on group 1. 4 shard groups to move"),
+        "{finished}"
+    );
+    assert_eq!(cluster.places().await, [1; 4]);
+
+    let agent = cluster.starts();
+    let finished = cluster.agent().limit(LIMIT * 2).run(&["drain", "1", "--wait"]).await;
+    finished.assert_success();
+    assert_eq!(cluster.places().await, [2; 4]);
+    for it in [agent, idle] {
+        it.terminate().await.assert_success();
+    }
+}
+
+#[tokio::test]
 async fn one_of_two_agents_moves_and_the_other_takes_over() {
     if postgres_is_missing() || etcd_is_missing() {
         return;
@@ -297,6 +485,7 @@ async fn one_of_two_agents_moves_and_the_other_takes_over() {
     assert_eq!(other.under_way().await, 1);
     let status = other.agent().run(&["status"]).await;
     assert!(status.stdout.contains("another replica leads"), "{status}");
+    assert!(status.stdout.contains(" moves shard 102008 from "), "{status}");
 
     // Stopped past its lease, it holds up nobody, and begins nothing when it wakes up.
     first.sigstop();

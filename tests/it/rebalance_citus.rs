@@ -225,7 +225,7 @@ async fn a_new_worker_is_filled_and_writers_hardly_wait() {
     assert_eq!(citus.content().await, before);
     let finished = agent.terminate().await;
     finished.assert_success();
-    assert!(finished.stdout.contains("copy_reference_tables"), "{finished}");
+    assert!(finished.stdout.contains("\"why\":\"reference_tables\""), "{finished}");
 }
 
 #[tokio::test]

@@ -55,7 +55,7 @@ impl Cluster {
             .psql(
                 "CREATE ROLE app LOGIN; GRANT CREATE ON SCHEMA public TO app; \
                  CREATE TABLE events (id int PRIMARY KEY); CREATE TABLE log (id int PRIMARY KEY); \
-                 CREATE TABLE countries (id int); \
+                 CREATE TABLE countries (id int PRIMARY KEY); \
                  ALTER TABLE events OWNER TO app; ALTER TABLE log OWNER TO app; \
                  SET allow_system_table_mods = on; \
                  SELECT stand_in.distribute('events', 1, '{1,1,1,1}', array_fill(1 << 30, '{4}')); \
@@ -68,6 +68,13 @@ impl Cluster {
         let it = Self { coordinator, workers, directory: directory(), port: server_port() };
         it.configure("");
         it
+    }
+
+    /// A server that the topology knows, as a part of the configuration.
+    pub(crate) fn member(group: u32, server: &PgServer) -> String {
+        let (name, host, port) =
+            (server.name(), server.socket_directory().display(), server.port());
+        format!("[[nodes]]\ngroup = {group}\nname = \"{name}\"\nhost = \"{host}\"\nport = {port}\n")
     }
 
     fn config(&self) -> PathBuf {
@@ -333,6 +340,20 @@ async fn what_the_servers_say_closes_its_gate() {
     cluster.configure("guard.lag_bytes_max = 0\n");
     worker.psql("CREATE TABLE more AS SELECT generate_series(1, 1000)").await;
     Cluster::assert_refused(&cluster.refused().await, "lag", "standby is");
+    // Known to the topology, it is asked itself: one that does not stream is not seen by its primary.
+    standby.psql("SELECT pg_wal_replay_resume()").await;
+    standby.catch_up(worker).await;
+    let members = Cluster::member(1, worker) + &Cluster::member(1, &standby);
+    cluster.configure(&members);
+    assert_eq!(cluster.refused().await, []);
+    standby.set("primary_conninfo", "").await;
+    let mut refused = Vec::new();
+    eventually("it does not stream", LIMIT, async || {
+        refused = cluster.refused().await;
+        !refused.is_empty()
+    })
+    .await;
+    Cluster::assert_refused(&refused, "lag", "standby does not stream");
     drop(standby);
     cluster.configure("");
 
@@ -498,8 +519,8 @@ async fn without_citus_the_agent_says_so_once_and_is_ready() {
 
     let running = agent.spawn(&["run"]);
     let looks = |text: &str| {
-        let line =
-            text.lines().find(|it| it.starts_with("pgmesh_rebalance_looks_total{outcome=\"ok\"}"));
+        let series = "pgmesh_rebalance_looks_total{cluster=\"tests\",outcome=\"ok\"}";
+        let line = text.lines().find(|it| it.starts_with(series));
         line.and_then(|it| it.rsplit(' ').next()?.parse::<u32>().ok()).unwrap_or(0)
     };
     eventually("it has looked twice", LIMIT, async || 2 <= looks(&get(port, "/metrics").await.1))

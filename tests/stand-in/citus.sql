@@ -59,8 +59,15 @@ CREATE TABLE stand_in.disk (available bigint NOT NULL, total bigint NOT NULL);
 INSERT INTO stand_in.disk VALUES (60::bigint << 30, 100::bigint << 30);
 CREATE TABLE stand_in.broken_link (from_node int, to_node int, result bool);
 CREATE TABLE stand_in.plan (shardid bigint, source int, target int);
+CREATE TABLE stand_in.building (nodeid int);
+GRANT USAGE ON SCHEMA stand_in TO PUBLIC;
+GRANT SELECT ON stand_in.building TO PUBLIC;
 CREATE TABLE stand_in.progress (shardid bigint, source int, target int, progress bigint, status text);
 CREATE SEQUENCE stand_in.shardid START 102008;
+-- How long a move copies. At its end it needs the lock on the other table, as a real one that of the shard.
+CREATE TABLE stand_in.copying (seconds float NOT NULL);
+INSERT INTO stand_in.copying VALUES (0.2);
+CREATE TABLE stand_in.cutover ();
 
 CREATE FUNCTION stand_in.may_fail(name text) RETURNS void LANGUAGE plpgsql SECURITY DEFINER AS $$
 DECLARE reason text := (SELECT message FROM stand_in.failure WHERE function = name);
@@ -109,6 +116,20 @@ BEGIN
      WHERE a.noderole = 'primary' AND b.noderole = 'primary';
 END $$;
 
+-- Asks this server in place of each, and believes what it says of all but those that are listed: they do
+-- what is asked for.
+CREATE FUNCTION pg_catalog.run_command_on_all_nodes(
+    command text, parallel bool = true, give_warning_for_connection_errors bool = false,
+    OUT nodeid int, OUT success bool, OUT result text) RETURNS SETOF record LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE answer text;
+BEGIN
+    EXECUTE command INTO answer;
+    RETURN QUERY SELECT node.nodeid, true,
+           CASE WHEN EXISTS (SELECT FROM stand_in.building AS it WHERE it.nodeid = node.nodeid) THEN 't' ELSE answer END
+      FROM pg_dist_node AS node WHERE noderole = 'primary';
+END $$;
+
 CREATE FUNCTION pg_catalog.get_rebalance_table_shards_plan(
     relation regclass = NULL, threshold real = NULL, max_shard_moves int = 1000000, excluded_shard_list bigint[] = '{}',
     drain_only bool = false, rebalance_strategy name = NULL, improvement_threshold real = NULL)
@@ -151,11 +172,6 @@ BEGIN
       JOIN pg_dist_node AS b ON b.nodeid = it.target;
 END $$;
 
--- How long a move copies. At its end it needs the lock on the other table, as a real one that of the shard.
-CREATE TABLE stand_in.copying (seconds float NOT NULL);
-INSERT INTO stand_in.copying VALUES (0.2);
-CREATE TABLE stand_in.cutover ();
-
 -- It shows as under way while it holds an advisory lock on the shard. What it leaves to be dropped is a
 -- record, as of a real one.
 CREATE FUNCTION pg_catalog.citus_move_shard_placement(
@@ -196,6 +212,10 @@ CREATE PROCEDURE pg_catalog.citus_cleanup_orphaned_resources() LANGUAGE sql SECU
 CREATE FUNCTION pg_catalog.replicate_reference_tables(shard_transfer_mode citus.shard_transfer_mode = 'auto')
     RETURNS void LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
+    PERFORM pg_advisory_xact_lock(hashtext('move'), shard.shardid::int)
+       FROM pg_dist_shard AS shard JOIN pg_dist_partition AS table_ USING (logicalrelid)
+      WHERE table_.repmodel = 't';
+    PERFORM pg_sleep(seconds) FROM stand_in.copying;
     PERFORM stand_in.may_fail('replicate_reference_tables');
     INSERT INTO pg_dist_placement (shardid, groupid)
     SELECT shard.shardid, node.groupid

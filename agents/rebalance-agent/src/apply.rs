@@ -1,4 +1,5 @@
-//! Moves one shard group: bounded in time and in what writers wait, watched, and broken off when it must.
+//! Moves one shard group, or copies the reference tables that nodes lack: bounded in time and in what writers
+//! wait, watched, and broken off when it must.
 //!
 //! Citus' own background jobs ignore the settings of the session that starts them, so a transaction that
 //! wrote to the shard and stays open holds up all its writers at the end of a move for as long as it
@@ -6,6 +7,8 @@
 
 mod progress;
 
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use shared::lease::Claim;
@@ -24,6 +27,8 @@ pub use progress::{Cutover, Progress, Standstill};
 const TICK: Duration = Duration::from_millis(500);
 /// … and so often when its writers may have to wait.
 const TICK_NEAR_THE_END: Duration = Duration::from_millis(200);
+/// So often it is asked whether an index is built; more often only where little patience is configured.
+const TICK_OF_BUILDS: Duration = Duration::from_secs(30);
 /// How long a move may take to end after it was cancelled; it drops what it has copied by then.
 const CANCEL_LIMIT: Duration = Duration::from_secs(15);
 /// How long Citus may clean up; a node that hangs would hold it up.
@@ -40,9 +45,21 @@ const CHECK: &str = "
            EXISTS (SELECT FROM pg_dist_placement
                     WHERE shardid = $1::bigint AND groupid = $2::int AND shardstate = 1)";
 
-/// What is to be moved.
+/// Whether a node that is to have shards lacks one of those. Citus looks at its first reference table
+/// only: if a node has that, it copies none of the others.
+const LACKING: &str = "
+    SELECT min(shardid)
+      FROM unnest($1::bigint[]) AS shard (shardid) CROSS JOIN pg_dist_node AS node
+     WHERE noderole::text = 'primary' AND isactive AND shouldhaveshards
+       AND NOT EXISTS (SELECT FROM pg_dist_placement AS placement
+                        WHERE placement.shardid = shard.shardid
+                          AND placement.groupid = node.groupid AND shardstate = 1)";
+
+/// What is to be moved, or copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Order<'a> {
+    /// Whether these are reference tables, to be copied to each node that lacks them.
+    pub copies: bool,
     /// The lowest shard of the group.
     pub shard: i64,
     /// All of them.
@@ -63,7 +80,8 @@ pub struct End {
 }
 
 impl End {
-    fn new(outcome: Outcome, reason: impl Into<String>) -> Self {
+    /// For that reason.
+    pub fn new(outcome: Outcome, reason: impl Into<String>) -> Self {
         Self { outcome, reason: reason.into() }
     }
 }
@@ -82,6 +100,15 @@ pub enum ApplyError {
     BrokenOff {
         /// Why: a sentence without full stop.
         reason: String,
+    },
+    /// Citus says that it is done, and it is not.
+    #[error(
+        "Citus copied nothing, because it looks at its first reference table alone; shard {shard} is lacking: \
+         copy it with citus_copy_shard_placement()"
+    )]
+    Lacking {
+        /// What is not everywhere.
+        shard: i64,
     },
 }
 
@@ -112,37 +139,12 @@ impl Hand<'_> {
         Ok(())
     }
 
-    /// Copies the reference tables to the nodes that lack them, until it is done or `halted` says why it
-    /// must not go on. Writers of those tables wait for as long as it takes, after at most `lock_timeout`
-    /// in which they are waited for.
-    ///
-    /// # Errors
-    ///
-    /// The coordinator refuses, or does not answer.
-    pub async fn copy_reference_tables(
-        &self,
-        halted: impl Future<Output = String>,
-    ) -> Result<(), ApplyError> {
-        let connection = self.session().await?;
-        let work = self.bounded(&connection, "SELECT replicate_reference_tables('auto')");
-        tokio::pin!(work);
-        let reason = tokio::select! {
-            done = &mut work => return done,
-            reason = halted => reason,
-        };
-        Box::pin(connection.cancel()).await;
-        match timeout(CANCEL_LIMIT, work).await {
-            Ok(Ok(())) => Ok(()),
-            _ => Err(ApplyError::BrokenOff { reason }),
-        }
-    }
-
-    /// Moves a shard group, until it is done or `halted` says why it must not go on. `show` takes how far
-    /// it is.
+    /// Moves a shard group, or copies reference tables, until it is done or `halted` says how it is to
+    /// end. `show` takes how far it is.
     pub async fn carry(
         &self,
         order: Order<'_>,
-        halted: impl Future<Output = String>,
+        halted: impl Future<Output = End>,
         show: impl FnMut(&Progress),
     ) -> End {
         let connection = match self.session().await {
@@ -154,12 +156,17 @@ impl Hand<'_> {
             Ok(Err(reason)) => return End::new(Outcome::Failed, reason),
             Err(error) => return End::new(Outcome::Failed, chain(&error).to_string()),
         };
-        let work = self.bounded(&connection, &sql);
+        let work = async {
+            self.bounded(&connection, &sql).await?;
+            if order.copies { is_copied(&connection, order.shards).await } else { Ok(()) }
+        };
         tokio::pin!(work);
+        let is_building = AtomicBool::new(false);
         let why = tokio::select! {
             ended = &mut work => return self.end(ended, None),
-            why = halted => (Outcome::Stopped, why),
-            why = self.watch(order.shards, show) => why,
+            why = halted => why,
+            why = self.watch(order.shards, &is_building, show) => why,
+            never = self.see_builds(order.shards, &is_building) => match never {},
         };
         // It drops what it has copied; what it cannot, Citus does later.
         Box::pin(connection.cancel()).await;
@@ -167,7 +174,7 @@ impl Hand<'_> {
             return self.end(ended, Some(why));
         }
         // The server ends it when it finds that nobody listens.
-        let reason = format!("{}; and it does not answer to being cancelled", why.1);
+        let reason = format!("{}; and it does not answer to being cancelled", why.reason);
         End::new(Outcome::Unknown, reason)
     }
 
@@ -206,12 +213,15 @@ impl Hand<'_> {
         Ok(())
     }
 
-    /// What came of a move. `broken_off` says why it was to end, if it was.
-    fn end(&self, ended: Result<(), ApplyError>, broken_off: Option<(Outcome, String)>) -> End {
+    /// What came of it. `broken_off` says how it was to end, if it was.
+    fn end(&self, ended: Result<(), ApplyError>, broken_off: Option<End>) -> End {
         let error = match ended {
             // It was quicker.
             Ok(()) => return End::new(Outcome::Moved, ""),
             Err(ApplyError::BrokenOff { reason }) => return End::new(Outcome::Stopped, reason),
+            Err(error @ ApplyError::Lacking { .. }) => {
+                return End::new(Outcome::Failed, error.to_string());
+            }
             Err(error) => error,
         };
         let code = match &error {
@@ -223,7 +233,7 @@ impl Hand<'_> {
                 let reason = format!("how it ended is unknown: {}", chain(&error));
                 End::new(Outcome::Unknown, reason)
             }
-            (Some(_), Some((outcome, why))) => End::new(outcome, why),
+            (Some(_), Some(end)) => end,
             (Some(SqlState::LOCK_NOT_AVAILABLE), None) => {
                 let waited = humantime::format_duration(self.limits.lock_timeout);
                 let reason = format!("it did not get a lock within {waited}: {}", chain(&error));
@@ -234,7 +244,12 @@ impl Hand<'_> {
     }
 
     /// Asks how far the move is, until it stands still or keeps its writers waiting for too long.
-    async fn watch(&self, shards: &[i64], mut show: impl FnMut(&Progress)) -> (Outcome, String) {
+    async fn watch(
+        &self,
+        shards: &[i64],
+        is_building: &AtomicBool,
+        mut show: impl FnMut(&Progress),
+    ) -> End {
         let Apply { lock_timeout, stall_timeout, .. } = *self.limits;
         let (mut standstill, mut cutover) =
             (Standstill::new(stall_timeout), Cutover::new(lock_timeout));
@@ -256,10 +271,13 @@ impl Hand<'_> {
             };
             let now = Instant::now();
             if let Some(why) = cutover.see(&progress, now) {
-                return (Outcome::NoLock, why);
+                return End::new(Outcome::NoLock, why);
+            }
+            if is_building.swap(false, Ordering::Relaxed) {
+                standstill.went_on(now);
             }
             if let Some(why) = standstill.see(&progress, now) {
-                return (Outcome::Failed, why);
+                return End::new(Outcome::Failed, why);
             }
             is_near = progress.is_near_the_end() || (is_near && progress == Progress::default());
             show(&progress);
@@ -271,12 +289,48 @@ impl Hand<'_> {
         connection: &mut Option<Connection>,
         shards: &[i64],
     ) -> Result<Progress, ApplyError> {
+        Ok(progress::read(self.kept(connection).await?, shards).await?)
+    }
+
+    /// A connection that is kept as long as it lives.
+    async fn kept<'a>(
+        &self,
+        connection: &'a mut Option<Connection>,
+    ) -> Result<&'a Connection, ConnectError> {
         let kept = match connection.take().filter(|it| !it.is_closed()) {
             Some(kept) => kept,
             None => Box::pin(connect(self.settings, self.coordinator)).await?,
         };
-        let progress = progress::read(connection.insert(kept), shards).await?;
-        Ok(progress)
+        Ok(connection.insert(kept))
+    }
+
+    /// Says each time that an index of these shards is being built: a move shows nothing of it, for as
+    /// long as it takes. It asks by itself, because a node that hangs holds it up.
+    async fn see_builds(&self, shards: &[i64], is_building: &AtomicBool) -> Infallible {
+        let mut connection = None;
+        loop {
+            sleep((self.limits.stall_timeout / 4).min(TICK_OF_BUILDS)).await;
+            let asked = async {
+                let kept = self.kept(&mut connection).await?;
+                Ok::<_, ApplyError>(progress::is_building(kept, shards).await?)
+            };
+            match asked.await {
+                Ok(is_seen) => is_building.store(is_seen, Ordering::Relaxed),
+                Err(error) => {
+                    debug!(error = %chain(&error), "whether an index is built is unknown");
+                    connection = None;
+                }
+            }
+        }
+    }
+}
+
+/// Fails unless each node has them.
+async fn is_copied(connection: &Connection, shards: &[i64]) -> Result<(), ApplyError> {
+    let row = connection.query_one(LACKING, &[&shards]).await?;
+    match row.get(0) {
+        Some(shard) => Err(ApplyError::Lacking { shard }),
+        None => Ok(()),
     }
 }
 
@@ -285,7 +339,7 @@ async fn check(
     connection: &Connection,
     order: Order<'_>,
 ) -> Result<Result<String, String>, QueryError> {
-    let Order { shard, from, to, .. } = order;
+    let Order { copies, shard, from, to, .. } = order;
     let number = |group: u32| i32::try_from(group).unwrap_or(-1);
     let row = connection.query_one(CHECK, &[&shard, &number(from), &number(to)]).await?;
     let (is_coordinator, source, target, is_there): (bool, Option<i32>, Option<i32>, bool) =
@@ -295,6 +349,8 @@ async fn check(
         (_, _, _, false) => Err(format!("shard {shard} is not on group {from} any more")),
         (_, None, ..) => Err(format!("group {from} has no active primary any more")),
         (_, _, None, _) => Err(format!("group {to} takes no shards any more")),
+        // Citus does it in a session of its own, where this one's limits do not hold: the watch bounds it.
+        _ if copies => Ok("SELECT replicate_reference_tables('auto')".to_owned()),
         (_, Some(source), Some(target), true) => {
             Ok(format!("SELECT citus_move_shard_placement({shard}, {source}, {target}, 'auto')"))
         }

@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
 use crate::config::Mode;
-use crate::guard::{Gate, Scope};
+use crate::guard::{Gate, Refusal, Scope};
 use crate::report::View;
 
 /// So many are kept in memory, to be shown.
@@ -25,8 +25,8 @@ pub struct Audit {
     pub summary: String,
     /// What is to be moved: shard, from which group, to which.
     pub moves: Vec<(i64, u32, u32)>,
-    /// Which gates are closed, and for what.
-    pub refused: Vec<(Gate, Scope)>,
+    /// Which gates are closed, for what, why, and what to do.
+    pub refused: Vec<Refusal>,
 }
 
 impl Audit {
@@ -39,14 +39,18 @@ impl Audit {
             mode,
             summary: view.summary(),
             moves: moves.map(|it| (it.shard, it.from, it.to)).collect(),
-            refused: view.refusals.iter().map(|it| (it.gate, it.scope)).collect(),
+            refused: view.refusals.clone(),
         }
     }
 
     /// Whether the same was decided, for the same reasons. The numbers in the sentences change all
     /// the time.
     fn is_like(&self, other: &Self) -> bool {
-        self.moves == other.moves && self.refused == other.refused && self.mode == other.mode
+        self.moves == other.moves && self.gates().eq(other.gates()) && self.mode == other.mode
+    }
+
+    fn gates(&self) -> impl Iterator<Item = (Gate, Scope)> {
+        self.refused.iter().map(|it| (it.gate, it.scope))
     }
 }
 
@@ -95,7 +99,8 @@ mod tests {
             skewed(it);
             it.catalogue.is_coordinator = false;
         }));
-        assert_eq!(closed.refused, [(Gate::Coordinator, Scope::Cluster)]);
+        assert_eq!(closed.gates().collect::<Vec<_>>(), [(Gate::Coordinator, Scope::Cluster)]);
+        assert_eq!(closed.refused[0].reason, "the server that was asked is a worker");
         assert_eq!(trail.add(closed.clone()), Some(&closed));
         assert_eq!(trail.newest().collect::<Vec<_>>(), [&closed, &first]);
         let text = serde_json::to_string(&closed).unwrap();

@@ -34,7 +34,10 @@ pub enum Command {
     ///
     /// Needs etcd: every replica sees it, and it outlives them.
     Pause(PauseArgs),
-    /// Go on after `pause`
+    /// Go on after `pause`, and let nothing rest any more because its last moves failed
+    ///
+    /// What was moved, and what failed, counts for the budget all the same. Needs etcd; without it,
+    /// restart the agent.
     Resume,
     /// Move all shards off a node, before it is removed
     ///
@@ -88,7 +91,7 @@ pub struct PauseArgs {
 pub struct NodeArgs {
     /// The node: its group's number, its host, or host:port as Citus knows it
     pub node: String,
-    /// Return when it is empty, or when something is in the way
+    /// Return when it is empty, or when something is in the way: also that no agent leads for 30 s
     #[arg(long)]
     pub wait: bool,
 }
@@ -101,7 +104,7 @@ pub struct MoveArgs {
     /// The node: its group's number, its host, or host:port as Citus knows it
     #[arg(required_unless_present = "cancel")]
     pub node: Option<String>,
-    /// Return when it is there, or when something is in the way
+    /// Return when it is there, or when something is in the way: also that no agent leads for 30 s
     #[arg(long)]
     pub wait: bool,
     /// Do not move it, if that has not begun

@@ -9,11 +9,12 @@ use chrono::{TimeDelta, Utc};
 use shared::cli::print;
 use shared::{config, http};
 
+use crate::board::Board;
 use crate::cli::{Cli, Command, MoveArgs, ShowArgs};
 use crate::config::Config;
 use crate::control::{Pause, Request};
 use crate::observe::Observer;
-use crate::rebalance::{Board, Rebalancer};
+use crate::rebalance::Rebalancer;
 use crate::report::{Report, Turn};
 use crate::{requests, service, show};
 

@@ -174,7 +174,7 @@ impl Balance {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
-    /// Bytes that one run moves at most.
+    /// Bytes that one run moves at most. A shard group that is larger is never moved.
     pub bytes_per_run: u64,
     /// Shard groups that one run moves at most.
     pub moves_per_run: u32,
@@ -196,6 +196,11 @@ impl Default for Limits {
 }
 
 impl Limits {
+    /// What is larger is never moved.
+    pub fn bytes_max(&self) -> u64 {
+        self.bytes_per_run.min(self.bytes_per_day)
+    }
+
     fn check(&self, problems: &mut Problems) {
         for (key, limit) in [
             ("bytes_per_run", self.bytes_per_run),
@@ -215,7 +220,7 @@ impl Limits {
 #[serde(default, deny_unknown_fields)]
 pub struct Guard {
     /// How far a standby of either side may be behind, in bytes of WAL: what is moved is WAL for
-    /// its standbys too.
+    /// its standbys too. One that does not stream is too far.
     pub lag_bytes_max: u64,
     /// How old a transaction that has written may be. It holds up the start of a move, and the
     /// writers with it at its end.
@@ -259,7 +264,8 @@ pub struct Apply {
     /// How long one move may take.
     #[serde(with = "humantime_serde")]
     pub move_timeout: Duration,
-    /// How long a move may stand still: the same phase, no byte and no WAL position further.
+    /// How long a move may stand still: the same phase, no byte and no WAL position further, and no index
+    /// that is built.
     #[serde(with = "humantime_serde")]
     pub stall_timeout: Duration,
     /// How long nothing is moved after a move.

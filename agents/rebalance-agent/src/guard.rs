@@ -1,8 +1,8 @@
 //! Reasons not to move anything now. Pure.
 //!
 //! Each gate is closed until what it asks is known and good: what is not known closes it as what is
-//! bad does. A refusal holds for the cluster, for what is on one group of servers, or for the tables
-//! of one colocation group.
+//! bad does. A refusal holds for the cluster, for what is on one group of servers, for the tables of one
+//! colocation group, or for one shard.
 
 mod cluster;
 mod servers;
@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::{Guard, Limits};
 use crate::control::Control;
 use crate::known::Known;
-use crate::ledger::{DAY, Ledger, Spent};
+use crate::ledger::{DAY, Ledger, Outcome, Spent};
 use crate::observation::Observation;
 use crate::window::Window;
 
@@ -106,23 +106,6 @@ impl Gate {
         Self::Owner,
     ];
 
-    /// Whether a move that is under way is broken off when it closes. The others close because of
-    /// the move itself, or only make it wait: standbys that fall behind, or a base backup, delay
-    /// what comes next.
-    pub const fn ends_a_move(self) -> bool {
-        matches!(
-            self,
-            Self::Coordinator
-                | Self::Nodes
-                | Self::Reachable
-                | Self::Patroni
-                | Self::Window
-                | Self::Paused
-                | Self::Health
-                | Self::Disk
-        )
-    }
-
     /// Its name in metrics, logs and JSON.
     pub const fn name(self) -> &'static str {
         match self {
@@ -164,6 +147,8 @@ pub enum Scope {
     Group(u32),
     /// Moves of the tables of a colocation group.
     Colocation(u32),
+    /// Moves of a shard, and of those that it is colocated with.
+    Shard(i64),
 }
 
 impl Display for Scope {
@@ -172,6 +157,7 @@ impl Display for Scope {
             Self::Cluster => f.pad("cluster"),
             Self::Group(group) => f.pad(&format!("group {group}")),
             Self::Colocation(id) => f.pad(&format!("colocation group {id}")),
+            Self::Shard(id) => f.pad(&format!("shard {id}")),
         }
     }
 }
@@ -187,6 +173,22 @@ pub struct Refusal {
     pub reason: String,
     /// What to do about it; the same.
     pub next: String,
+}
+
+impl Refusal {
+    /// How a move that is under way is to end because of it; `None` if it need not. Other gates close
+    /// because of the move itself, or only make it wait: standbys that fall behind or are restarted, or a
+    /// base backup, delay what comes next.
+    pub const fn ends_a_move(&self) -> Option<Outcome> {
+        match (self.gate, self.scope) {
+            (Gate::Window | Gate::Paused, _) => Some(Outcome::Stopped),
+            (Gate::Reachable, Scope::Cluster)
+            | (Gate::Coordinator | Gate::Nodes | Gate::Patroni | Gate::Health | Gate::Disk, _) => {
+                Some(Outcome::Closed)
+            }
+            _ => None,
+        }
+    }
 }
 
 /// What is decided from.

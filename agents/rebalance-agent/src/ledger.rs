@@ -28,8 +28,11 @@ pub enum Outcome {
     Moved,
     /// It did not get its lock in time.
     NoLock,
-    /// It was broken off in time: the window closed, a gate did, the agent stopped.
+    /// It was to end: the window closed, somebody paused, the agent stopped.
     Stopped,
+    /// It was broken off because a gate closed that it may have closed itself: a server was lost, a disk
+    /// filled, the health monitor warned.
+    Closed,
     /// It failed, or stood still.
     Failed,
     /// The connection broke: how it ended is not known.
@@ -38,8 +41,8 @@ pub enum Outcome {
 
 impl Outcome {
     /// All, as metrics list them.
-    pub const ENDS: [Self; 5] =
-        [Self::Moved, Self::NoLock, Self::Stopped, Self::Failed, Self::Unknown];
+    pub const ENDS: [Self; 6] =
+        [Self::Moved, Self::NoLock, Self::Stopped, Self::Closed, Self::Failed, Self::Unknown];
 
     /// Its name in metrics, logs and JSON.
     pub const fn name(self) -> &'static str {
@@ -48,6 +51,7 @@ impl Outcome {
             Self::Moved => "moved",
             Self::NoLock => "no_lock",
             Self::Stopped => "stopped",
+            Self::Closed => "closed",
             Self::Failed => "failed",
             Self::Unknown => "unknown",
         }
@@ -65,6 +69,9 @@ pub struct Entry {
     pub from: u32,
     /// The group it is to be on.
     pub to: u32,
+    /// Whether reference tables are copied, to each node that lacks them, and nothing is moved.
+    #[serde(default)]
+    pub copies: bool,
     /// Its size. What was broken off half-way counts in full: it was written, and is thrown away.
     pub bytes: u64,
     /// All shards of it.
@@ -104,30 +111,40 @@ pub struct Spent {
 
 /// The moves of the last 24 hours, in their order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Ledger(Vec<Entry>);
+pub struct Ledger {
+    entries: Vec<Entry>,
+    /// When somebody last said that what failed before is mended.
+    resumed_at: Option<DateTime<Utc>>,
+}
 
 impl Ledger {
     /// From what was kept, in any order.
     pub fn new(mut entries: Vec<Entry>) -> Self {
         entries.sort_by_key(|it| (it.at, it.shard));
-        Self(entries)
+        Self { entries, resumed_at: None }
+    }
+
+    /// What failed before then makes nothing rest any more. It still counts for the budget.
+    pub fn resumed(self, at: Option<DateTime<Utc>>) -> Self {
+        Self { resumed_at: at.max(self.resumed_at), ..self }
     }
 
     /// Writes down a move, in place of what was said of it before, and forgets what is too old.
     pub fn record(&mut self, entry: Entry) {
-        self.0.retain(|it| entry.at < it.at + DAY && (it.at, it.shard) != (entry.at, entry.shard));
-        self.0.push(entry);
-        self.0.sort_by_key(|it| (it.at, it.shard));
+        let is_other = |it: &Entry| (it.at, it.shard) != (entry.at, entry.shard);
+        self.entries.retain(|it| entry.at < it.at + DAY && is_other(it));
+        self.entries.push(entry);
+        self.entries.sort_by_key(|it| (it.at, it.shard));
     }
 
     /// The newest first.
     pub fn newest(&self) -> impl Iterator<Item = &Entry> {
-        self.0.iter().rev()
+        self.entries.iter().rev()
     }
 
     /// What was moved from `since` on.
     pub fn spent(&self, since: DateTime<Utc>) -> Spent {
-        let counted = self.0.iter().filter(|it| since <= it.at);
+        let counted = self.entries.iter().filter(|it| since <= it.at);
         counted.fold(Spent::default(), |spent, it| Spent {
             bytes: spent.bytes.saturating_add(it.bytes),
             moves: spent.moves.saturating_add(1),
@@ -136,7 +153,7 @@ impl Ledger {
 
     /// Until when nothing is moved because the last moves failed, how many did, and why the last one.
     pub fn setbacks(&self) -> Option<(DateTime<Utc>, u32, String)> {
-        let (last, failures) = failures(self.newest())?;
+        let (last, failures) = self.failures(|_| true)?;
         let doublings = failures.checked_sub(SETBACKS_MAX)?;
         let until = last.last_at() + rest_after(SETBACK_REST_MIN, doublings);
         Some((until, failures, last.why().to_owned()))
@@ -144,21 +161,29 @@ impl Ledger {
 
     /// Until when a shard group is left alone after its last moves failed, and why.
     pub fn rest(&self, shard: i64) -> Option<(DateTime<Utc>, String)> {
-        let (last, failures) = failures(self.newest().filter(|it| it.shard == shard))?;
+        let (last, failures) = self.failures(|it| it.shard == shard)?;
         let times = if failures == 1 { "its last move failed" } else { "its last moves failed" };
         let until = last.last_at() + rest_after(REST_MIN, failures - 1);
         Some((until, format!("{times}: {}", last.why())))
     }
-}
 
-/// The last failure and how many there are in a row, if the last move failed. One that was broken off in
-/// time says nothing either way.
-fn failures<'a>(newest: impl Iterator<Item = &'a Entry>) -> Option<(&'a Entry, u32)> {
-    let mut failed = newest
-        .filter(|it| it.outcome != Outcome::Stopped)
-        .take_while(|it| it.outcome != Outcome::Moved);
-    let last = failed.next()?;
-    Some((last, u32::try_from(failed.count()).unwrap_or(u32::MAX).saturating_add(1)))
+    /// Why a shard group rests at `now`, if it does.
+    pub fn resting(&self, shard: i64, now: DateTime<Utc>) -> Option<String> {
+        let (until, reason) = self.rest(shard).filter(|(until, _)| now < *until)?;
+        Some(format!("it rests until {}: {reason}", until.format("%H:%M:%S UTC")))
+    }
+
+    /// The last failure and how many there are in a row, if the last of those moves failed. One that was
+    /// to end says nothing either way.
+    fn failures(&self, is_of: impl Fn(&Entry) -> bool) -> Option<(&Entry, u32)> {
+        let is_old = |it: &Entry| self.resumed_at.is_some_and(|at| it.last_at() <= at);
+        let mut failed = self
+            .newest()
+            .filter(|it| is_of(it) && it.outcome != Outcome::Stopped)
+            .take_while(|it| it.outcome != Outcome::Moved && !is_old(it));
+        let last = failed.next()?;
+        Some((last, u32::try_from(failed.count()).unwrap_or(u32::MAX).saturating_add(1)))
+    }
 }
 
 fn rest_after(least: TimeDelta, doublings: u32) -> TimeDelta {
@@ -184,6 +209,7 @@ mod tests {
             shard,
             from: 1,
             to: 2,
+            copies: false,
             bytes: 10,
             shards: vec![shard],
             replica: "host-1".to_owned(),
@@ -219,12 +245,15 @@ mod tests {
 
     #[test]
     fn a_failure_makes_a_shard_group_rest_longer_each_time() {
-        use Outcome::{Failed, Moved, NoLock, Started, Stopped, Unknown};
+        use Outcome::{Closed, Failed, Moved, NoLock, Started, Stopped, Unknown};
         for (outcomes, expected) in [
             (vec![], None),
             (vec![Moved], None),
             (vec![Stopped], None),
             (vec![NoLock], Some(1)),
+            // What it does to a disk or a server it would do again.
+            (vec![Closed], Some(1)),
+            (vec![Closed, Stopped, Closed], Some(2)),
             (vec![NoLock, Failed], Some(2)),
             (vec![Failed, Failed, Unknown, Started], Some(8)),
             (vec![Failed, Moved, Failed], Some(1)),
@@ -243,6 +272,24 @@ mod tests {
     fn a_rest_begins_when_the_move_has_ended() {
         let long = Entry { ended_at: Some(at(100)), ..entry(0, 1, Outcome::Failed) };
         assert_eq!(Ledger::new(vec![long]).rest(1).map(|it| it.0), Some(at(101)));
+    }
+
+    /// An operator who has mended it need not wait for an hour.
+    #[test]
+    fn what_failed_before_somebody_resumed_makes_nothing_rest() {
+        let entries = (0..4).map(|minute| entry(minute, 1, Outcome::Failed));
+        let ledger = Ledger::new(entries.collect());
+        for (resumed, rest, setback) in [
+            (None, Some(3 + 8), Some(4)),
+            (Some(0), Some(3 + 4), Some(3)),
+            (Some(2), Some(4), None),
+            (Some(3), None, None),
+        ] {
+            let ledger = ledger.clone().resumed(resumed.map(at));
+            assert_eq!(ledger.rest(1).map(|it| it.0), rest.map(at), "{resumed:?}");
+            assert_eq!(ledger.setbacks().map(|it| it.1), setback, "{resumed:?}");
+            assert_eq!(ledger.spent(at(0)).moves, 4);
+        }
     }
 
     #[test]

@@ -3,10 +3,11 @@
 //! In the order data flows: [`observe`] asks; [`catalogue`], [`servers`] and [`surroundings`] are
 //! what there is to know, [`observation`] all of it, with [`known`] for what is not; [`control`] is
 //! what operators ask for, [`ledger`] what was moved, [`memory`] where both are kept. [`guard`] says
-//! why nothing may be moved, [`situation`] puts it together, [`balance`] measures, [`mod@plan`] decides
-//! what to move, [`mod@step`] what is done next, and [`apply`] does it. [`rebalance`] is the loop,
-//! [`audit`] keeps what was decided; [`report`], [`show`] and [`metrics`] are what one can see of it,
-//! and with [`requests`] operators ask.
+//! why nothing may be moved, [`mod@reference`] what new nodes need first, [`situation`] puts it
+//! together, [`balance`] measures, [`mod@plan`] decides what to move, [`mod@step`] what is done next,
+//! and [`apply`] does it. [`rebalance`] is the loop, [`audit`] keeps what was decided, [`board`] shows
+//! it; [`report`], [`show`] and [`metrics`] are what one can see of it, and with [`requests`]
+//! operators ask.
 
 pub mod config;
 pub mod window;
@@ -26,12 +27,14 @@ pub mod observe;
 pub mod balance;
 pub mod guard;
 pub mod plan;
+pub mod reference;
 pub mod situation;
 pub mod step;
 
 pub mod apply;
 
 pub mod audit;
+pub mod board;
 pub mod rebalance;
 pub mod report;
 

@@ -4,7 +4,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use chrono::SecondsFormat;
+use chrono::{SecondsFormat, Utc};
 use humantime::format_duration;
 use serde::de::DeserializeOwned;
 use shared::etcd::{Etcd, EtcdError, KeyValue};
@@ -12,6 +12,7 @@ use shared::telemetry::chain;
 use thiserror::Error;
 use tokio::time::timeout;
 
+use crate::commands::AGENT;
 use crate::control::{Control, Request};
 use crate::known::{Known, Unknown};
 use crate::ledger::{Entry, Ledger, kept_for};
@@ -22,6 +23,8 @@ const LIMIT: Duration = Duration::from_secs(15);
 const PAUSE: &str = "request/pause";
 const DRAIN: &str = "request/drain/";
 const MOVE: &str = "request/move/";
+/// When somebody last resumed.
+const RESUMED: &str = "request/resumed";
 const MOVED: &str = "moved/";
 
 /// Why something was not written down.
@@ -40,6 +43,8 @@ pub enum MemoryError {
 pub struct Memory {
     /// Where, and below which key.
     etcd: Option<(Etcd, String)>,
+    /// The key of who leads.
+    lease: String,
     /// In this process, without etcd.
     local: Mutex<(Control, Ledger)>,
 }
@@ -48,12 +53,13 @@ impl Memory {
     /// Of a cluster, in etcd.
     pub fn in_etcd(etcd: Etcd, cluster: &str) -> Self {
         let root = format!("/pgmesh/{cluster}/rebalance/");
-        Self { etcd: Some((etcd, root)), local: Mutex::default() }
+        let lease = format!("/pgmesh/{cluster}/lease/{AGENT}");
+        Self { etcd: Some((etcd, root)), lease, local: Mutex::default() }
     }
 
     /// Of this process alone.
     pub fn of_process(control: Control) -> Self {
-        Self { etcd: None, local: Mutex::new((control, Ledger::default())) }
+        Self { etcd: None, lease: String::new(), local: Mutex::new((control, Ledger::default())) }
     }
 
     /// Whether others see it.
@@ -93,6 +99,9 @@ impl Memory {
     pub async fn ask(&self, request: Request) -> Result<(), MemoryError> {
         let Some((etcd, root)) = &self.etcd else {
             let mut local = self.local();
+            if request == Request::Resume {
+                local.1 = std::mem::take(&mut local.1).resumed(Some(Utc::now()));
+            }
             local.0 = std::mem::take(&mut local.0).with(request);
             return Ok(());
         };
@@ -105,7 +114,10 @@ impl Memory {
             Request::Pause(pause) => {
                 put(format!("{root}{PAUSE}"), serde_json::to_string(&pause)?).await?;
             }
-            Request::Resume => delete(format!("{root}{PAUSE}")).await?,
+            Request::Resume => {
+                put(format!("{root}{RESUMED}"), serde_json::to_string(&Utc::now())?).await?;
+                delete(format!("{root}{PAUSE}")).await?;
+            }
             Request::Drain { group } => put(format!("{root}{DRAIN}{group}"), "{}".into()).await?,
             Request::Undrain { group } => delete(format!("{root}{DRAIN}{group}")).await?,
             Request::Move { shard, to } => {
@@ -131,6 +143,17 @@ impl Memory {
             Box::pin(etcd.delete_unchanged(&found)).await?;
         }
         Ok(())
+    }
+
+    /// Which replica leads; `None` if none does. One that only looks never does.
+    ///
+    /// # Errors
+    ///
+    /// etcd does not answer.
+    pub async fn leader(&self) -> Result<Option<String>, MemoryError> {
+        let Some((etcd, _)) = &self.etcd else { return Ok(None) };
+        let found = Box::pin(etcd.get(&self.lease)).await?;
+        Ok(found.map(|it| String::from_utf8_lossy(&it.value).into_owned()))
     }
 
     /// Writes down a move. etcd forgets it after a day by itself.
@@ -180,7 +203,9 @@ fn control(root: &str, entries: &[KeyValue]) -> Known<Control> {
 
 fn ledger(root: &str, entries: &[KeyValue]) -> Known<Ledger> {
     let moved = below(entries, format!("{root}{MOVED}"));
-    Ok(Ledger::new(moved.map(|(_, entry)| parse(entry)).collect::<Known<_>>()?))
+    let mut resumed = below(entries, format!("{root}{RESUMED}"));
+    let resumed_at = resumed.next().map(|(_, entry)| parse(entry)).transpose()?;
+    Ok(Ledger::new(moved.map(|(_, entry)| parse(entry)).collect::<Known<_>>()?).resumed(resumed_at))
 }
 
 #[cfg(test)]
@@ -221,6 +246,9 @@ mod tests {
             let why = control(ROOT, &[entry(key, value)]).unwrap_err().0;
             assert!(why.contains(expected), "{why}");
         }
+        let resumed = [entry("request/resumed", "\"2026-03-10T01:00:00Z\"")];
+        let expected = Ledger::default().resumed(Some("2026-03-10T01:00:00Z".parse().unwrap()));
+        assert_eq!(ledger(ROOT, &resumed), Ok(expected));
         // A move that cannot be read counts for nobody knows how much.
         assert!(
             ledger(ROOT, &entries).unwrap_err().0.contains("-102 cannot be read: missing field")

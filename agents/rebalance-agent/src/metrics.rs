@@ -8,9 +8,9 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::board::Board;
 use crate::guard::Gate;
 use crate::ledger::Spent;
-use crate::rebalance::Board;
 use crate::report::{NodeView, Turn, View};
 
 /// Renders the newest report.
@@ -21,8 +21,12 @@ struct ReportCollector(Board);
 pub fn register(registry: &mut Registry, board: &Board) {
     let ours = registry.sub_registry_with_prefix("rebalance");
     ours.register("looks", "Looks at the cluster, by how they came out", board.looks.clone());
-    ours.register("moves", "Moves, by how they ended", board.moves.clone());
-    let help = "Size of the shard groups that were moved";
+    ours.register(
+        "moves",
+        "Moves, and copies of reference tables, by how they ended",
+        board.moves.clone(),
+    );
+    let help = "Size of the shard groups that were moved, and of reference tables that were copied";
     ours.register_with_unit("moved", help, Unit::Bytes, board.moved_bytes.clone());
     ours.register_collector(Box::new(ReportCollector(board.clone())));
 }
@@ -228,7 +232,7 @@ mod tests {
             "pgmesh_rebalance_node_draining{cluster=\"demo\",group=\"0\",node=\"coord:5432\"} 0.0",
             "pgmesh_rebalance_node_blocked{cluster=\"demo\",group=\"1\",node=\"w1:5432\"} 0.0",
             "pgmesh_rebalance_last_success_timestamp_seconds{cluster=\"demo\"} 1773108000.0",
-            "pgmesh_rebalance_looks_total{outcome=\"ok\"} 0",
+            "pgmesh_rebalance_looks_total{cluster=\"demo\",outcome=\"ok\"} 0",
         ] {
             assert!(text.lines().any(|it| it == line), "no line {line:?} in:\n{text}");
         }
@@ -245,14 +249,15 @@ mod tests {
             assert_eq!(
                 samples,
                 [
-                    "pgmesh_rebalance_looks_total{outcome=\"failed\"} 0",
-                    "pgmesh_rebalance_looks_total{outcome=\"ok\"} 0",
-                    "pgmesh_rebalance_moved_bytes_total 0",
-                    "pgmesh_rebalance_moves_total{outcome=\"failed\"} 0",
-                    "pgmesh_rebalance_moves_total{outcome=\"moved\"} 0",
-                    "pgmesh_rebalance_moves_total{outcome=\"no_lock\"} 0",
-                    "pgmesh_rebalance_moves_total{outcome=\"stopped\"} 0",
-                    "pgmesh_rebalance_moves_total{outcome=\"unknown\"} 0",
+                    "pgmesh_rebalance_looks_total{cluster=\"demo\",outcome=\"failed\"} 0",
+                    "pgmesh_rebalance_looks_total{cluster=\"demo\",outcome=\"ok\"} 0",
+                    "pgmesh_rebalance_moved_bytes_total{cluster=\"demo\"} 0",
+                    "pgmesh_rebalance_moves_total{cluster=\"demo\",outcome=\"closed\"} 0",
+                    "pgmesh_rebalance_moves_total{cluster=\"demo\",outcome=\"failed\"} 0",
+                    "pgmesh_rebalance_moves_total{cluster=\"demo\",outcome=\"moved\"} 0",
+                    "pgmesh_rebalance_moves_total{cluster=\"demo\",outcome=\"no_lock\"} 0",
+                    "pgmesh_rebalance_moves_total{cluster=\"demo\",outcome=\"stopped\"} 0",
+                    "pgmesh_rebalance_moves_total{cluster=\"demo\",outcome=\"unknown\"} 0",
                     "pgmesh_rebalance_moving{cluster=\"demo\"} 0.0",
                 ]
             );

@@ -1,9 +1,9 @@
 //! What to move, in which order, and what it brings. Pure.
 //!
-//! What is asked for by name comes first, then nodes that are drained. Then, one at a time, the move that lowers the figure most for
-//! what it costs: its bytes, and a cutover. Where that leads into a dead end or to the end of the
-//! budget, the moves that lower it most, whatever they cost, are tried too, and the better plan is
-//! taken. No move of those raises the figure, and no shard group is moved twice.
+//! What is asked for by name comes first, then nodes that are drained. Then, one at a time, the move that
+//! lowers the figure most for what it costs: its bytes, and a cutover. Where that leads into a dead end or
+//! to the end of the budget, the moves that lower it most, whatever they cost, are tried too, and the better
+//! plan is taken. No move of those raises the figure, and no shard group is moved twice.
 
 mod citus;
 mod planner;
@@ -16,9 +16,12 @@ pub use citus::{Comparison, Difference, Wish, compare, wishes};
 
 use crate::balance::{Figure, Loads, Place};
 use crate::catalogue::ShardGroup;
-use crate::config::{Balance, Strategy};
+use crate::config::{Balance, Limits, Strategy};
 use crate::known::Known;
+use crate::ledger::Spent;
+use crate::words::bytes as in_words;
 use planner::Planner;
+pub use planner::ROOM_FACTOR;
 
 /// What a plan is made from.
 #[derive(Clone, Debug)]
@@ -37,13 +40,43 @@ pub struct Situation {
     pub citus: Known<Vec<Wish>>,
 }
 
-/// How much may be moved.
+/// How much may be moved still.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
     /// Bytes.
     pub bytes: u64,
     /// Shard groups.
     pub moves: u32,
+    /// Bytes, if nothing had been moved yet: what is larger never is.
+    pub bytes_max: u64,
+}
+
+impl Budget {
+    /// What is left for this run, of what it may move and of what a day may.
+    pub fn left(limits: &Limits, (day, run): (Spent, Spent)) -> Self {
+        let left = |limit: u64, spent: u64| limit.saturating_sub(spent);
+        Self {
+            bytes: left(limits.bytes_per_run, run.bytes).min(left(limits.bytes_per_day, day.bytes)),
+            moves: (limits.moves_per_run.saturating_sub(run.moves))
+                .min(limits.moves_per_day.saturating_sub(day.moves)),
+            bytes_max: limits.bytes_max(),
+        }
+    }
+
+    /// Why something of that size is not moved. What never fits says so first.
+    pub fn refusal(&self, bytes: u64) -> Option<String> {
+        let (size, left, most) = (in_words(bytes), in_words(self.bytes), in_words(self.bytes_max));
+        if self.bytes_max < bytes {
+            let next = "raise [budget] bytes_per_run";
+            Some(format!("it has {size}, and no run may move more than {most}: {next}"))
+        } else if self.moves == 0 {
+            Some("the budget allows no more moves".to_owned())
+        } else if self.bytes < bytes {
+            Some(format!("{left} are left of the budget, and it has {size}"))
+        } else {
+            None
+        }
+    }
 }
 
 /// Why a shard group is moved.
@@ -54,6 +87,8 @@ pub enum Why {
     Asked,
     /// Its node is drained.
     Drain,
+    /// Nodes lack reference tables, without which no shard may come there.
+    ReferenceTables,
     /// The load is spread better afterwards.
     Balance,
     /// Citus would.

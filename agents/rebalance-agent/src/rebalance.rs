@@ -1,12 +1,8 @@
 //! The loop: look, decide, act, record.
 
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use chrono::Utc;
-use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::family::Family;
-use serde_json::Value;
 use shared::lease::{Claim, Identity, Leadership, Sharing, TTL, replica_name};
 use shared::pg::Node;
 use shared::telemetry::chain;
@@ -15,16 +11,16 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::apply::{End, Hand, Order, Progress};
-use crate::audit::{Audit, Trail};
+use crate::board::Board;
 use crate::commands::AGENT;
 use crate::config::{Config, Mode};
 use crate::control::Control;
-use crate::guard::{Refusal, Scope};
+use crate::guard::Scope;
 use crate::ledger::{Entry, Outcome};
 use crate::memory::Memory;
 use crate::observe::{Observer, Seen};
 use crate::plan::{Move, Why};
-use crate::report::{Moving, Report, Turn, View};
+use crate::report::{Moving, Turn, View};
 use crate::step::{Standing, Step, next, why};
 use crate::window::Opening;
 
@@ -32,131 +28,6 @@ use crate::window::Opening;
 const LOOK_MAX: Duration = Duration::from_secs(15);
 /// … and whether that is still wanted.
 const WANTED_EVERY: Duration = Duration::from_secs(5);
-
-/// How looks came out: `ok` or `failed`.
-pub type Looks = Family<[(&'static str, &'static str); 1], Counter>;
-
-/// What is known and was decided. Clones share it.
-#[derive(Clone, Debug)]
-pub struct Board {
-    state: Arc<Mutex<State>>,
-    /// How looks came out.
-    pub looks: Looks,
-    /// How moves ended.
-    pub moves: Looks,
-    /// Bytes of the moves that were carried to their end.
-    pub moved_bytes: Counter,
-}
-
-#[derive(Debug)]
-struct State {
-    report: Arc<Report>,
-    trail: Trail,
-}
-
-impl Board {
-    /// Before the first look.
-    pub fn new(config: &Config) -> Self {
-        let (cluster, mode) = (config.cluster.clone(), config.mode);
-        let report = Report { cluster, mode, leads: None, moving: None, turn: Turn::Starting };
-        let (looks, moves) = (Looks::default(), Looks::default());
-        for outcome in ["ok", "failed"] {
-            drop(looks.get_or_create(&[("outcome", outcome)]));
-        }
-        for outcome in Outcome::ENDS {
-            drop(moves.get_or_create(&[("outcome", outcome.name())]));
-        }
-        let state = State { report: Arc::new(report), trail: Trail::default() };
-        let moved_bytes = Counter::default();
-        Self { state: Arc::new(Mutex::new(state)), looks, moves, moved_bytes }
-    }
-
-    fn with<T>(&self, act: impl FnOnce(&mut State) -> T) -> T {
-        act(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Changes the report; those who have the old one keep it.
-    fn change(&self, act: impl FnOnce(&mut Report)) {
-        self.with(|it| act(Arc::make_mut(&mut it.report)));
-    }
-
-    /// The newest report.
-    pub fn report(&self) -> Arc<Report> {
-        self.with(|it| Arc::clone(&it.report))
-    }
-
-    /// What `/status` shows.
-    pub fn status(&self) -> Value {
-        let (report, audits) = self.with(|it| {
-            let audits = it.trail.newest().map(serde_json::to_value).collect::<Result<Vec<_>, _>>();
-            (Arc::clone(&it.report), audits)
-        });
-        let mut status = serde_json::to_value(&*report).unwrap_or_default();
-        status["audit"] = Value::Array(audits.unwrap_or_default());
-        status
-    }
-
-    #[cfg(test)]
-    pub(crate) fn set(&self, report: Report) {
-        self.with(|it| it.report = Arc::new(report));
-    }
-
-    /// Takes up what came of a look, and says what is new.
-    fn publish(&self, turn: Turn, leads: Option<bool>, replica: &str) {
-        self.count_look(&turn);
-        self.with(|state| {
-            tell(&state.report.turn, &turn);
-            if let Turn::Decided(view) = &turn {
-                let audit = Audit::new(view, state.report.mode, replica);
-                if let Some(audit) = state.trail.add(audit) {
-                    let line = serde_json::to_string(audit).unwrap_or_default();
-                    info!(summary = audit.summary, audit = line, "decision changed");
-                }
-            }
-        });
-        self.change(|it| (it.turn, it.leads) = (turn, leads));
-    }
-
-    /// Takes up what is known while something is under way: nothing is decided from it.
-    fn refresh(&self, turn: Turn) {
-        self.count_look(&turn);
-        self.change(|it| it.turn = turn);
-    }
-
-    fn count_look(&self, turn: &Turn) {
-        let outcome = if matches!(turn, Turn::Unknown { .. }) { "failed" } else { "ok" };
-        self.looks.get_or_create(&[("outcome", outcome)]).inc();
-    }
-
-    /// Shows what is moved now.
-    fn show(&self, moving: Option<Moving>) {
-        self.change(|it| it.moving = moving);
-    }
-
-    /// Takes up how a move ended.
-    fn count(&self, entry: &Entry) {
-        self.moves.get_or_create(&[("outcome", entry.outcome.name())]).inc();
-        if entry.outcome == Outcome::Moved {
-            self.moved_bytes.inc_by(entry.bytes);
-        }
-    }
-}
-
-/// Says once what begins and what ends.
-fn tell(before: &Turn, now: &Turn) {
-    match (before, now) {
-        (Turn::Unknown { .. }, Turn::Unknown { .. })
-        | (Turn::NoCitus { .. }, Turn::NoCitus { .. }) => {}
-        (_, Turn::Unknown { reason, .. }) => {
-            warn!(error = reason, "cluster is unknown: nothing is decided");
-        }
-        (_, Turn::NoCitus { coordinator, database, .. }) => {
-            info!(node = coordinator, database, "no Citus in the database: nothing to do");
-        }
-        (Turn::Unknown { .. }, _) => info!("cluster is known again"),
-        _ => {}
-    }
-}
 
 /// Looks, decides and acts.
 #[derive(Debug)]
@@ -285,45 +156,25 @@ impl Rebalancer {
     ) -> Duration {
         let Config { interval, apply: limits, .. } = &self.config;
         let hand = Hand { settings: self.observer.settings(), limits, coordinator, claim };
-        let (what, done) = match step {
+        match step {
             Step::Rest => return *interval,
             Step::Move(it) => {
                 self.carry(&hand, &it, claim, shutdown).await;
                 return limits.pause;
             }
-            Step::CleanUp => {
-                info!(step = "clean_up", "step begins");
-                let work = shutdown.run_until_cancelled(claim.guard(hand.clean_up()));
-                ("clean_up", work.await.flatten().unwrap_or(Ok(())))
-            }
-            Step::ReferenceTables => {
-                info!(step = "copy_reference_tables", "step begins");
-                let concern = Concern { coordinator, groups: Vec::new(), colocation: None };
-                let halted = self.halted(&concern, claim, shutdown);
-                ("copy_reference_tables", hand.copy_reference_tables(halted).await)
-            }
-        };
-        if let Err(error) = done {
-            warn!(step = what, error = %chain(&error), "step failed");
+            Step::CleanUp => info!(step = "clean_up", "step begins"),
+        }
+        let work = shutdown.run_until_cancelled(claim.guard(hand.clean_up())).await;
+        if let Err(error) = work.flatten().unwrap_or(Ok(())) {
+            warn!(step = "clean_up", error = %chain(&error), "step failed");
         }
         // What stays is no reason to try again and again.
         *interval
     }
 
-    /// Moves a shard group, and writes down that it does, and how it ended.
+    /// Moves a shard group, or copies reference tables, and writes down that it does, and how it ended.
     async fn carry(&self, hand: &Hand<'_>, it: &Move, claim: &Claim, shutdown: &CancellationToken) {
-        let mut entry = Entry {
-            at: Utc::now(),
-            shard: it.shard,
-            from: it.from,
-            to: it.to,
-            bytes: it.bytes,
-            shards: it.shards.clone(),
-            replica: self.replica.clone(),
-            outcome: Outcome::Started,
-            reason: String::new(),
-            ended_at: None,
-        };
+        let mut entry = self.entry(it);
         // What is not written down would not count.
         if let Err(error) = self.memory.record(&entry).await {
             warn!(error = %chain(&error), "move not begun: it cannot be written down");
@@ -333,18 +184,18 @@ impl Rebalancer {
         info!(shard, from, to, bytes, why = why(it.why), tables = ?it.tables, "move begins");
         self.board.show(Some(Moving { entry: entry.clone(), phase: None, copied_bytes: None }));
         let began = Instant::now();
-        let order = Order { shard, shards: &it.shards, from, to };
+        let order = Order { copies: entry.copies, shard, shards: &it.shards, from, to };
         let show = |progress: &Progress| {
             let (entry, phase) = (entry.clone(), progress.phase.clone());
             let moving = Moving { entry, phase, copied_bytes: progress.bytes };
             self.board.show(Some(moving));
         };
         let end = if claim.is_valid() {
-            let (groups, colocation) = (vec![from, to], Some(it.colocation));
-            let concern = Concern { coordinator: hand.coordinator, groups, colocation };
+            let (coordinator, groups) = (hand.coordinator, (!entry.copies).then_some([from, to]));
+            let concern = Concern { coordinator, groups, colocation: it.colocation };
             hand.carry(order, self.halted(&concern, claim, shutdown), show).await
         } else {
-            End { outcome: Outcome::Stopped, reason: "another replica leads".to_owned() }
+            End::new(Outcome::Stopped, "another replica leads")
         };
         self.board.show(None);
         (entry.outcome, entry.reason) = (end.outcome, end.reason);
@@ -370,6 +221,23 @@ impl Rebalancer {
         }
     }
 
+    /// What is written down of what begins now.
+    fn entry(&self, it: &Move) -> Entry {
+        Entry {
+            at: Utc::now(),
+            shard: it.shard,
+            from: it.from,
+            to: it.to,
+            copies: it.why == Why::ReferenceTables,
+            bytes: it.bytes,
+            shards: it.shards.clone(),
+            replica: self.replica.clone(),
+            outcome: Outcome::Started,
+            reason: String::new(),
+            ended_at: None,
+        }
+    }
+
     /// Forgets what was asked for and is so.
     async fn forget(&self, view: &View) {
         for (&shard, &to) in &view.settled {
@@ -379,18 +247,19 @@ impl Rebalancer {
         }
     }
 
-    /// Says why what is under way must not go on, once that is so.
+    /// Says how what is under way is to end, once it must.
     async fn halted(
         &self,
         concern: &Concern<'_>,
         claim: &Claim,
         shutdown: &CancellationToken,
-    ) -> String {
+    ) -> End {
+        let to_end = |reason: &str| End::new(Outcome::Stopped, reason);
         tokio::select! {
-            () = shutdown.cancelled() => "the agent stops".to_owned(),
-            () = claim.ended() => "another replica may lead: the lease was not renewed".to_owned(),
-            why = self.is_unwanted() => why,
-            why = self.turned(concern) => why,
+            () = shutdown.cancelled() => to_end("the agent stops"),
+            () = claim.ended() => to_end("another replica may lead: the lease was not renewed"),
+            why = self.is_unwanted() => to_end(&why),
+            end = self.turned(concern) => end,
         }
     }
 
@@ -411,25 +280,24 @@ impl Rebalancer {
     }
 
     /// Looks again and again, until a gate has closed that ends what is under way.
-    async fn turned(&self, concern: &Concern<'_>) -> String {
+    async fn turned(&self, concern: &Concern<'_>) -> End {
         let mut unknown = 0;
         loop {
             sleep(self.config.interval.min(LOOK_MAX)).await;
             let (turn, coordinator) = self.look().await;
             let why = match &turn {
                 Turn::Decided(_) if coordinator.as_ref() != Some(concern.coordinator) => {
-                    Some("the coordinator has another primary".to_owned())
+                    Some(End::new(Outcome::Closed, "the coordinator has another primary"))
                 }
                 Turn::Decided(view) => {
                     unknown = 0;
-                    let mut refusals = view.refusals.iter();
-                    let is_it = |it: &&Refusal| it.gate.ends_a_move() && concern.is_of(it.scope);
-                    refusals.find(is_it).map(|it| it.reason.clone())
+                    let mut refusals = view.refusals.iter().filter(|it| concern.is_of(it.scope));
+                    refusals.find_map(|it| Some(End::new(it.ends_a_move()?, &it.reason)))
                 }
                 // A failover on the way to the coordinator ends the session by itself.
                 Turn::Unknown { reason, .. } => {
                     unknown += 1;
-                    (1 < unknown).then(|| reason.clone())
+                    (1 < unknown).then(|| End::new(Outcome::Closed, reason))
                 }
                 Turn::Starting | Turn::NoCitus { .. } => None,
             };
@@ -445,55 +313,18 @@ impl Rebalancer {
 #[derive(Debug)]
 struct Concern<'a> {
     coordinator: &'a Node,
-    groups: Vec<u32>,
-    colocation: Option<u32>,
+    /// From where and to where; `None` for all.
+    groups: Option<[u32; 2]>,
+    colocation: u32,
 }
 
 impl Concern<'_> {
     fn is_of(&self, scope: Scope) -> bool {
         match scope {
             Scope::Cluster | Scope::Group(0) => true,
-            Scope::Group(group) => self.groups.contains(&group),
-            Scope::Colocation(id) => self.colocation == Some(id),
+            Scope::Group(group) => self.groups.is_none_or(|it| it.contains(&group)),
+            Scope::Colocation(id) => self.colocation == id,
+            Scope::Shard(_) => false,
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::report::tests::{config, skewed, view};
-
-    #[test]
-    fn what_is_published_is_shown() {
-        let board = Board::new(&config());
-        assert_eq!(board.status()["state"], "starting");
-        assert!(board.report().turn.not_ready().is_some());
-        board.publish(Turn::Decided(Box::new(view(skewed))), None, "host-1");
-        board.publish(Turn::Decided(Box::new(view(skewed))), None, "host-1");
-        let status = board.status();
-        assert_eq!((&status["state"], &status["cluster"]), (&"decided".into(), &"demo".into()));
-        assert_eq!(status["plan"]["moves"][0]["shard"], 102);
-        assert_eq!(status["audit"].as_array().map(Vec::len), Some(1));
-        assert_eq!(status["audit"][0]["replica"], "host-1");
-        assert_eq!(board.report().turn.not_ready(), None);
-
-        let reason = "no route to host".to_owned();
-        board.publish(Turn::Unknown { at: Utc::now(), reason: reason.clone() }, None, "host-1");
-        assert_eq!(board.report().turn.not_ready(), Some(reason));
-        // What was decided before is history, and is not shown as if it were known.
-        assert!(board.status()["plan"].is_null());
-        for (outcome, expected) in [("ok", 2), ("failed", 1)] {
-            assert_eq!(board.looks.get_or_create(&[("outcome", outcome)]).get(), expected);
-        }
-    }
-
-    #[test]
-    fn without_citus_the_agent_is_ready() {
-        let board = Board::new(&config());
-        let [coordinator, database] = ["a (a:5432)", "app"].map(str::to_owned);
-        board.publish(Turn::NoCitus { at: Utc::now(), coordinator, database }, None, "host-1");
-        assert_eq!(board.report().turn.not_ready(), None);
-        assert_eq!(board.status()["state"], "no_citus");
     }
 }

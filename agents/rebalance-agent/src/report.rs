@@ -11,9 +11,10 @@ use crate::config::{Config, Mode};
 use crate::control::Control;
 use crate::guard::{Inputs, Refusal, Scope, refusals, spent};
 use crate::known::Known;
-use crate::ledger::{Entry, Ledger, Spent};
+use crate::ledger::{Entry, Ledger, Outcome, Spent};
 use crate::observation::Observation;
 use crate::plan::{Budget, Comparison, Plan, Situation, compare, plan};
+use crate::reference::ReferenceCopy;
 use crate::window::Opening;
 use crate::words::{bytes, count};
 
@@ -48,6 +49,16 @@ pub struct Moving {
     pub phase: Option<String>,
     /// What has arrived, in bytes.
     pub copied_bytes: Option<u64>,
+}
+
+impl Moving {
+    /// What Citus is at, if a replica of this agent has written down that it began it.
+    fn seen(observation: &Observation, ledger: &Ledger) -> Option<Self> {
+        let shown = observation.catalogue.progress.as_ref().ok()?;
+        let entry = ledger.newest().find(|it| it.outcome == Outcome::Started)?;
+        let it = shown.iter().find(|it| entry.shards.contains(&it.shard))?;
+        Some(Self { entry: entry.clone(), phase: Some(it.phase.clone()), copied_bytes: None })
+    }
 }
 
 /// What came of a look.
@@ -89,6 +100,12 @@ pub struct View {
     pub nodes: Vec<NodeView>,
     /// Why nothing is moved now.
     pub refusals: Vec<Refusal>,
+    /// Reference tables that are to be copied first.
+    #[serde(default)]
+    pub reference: Option<ReferenceCopy>,
+    /// What Citus is at, of what any replica began.
+    #[serde(default)]
+    pub under_way: Option<Moving>,
     /// Whether the window is open; `None` without one.
     pub window: Option<WindowView>,
     /// What operators ask for; `None` if that is unknown.
@@ -201,15 +218,9 @@ impl View {
         now: DateTime<Utc>,
     ) -> Self {
         let window = config.window.as_ref();
-        let refusals = refusals(Inputs {
-            observation,
-            window,
-            budget: &config.budget,
-            limits: &config.guard,
-            control,
-            ledger,
-            now,
-        });
+        let (budget, limits) = (&config.budget, &config.guard);
+        let inputs = Inputs { observation, window, budget, limits, control, ledger, now };
+        let (refusals, reference) = (refusals(inputs), ReferenceCopy::needed(inputs));
         // Unknown closes the guard; the plan is shown as if nothing were asked for, and nothing
         // had been moved.
         let (no_control, no_ledger) = (Control::default(), Ledger::default());
@@ -220,7 +231,11 @@ impl View {
         let situation =
             Situation::new(observation, &refusals, control, &config.balance, &config.guard)
                 .resting(ledger, now);
-        let made = plan(&situation, &config.balance, budget(config, spent.unwrap_or_default()));
+        let made = plan(
+            &situation,
+            &config.balance,
+            Budget::left(&config.budget, spent.unwrap_or_default()),
+        );
         let loads = Loads::new(&situation.places, &situation.groups, config.balance.count_share);
         let moves = made.as_ref().map(|it| it.moves.as_slice()).unwrap_or_default();
         let comparison = situation.citus.as_ref().map(|wishes| compare(moves, wishes));
@@ -237,6 +252,8 @@ impl View {
             citus_version: observation.catalogue.version.clone(),
             nodes: nodes.collect(),
             refusals,
+            reference,
+            under_way: Moving::seen(observation, ledger),
             window: window.map(|it| it.at(now).into()),
             drains: control.drains.iter().map(|it| Drain::new(*it, observation)).collect(),
             settled: settled.map(|(shard, to)| (*shard, *to)).collect(),
@@ -279,17 +296,6 @@ impl View {
             Some(refusal) => format!("{what}, but not now: {}", refusal.reason),
             None => what,
         }
-    }
-}
-
-/// What is left for this run, of what it may move and of what a day may.
-fn budget(config: &Config, (day, run): (Spent, Spent)) -> Budget {
-    let limits = config.budget;
-    let left = |limit: u64, spent: u64| limit.saturating_sub(spent);
-    Budget {
-        bytes: left(limits.bytes_per_run, run.bytes).min(left(limits.bytes_per_day, day.bytes)),
-        moves: (limits.moves_per_run.saturating_sub(run.moves))
-            .min(limits.moves_per_day.saturating_sub(day.moves)),
     }
 }
 
@@ -383,6 +389,42 @@ pub(crate) mod tests {
         }
     }
 
+    /// Of a replica that does not move it, too.
+    #[test]
+    fn what_citus_is_at_is_told_with_who_began_it() {
+        let mut observation = well();
+        let entry = |outcome| Entry {
+            at: observation.at,
+            shard: 101,
+            from: 1,
+            to: 2,
+            copies: false,
+            bytes: 10,
+            shards: vec![101, 103],
+            replica: "host-2".to_owned(),
+            outcome,
+            reason: String::new(),
+            ended_at: None,
+        };
+        let ledger = |outcome| Ledger::new(vec![entry(outcome)]);
+        let (begun, ended) = (ledger(Outcome::Started), ledger(Outcome::Moved));
+        assert_eq!(Moving::seen(&observation, &begun), None);
+        let progress = |shard| {
+            let [source, target, phase] = ["w1:5432", "w2:5432", "Copying Data"].map(str::to_owned);
+            Ok(vec![crate::catalogue::Progress { shard, source, target, phase }])
+        };
+        observation.catalogue.progress = progress(103);
+        let moving = Moving::seen(&observation, &begun).unwrap();
+        assert_eq!(
+            (moving.entry.replica.as_str(), moving.phase.as_deref()),
+            ("host-2", Some("Copying Data"))
+        );
+        assert_eq!(Moving::seen(&observation, &ended), None);
+        // Somebody else's.
+        observation.catalogue.progress = progress(102);
+        assert_eq!(Moving::seen(&observation, &begun), None);
+    }
+
     #[test]
     fn what_it_comes_to_is_one_sentence() {
         assert_eq!(
@@ -416,18 +458,6 @@ pub(crate) mod tests {
             let report = report(turn);
             let text = serde_json::to_string(&report).unwrap();
             assert_eq!(serde_json::from_str::<Report>(&text).unwrap(), report, "{text}");
-        }
-    }
-
-    #[test]
-    fn what_was_moved_is_taken_from_the_budget() {
-        let mut config = config();
-        config.budget.bytes_per_day = 100;
-        config.budget.bytes_per_run = 50;
-        for (day, run, bytes) in [(0, 0, 50), (60, 0, 40), (200, 0, 0), (20, 20, 30), (70, 40, 10)]
-        {
-            let (day, run) = (Spent { bytes: day, moves: 250 }, Spent { bytes: run, moves: 1 });
-            assert_eq!(budget(&config, (day, run)), Budget { bytes, moves: 6 });
         }
     }
 }

@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
+use humantime::format_duration;
 use shared::cli::print;
 use shared::lease::Claim;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::apply::Hand;
+use crate::board::Board;
 use crate::commands::{APPLICATION_NAME, look};
 use crate::config::{Config, Mode};
 use crate::control::Request;
@@ -16,14 +18,17 @@ use crate::guard::Gate;
 use crate::ledger::{Entry, Outcome};
 use crate::memory::Memory;
 use crate::observe::{Observer, Seen};
-use crate::plan::Why;
-use crate::rebalance::{Board, Rebalancer};
+use crate::plan::{Move, Why};
+use crate::rebalance::Rebalancer;
 use crate::report::{Report, Turn, View};
 use crate::show;
 use crate::step::{Standing, Step, next};
 
 /// How often is looked whether what was asked for is done.
 const WAIT: Duration = Duration::from_secs(5);
+/// How long nobody may lead: after the death of the one that did, another takes over within the lease's
+/// time.
+const LEADERLESS_MAX: Duration = Duration::from_secs(30);
 
 /// Asks for something that only agents that run can do.
 ///
@@ -59,20 +64,40 @@ pub async fn carry_out(
         return Box::pin(here(config, request)).await;
     }
     ask(config.clone(), request.clone()).await?;
-    if !is_waited_for {
-        return Ok(());
-    }
+    if is_waited_for { Box::pin(wait(config, &request)).await } else { Ok(()) }
+}
+
+/// Waits until the agents that run have done it, or something is in the way; says when that changes how far
+/// it is.
+async fn wait(config: Config, request: &Request) -> anyhow::Result<()> {
+    let observer = Observer::new(&config, APPLICATION_NAME)?;
+    let etcd = observer.etcd().context("no [etcd] is configured")?;
+    let memory = Memory::in_etcd(etcd.clone(), &config.cluster);
+    let (mut said, mut led_at) = (String::new(), Instant::now());
     loop {
         sleep(WAIT).await;
         let report = look(config.clone()).await?;
         let Turn::Decided(view) = &report.turn else { bail!("{}", show::status(&report)) };
-        if is_done(view, &request) {
+        if is_done(view, request) {
             return print(show::status(&report));
         }
-        if !is_asked_for(view, &request) {
-            bail!("somebody has taken the request back");
+        ensure!(is_asked_for(view, request), "somebody has taken the request back");
+        in_the_way(&report, view, request)?;
+        // One that only looks, with mode = "dry_run", never leads.
+        if memory.leader().await?.is_some() {
+            led_at = Instant::now();
         }
-        in_the_way(&report, view, None)?;
+        ensure!(
+            led_at.elapsed() < LEADERLESS_MAX,
+            "nobody does it: for {} no agent with mode = \"apply\" has led; start one, it will find the \
+             request",
+            format_duration(LEADERLESS_MAX)
+        );
+        let how_far = show::how_far(&report, view, request);
+        if how_far != said {
+            print(format!("{} {how_far}\n", view.at.format("%H:%M:%S UTC")))?;
+            said = how_far;
+        }
     }
 }
 
@@ -99,8 +124,8 @@ async fn here(config: Config, request: Request) -> anyhow::Result<()> {
             }
             let leads = report.leads == Some(true);
             let step = next(view, Standing { mode, leads, only: Some(only), is_cleaned: true });
-            if !matches!(step, Step::Move(_) | Step::ReferenceTables) {
-                in_the_way(&report, view, Some(only))?;
+            if !matches!(step, Step::Move(_)) {
+                in_the_way(&report, view, &request)?;
             }
         }
     };
@@ -159,16 +184,25 @@ pub async fn can_move(config: &Config, shard: i64) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Fails if nothing of it will be moved before somebody does something. `only` tells which moves are.
-fn in_the_way(report: &Report, view: &View, only: Option<Why>) -> anyhow::Result<()> {
+/// Whether something of it is to be done as soon as nothing is closed.
+fn is_planned(view: &View, request: &Request) -> bool {
+    let is_it = |it: &Move| match request {
+        Request::Drain { group } => it.why == Why::Drain && it.from == *group,
+        Request::Move { shard, to } => it.to == *to && it.shards.contains(shard),
+        _ => false,
+    };
+    let copy = view.reference.iter().any(|it| it.may_begin(&view.refusals));
+    copy || view.plan.iter().flat_map(|it| &it.moves).any(is_it)
+}
+
+/// Fails if nothing of it will be moved before somebody does something.
+fn in_the_way(report: &Report, view: &View, request: &Request) -> anyhow::Result<()> {
     let waits = |gate| matches!(gate, Gate::Busy | Gate::Cleanup | Gate::Leftovers);
-    let mut moves = view.plan.iter().flat_map(|it| &it.moves);
-    let stays = !moves.any(|it| only.is_none_or(|only| it.why == only));
     let closed = view.closed().find(|it| !waits(it.gate));
     let is_quiet = report.moving.is_none() && !view.refusals.iter().any(|it| waits(it.gate));
     let why = match closed {
         Some(refusal) => refusal.reason.as_str(),
-        None if stays && is_quiet => "see what stays, and why",
+        None if is_quiet && !is_planned(view, request) => "see what stays, and why",
         None => return Ok(()),
     };
     print(show::plan(report))?;
@@ -238,7 +272,7 @@ fn told(request: &Request, mode: Mode) -> String {
             || "Paused, until rebalance-agent resume.".to_owned(),
             |until| format!("Paused until {}.", until.format("%Y-%m-%d %H:%M:%S UTC")),
         ),
-        Request::Resume => "Not paused.".to_owned(),
+        Request::Resume => "Not paused, and what failed before need not rest.".to_owned(),
         Request::Drain { group } => {
             format!("Group {group} is to be emptied; see how far it is: rebalance-agent status.")
         }
@@ -261,8 +295,72 @@ fn told(request: &Request, mode: Mode) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
-    use crate::report::tests::view;
+    use crate::control::Control;
+    use crate::ledger::Ledger;
+    use crate::observation::Observation;
+    use crate::report::tests::{config, report, skewed, view};
+
+    /// As it is once that is asked for.
+    fn asked(request: &Request, change: fn(&mut Observation)) -> View {
+        let mut observation = crate::guard::tests::well();
+        change(&mut observation);
+        let control = Ok(Control::default().with(request.clone()));
+        View::new(&observation, &config(), &control, &Ok(Ledger::default()), observation.at)
+    }
+
+    /// Other moves are none of it.
+    #[test]
+    fn waiting_ends_when_nothing_of_what_was_asked_for_will_be_done() {
+        let drain = Request::Drain { group: 1 };
+        let to = |shard, to| Request::Move { shard, to };
+        for (case, request, change, expected) in [
+            ("a drain", &drain, (|_| {}) as fn(&mut Observation), None),
+            ("a move", &to(104, 1), |_| {}, None),
+            (
+                "closed",
+                &drain,
+                |it| it.catalogue.is_coordinator = false,
+                Some("not now: the server that was asked is a worker"),
+            ),
+            (
+                "busy",
+                &to(9, 1),
+                |it| it.catalogue.progress = Err(crate::known::Unknown::because("")),
+                None,
+            ),
+            ("others are moved", &to(9, 2), skewed, Some("not now: see what stays, and why")),
+            (
+                "it is held",
+                &to(104, 1),
+                |it| it.catalogue.tables.get_mut(&2).unwrap().has_replica_identity = false,
+                Some("not now: see what stays, and why"),
+            ),
+            (
+                "reference tables come first",
+                &to(104, 1),
+                |it| it.catalogue.placements.retain(|it| (it.table, it.group) != (4, 1)),
+                None,
+            ),
+        ] {
+            let view = asked(request, change);
+            let report = report(Turn::Decided(Box::new(view.clone())));
+            let found = in_the_way(&report, &view, request).err().map(|it| it.to_string());
+            assert_eq!(found.as_deref(), expected, "{case}");
+        }
+    }
+
+    #[test]
+    fn a_request_is_done_when_the_shard_is_there() {
+        let request = Request::Move { shard: 104, to: 2 };
+        let view = asked(&request, |_| {});
+        assert_eq!(view.settled, BTreeMap::from([(104, 2)]));
+        assert!(is_done(&view, &request) && is_asked_for(&view, &request));
+        let elsewhere = Request::Move { shard: 104, to: 1 };
+        assert!(!is_done(&view, &elsewhere));
+    }
 
     #[test]
     fn a_node_is_found_by_what_operators_call_it() {

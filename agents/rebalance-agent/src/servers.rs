@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use tokio_postgres::types::PgLsn;
+
 use crate::known::Known;
 
 /// The servers of one group.
@@ -31,6 +33,8 @@ pub struct Primary {
     pub oldest_transaction: Known<Option<Transaction>>,
     /// The standbys that stream from it.
     pub senders: Known<Vec<Sender>>,
+    /// How far its WAL is.
+    pub lsn: Known<PgLsn>,
     /// Base backups that are taken from it.
     pub base_backups: Known<u32>,
     /// Slots, publications and subscriptions of moves, and roles: all are of a move under way, or
@@ -112,6 +116,18 @@ pub struct Sender {
 /// A standby.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Standby {
+    /// How it follows, wherever it gets its WAL from: its primary does not see one that does not stream,
+    /// nor one that follows another standby.
+    pub replay: Known<Replay>,
     /// Base backups that are taken from it.
     pub base_backups: Known<u32>,
+}
+
+/// What a standby says of its replay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Replay {
+    /// Whether it receives WAL as it is written.
+    pub streams: bool,
+    /// How far it has replayed; `None` before it has replayed any.
+    pub lsn: Option<PgLsn>,
 }

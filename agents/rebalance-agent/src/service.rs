@@ -7,11 +7,12 @@ use shared::tasks::Tasks;
 use shared::{metrics as shared_metrics, shutdown};
 use tracing::info;
 
+use crate::board::Board;
 use crate::commands::{AGENT, APPLICATION_NAME};
-use crate::config::Config;
+use crate::config::{Config, Mode};
 use crate::metrics;
 use crate::observe::Observer;
-use crate::rebalance::{Board, Rebalancer};
+use crate::rebalance::Rebalancer;
 
 /// Runs until a signal, or until a part of the agent fails.
 ///
@@ -39,12 +40,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     .await
     .with_context(|| format!("listen on {}", config.admin_address))?;
 
-    let grace = config.shutdown_grace;
+    let (grace, mode) = (config.shutdown_grace, config.mode);
     let (rebalancer, sharing) = Rebalancer::new(config, observer, board);
     let mut tasks = Tasks::default();
     tasks.spawn("admin", |shutdown| admin.serve(shutdown));
     tasks.spawn("topology", |shutdown| topology.follow(shutdown));
-    tasks.spawn("leadership", |shutdown| sharing.run(shutdown));
+    // One that moves nothing must not keep the lease from one that does.
+    if mode == Mode::Apply {
+        tasks.spawn("leadership", |shutdown| sharing.run(shutdown));
+    }
     tasks.spawn("rebalance", |shutdown| rebalancer.run(shutdown));
     tasks.join(stop, grace).await?;
     info!("agent stopped");

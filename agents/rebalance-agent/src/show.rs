@@ -5,8 +5,10 @@ use std::fmt::Write as _;
 use shared::table::Table;
 
 use crate::config::Mode;
-use crate::ledger::Outcome;
+use crate::control::Request;
+use crate::ledger::{Entry, Outcome};
 use crate::plan::{Comparison, Hot, Plan};
+use crate::reference::ReferenceCopy;
 use crate::report::{Drain, Moving, NodeView, Report, Turn, View};
 use crate::words::{bytes, count, percent, some};
 
@@ -26,6 +28,7 @@ pub fn plan(report: &Report) -> String {
             add(&mut text, &format!("No plan: {why}\n"));
         }
     }
+    add(&mut text, &reference(view));
     add(&mut text, &drains(view));
     add(&mut text, &refused(view));
     add(&mut text, &compared(view));
@@ -45,6 +48,7 @@ pub fn status(report: &Report) -> String {
             let mut text = head(report, view);
             add(&mut text, &format!("{}\n", sentence(&view.summary())));
             add(&mut text, &under_way(report, view));
+            add(&mut text, &reference(view));
             add(&mut text, &wishes(view));
             add(&mut text, &drains(view));
             add(&mut text, &recent(view));
@@ -165,13 +169,53 @@ fn hot(hot: &[Hot]) -> String {
     text
 }
 
+/// What this replica moves; or what another does, as its entry in etcd and Citus tell.
 fn under_way(report: &Report, view: &View) -> String {
-    let Some(Moving { entry, phase, copied_bytes }) = &report.moving else { return String::new() };
-    let (shard, from, to) = (entry.shard, view.address(entry.from), view.address(entry.to));
+    let Some(Moving { entry, phase, copied_bytes }) =
+        report.moving.as_ref().or(view.under_way.as_ref())
+    else {
+        return String::new();
+    };
+    let verb = if entry.copies { "copies" } else { "moves" };
+    let who = match report.moving {
+        Some(_) => sentence(verb),
+        None => format!("{} {verb}", entry.replica),
+    };
     let phase = phase.as_deref().unwrap_or("it does not tell its phase");
-    let copied = copied_bytes.map_or_else(|| "?".to_owned(), bytes);
     let (since, size) = (entry.at.format("%H:%M:%S UTC"), bytes(entry.bytes));
-    format!("Moves shard {shard} from {from} to {to} since {since}: {phase}, {copied} of {size}.\n")
+    let size = copied_bytes.map_or_else(|| size.clone(), |it| format!("{} of {size}", bytes(it)));
+    format!("{who} {} since {since}: {phase}, {size}.\n", what(entry, view))
+}
+
+/// `shard 102 from w1:5432 to w2:5432`.
+fn what(entry: &Entry, view: &View) -> String {
+    let (from, to) = (view.address(entry.from), view.address(entry.to));
+    match (entry.copies, entry.shards.len()) {
+        (false, _) => format!("shard {} from {from} to {to}", entry.shard),
+        (true, number) => format!("{} to {to}", count(number, "reference table")),
+    }
+}
+
+/// Reference tables that nodes lack.
+fn reference(view: &View) -> String {
+    let Some(ReferenceCopy { work, groups, refused }) = &view.reference else {
+        return String::new();
+    };
+    let to: Vec<_> = groups.iter().map(|it| view.address(*it)).collect();
+    let what = format!("{} to {}, {}", some(&work.tables), some(&to), bytes(work.bytes));
+    match refused {
+        None => format!("Reference tables are copied first: {what}.\n"),
+        Some(why) => format!("Reference tables are not copied: {what}: {why}.\n"),
+    }
+}
+
+/// How far something is that somebody waits for, in one sentence.
+pub fn how_far(report: &Report, view: &View, request: &Request) -> String {
+    let moving = under_way(report, view);
+    let left = view.drains.iter().find(|it| *request == Request::Drain { group: it.group });
+    let left = left.map(|it| format!("{} left on group {}. ", count(it.shards, "shard"), it.group));
+    let what = if moving.is_empty() { format!("{}.", sentence(&view.summary())) } else { moving };
+    format!("{}{}", left.unwrap_or_default(), what.trim_end())
 }
 
 fn wishes(view: &View) -> String {
@@ -222,9 +266,10 @@ fn recent(view: &View) -> String {
     let header = ["LAST MOVES", "SHARD", "FROM", "TO", "BYTES", "ENDED", "BECAUSE"];
     let mut table = Table::new(&header).numbers(&[1, 4]);
     for it in view.recent.iter().take(5) {
+        let shard = it.shard.to_string();
         table.row([
             it.at.format("%Y-%m-%d %H:%M:%S").to_string(),
-            it.shard.to_string(),
+            if it.copies { format!("{shard} (reference)") } else { shard },
             view.address(it.from),
             view.address(it.to),
             bytes(it.bytes),
@@ -283,7 +328,6 @@ mod tests {
 
     use super::*;
     use crate::catalogue::PlannedShard;
-    use crate::ledger::Entry;
     use crate::report::tests::{report, skewed, view};
 
     #[test]
@@ -355,6 +399,7 @@ Citus would move the same.
             shard: 102,
             from: 1,
             to: 2,
+            copies: false,
             bytes: 40,
             shards: vec![102],
             replica: "host-1".to_owned(),
@@ -366,7 +411,7 @@ Citus would move the same.
         seen.recent = vec![entry.clone()];
         let mut report = report(Turn::Decided(Box::new(seen)));
         let phase = Some("Copying Data".to_owned());
-        report.moving = Some(Moving { entry, phase, copied_bytes: Some(20) });
+        report.moving = Some(Moving { entry: entry.clone(), phase, copied_bytes: Some(20) });
         (report.mode, report.leads) = (Mode::Apply, Some(false));
         let text = status(&report);
         assert!(text.starts_with(
@@ -382,6 +427,46 @@ LAST MOVES           SHARD  FROM     TO       BYTES  ENDED    BECAUSE
 2026-03-10 01:59:00    102  w1:5432  w2:5432   40 B  no_lock  it did not get a lock within 1s
 ";
         assert!(text.ends_with(expected), "{text}");
+        report.moving = None;
+        let Turn::Decided(seen) = &mut report.turn else { panic!() };
+        let (phase, copied_bytes) = (Some("Catching Up".to_owned()), None);
+        seen.under_way = Some(Moving { entry: entry.clone(), phase: phase.clone(), copied_bytes });
+        let text = status(&report);
+        let moves =
+            "host-1 moves shard 102 from w1:5432 to w2:5432 since 01:59:00 UTC: Catching Up, 40 B.";
+        assert!(text.contains(moves), "{text}");
+        let Turn::Decided(seen) = &mut report.turn else { panic!() };
+        let entry = Entry { copies: true, ..entry };
+        seen.under_way = Some(Moving { entry, phase, copied_bytes });
+        let text = status(&report);
+        let copies =
+            "host-1 copies 1 reference table to w2:5432 since 01:59:00 UTC: Catching Up, 40 B.";
+        assert!(text.contains(copies), "{text}");
+    }
+
+    #[test]
+    fn what_is_waited_for_is_told_in_one_sentence() {
+        let mut seen = view(skewed);
+        let report = report(Turn::Decided(Box::new(seen.clone())));
+        let drain = Request::Drain { group: 1 };
+        assert_eq!(how_far(&report, &seen, &drain), "1 shard group to move, 40 B.");
+        let node = Some("w1:5432".to_owned());
+        seen.drains = vec![Drain { group: 1, node, shards: 5, cleanup: Some(0), is_closed: true }];
+        let expected = "5 shards left on group 1. 1 shard group to move, 40 B.";
+        assert_eq!(how_far(&report, &seen, &drain), expected);
+    }
+
+    #[test]
+    fn reference_tables_that_are_lacking_are_shown() {
+        let mut seen = view(|it| {
+            it.catalogue.placements.retain(|it| (it.table, it.group) != (4, 2));
+        });
+        let copied = "Reference tables are copied first: public.countries to w2:5432, 5 B.\n";
+        assert_eq!(reference(&seen), copied);
+        seen.reference.as_mut().unwrap().refused = Some("it rests".to_owned());
+        let refused =
+            "Reference tables are not copied: public.countries to w2:5432, 5 B: it rests.\n";
+        assert_eq!(reference(&seen), refused);
     }
 
     #[test]

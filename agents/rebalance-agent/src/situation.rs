@@ -77,10 +77,8 @@ impl Situation {
 
     /// What failed lately rests.
     pub fn resting(mut self, ledger: &Ledger, now: DateTime<Utc>) -> Self {
-        let resting = self.groups.iter().filter_map(|group| {
-            let (until, reason) = ledger.rest(group.id).filter(|(until, _)| now < *until)?;
-            Some((group.id, format!("it rests until {}: {reason}", until.format("%H:%M:%S UTC"))))
-        });
+        let rest = |id: i64| Some((id, ledger.resting(id, now)?));
+        let resting = self.groups.iter().filter_map(|group| rest(group.id));
         self.resting = resting.collect();
         self
     }

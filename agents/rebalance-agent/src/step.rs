@@ -1,8 +1,9 @@
 //! What to do after a look. Pure.
 
 use crate::config::Mode;
-use crate::guard::{Gate, Scope};
+use crate::guard::Gate;
 use crate::plan::{Move, Why};
+use crate::reference::ReferenceCopy;
 use crate::report::View;
 
 /// The next thing to do. One at a time: then it is looked again.
@@ -12,9 +13,7 @@ pub enum Step {
     Rest,
     /// Have Citus clean up what moves left behind.
     CleanUp,
-    /// Copy the reference tables to the nodes that lack them.
-    ReferenceTables,
-    /// Move a shard group.
+    /// Move a shard group, or copy reference tables.
     Move(Box<Move>),
 }
 
@@ -47,18 +46,18 @@ pub fn next(view: &View, standing: Standing) -> Step {
     if view.closed().next().is_some() {
         return Step::Rest;
     }
-    if view.refusals.iter().any(|it| needs_reference_tables(it.gate, it.scope, view)) {
-        return Step::ReferenceTables;
+    // Where one shard is asked for, only if it is to come to such a node.
+    let asked = || view.control.iter().flat_map(|it| it.moves.values());
+    let is_wanted =
+        |it: &&ReferenceCopy| only != Some(Why::Asked) || asked().any(|to| it.groups.contains(to));
+    if let Some(copy) = view.reference.as_ref().filter(is_wanted)
+        && copy.may_begin(&view.refusals)
+    {
+        return Step::Move(Box::new(copy.work.clone()));
     }
     let mut moves = view.plan.iter().flat_map(|it| &it.moves);
     let wanted = moves.find(|it| only.is_none_or(|only| it.why == only));
     wanted.map_or(Step::Rest, |it| Step::Move(Box::new(it.clone())))
-}
-
-/// Whether a node lacks reference tables, and nothing else is in the way of giving them to it.
-fn needs_reference_tables(gate: Gate, scope: Scope, view: &View) -> bool {
-    let is_only = || view.refusals.iter().all(|it| it.scope != scope || it.gate == gate);
-    gate == Gate::ReferenceTables && is_only()
 }
 
 /// What a plan calls a move in a log.
@@ -66,6 +65,7 @@ pub const fn why(why: Why) -> &'static str {
     match why {
         Why::Asked => "asked",
         Why::Drain => "drain",
+        Why::ReferenceTables => "reference_tables",
         Why::Balance => "balance",
         Why::Citus => "citus",
     }
@@ -171,7 +171,7 @@ mod tests {
             let found = match next(&view(change), standing) {
                 Step::Rest => "rest".to_owned(),
                 Step::CleanUp => "clean up".to_owned(),
-                Step::ReferenceTables => "reference tables".to_owned(),
+                Step::Move(it) if it.why == Why::ReferenceTables => "reference tables".to_owned(),
                 Step::Move(it) => format!("move {}", it.shard),
             };
             assert_eq!(found, expected, "{name}");
@@ -179,6 +179,27 @@ mod tests {
         let standing =
             Standing { mode: Mode::Apply, leads: true, only: Some(Why::Asked), is_cleaned: false };
         assert_eq!(next(&view(skewed), standing), Step::Rest, "what nobody asked for");
+    }
+
+    /// A wish for one shard copies nothing for other nodes.
+    #[test]
+    fn a_node_that_is_new_is_given_reference_tables_for_what_is_to_come_there() {
+        let standing = |only| Standing { mode: Mode::Apply, leads: true, only, is_cleaned: false };
+        for (only, to, expected) in [
+            (None, None, true),
+            (Some(Why::Drain), None, true),
+            (Some(Why::Asked), None, false),
+            (Some(Why::Asked), Some(1), false),
+            (Some(Why::Asked), Some(2), true),
+        ] {
+            let mut seen = view(bare);
+            seen.control.as_mut().unwrap().moves = to.map(|to| (101, to)).into_iter().collect();
+            let step = next(&seen, standing(only));
+            let copies = matches!(&step, Step::Move(it) if it.why == Why::ReferenceTables);
+            assert_eq!(copies, expected, "{only:?} {to:?}");
+            seen.reference.as_mut().unwrap().refused = Some("it rests".to_owned());
+            assert!(next(&seen, standing(only)) == Step::Rest, "{only:?} {to:?}");
+        }
     }
 
     /// What cannot be cleaned up on one group holds up that group, and not the others.

@@ -13,6 +13,17 @@ const PROGRESS: &str = "
       FROM get_rebalance_progress()
      WHERE progress = 1 AND shardid = ANY ($1)";
 
+/// What is built is not seen by others, nor are its bytes, before it is done. The shards of a table are
+/// tables of their own, on each node: `events_102008`.
+const BUILDS: &str = r"
+    SELECT coalesce(bool_or(success AND result = 't'), false)
+      FROM run_command_on_all_nodes(
+               format('SELECT EXISTS (SELECT FROM pg_stat_progress_create_index AS build
+                                        JOIN pg_class ON pg_class.oid = build.relid
+                                       WHERE relname ~ %L)',
+                      '_(' || array_to_string($1::bigint[], '|') || ')$'),
+               give_warning_for_connection_errors := true)";
+
 /// Citus' phases in their order; from here on a move may take its locks at any moment …
 const NEAR_THE_END: [&str; 6] = [
     "Catching Up",
@@ -55,6 +66,14 @@ pub(super) async fn read(connection: &Connection, shards: &[i64]) -> Result<Prog
     Ok(Progress { phase: row.get(0), bytes, lsn: row.get(2) })
 }
 
+/// Asks whether an index of one of these shards is being built, on any node.
+pub(super) async fn is_building(
+    connection: &Connection,
+    shards: &[i64],
+) -> Result<bool, QueryError> {
+    Ok(connection.query_one(BUILDS, &[&shards]).await?.get(0))
+}
+
 /// Since when nothing has changed. Pure.
 #[derive(Clone, Debug)]
 pub struct Standstill {
@@ -66,6 +85,13 @@ impl Standstill {
     /// With the longest that nothing may change.
     pub fn new(limit: Duration) -> Self {
         Self { limit, last: None }
+    }
+
+    /// Takes in that it does something which its progress does not show.
+    pub fn went_on(&mut self, now: Instant) {
+        if let Some((since, _)) = &mut self.last {
+            *since = now;
+        }
     }
 
     /// Takes in how far a move is, and says so if it stands still for too long. What is not known
@@ -205,5 +231,20 @@ mod tests {
             });
             assert_eq!(found.last().unwrap(), expected, "{name}");
         }
+    }
+
+    /// 100 GB take longer to index than any patience, and show nothing.
+    #[test]
+    fn a_move_that_builds_an_index_does_not_stand_still() {
+        let phase = Some("Creating Constraints".to_owned());
+        let progress = Progress { phase, ..Progress::default() };
+        let start = Instant::now();
+        let mut standstill = Standstill::new(Duration::from_mins(1));
+        for second in (0..600).step_by(30) {
+            let now = start + Duration::from_secs(second);
+            assert_eq!(standstill.see(&progress, now), None);
+            standstill.went_on(now);
+        }
+        assert!(standstill.see(&progress, start + Duration::from_secs(630)).is_some());
     }
 }

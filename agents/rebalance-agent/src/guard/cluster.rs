@@ -187,7 +187,8 @@ fn asked(inputs: Inputs<'_>, refusals: &mut Refusals) {
     if let Some((until, failures, why)) = ledger.setbacks().filter(|it| inputs.now < it.0) {
         let reason = format!("the last {failures} moves failed: {why}");
         let next = format!(
-            "it is tried again at {}; see the logs of the coordinator and of both nodes",
+            "see the logs of the coordinator and of both nodes; it is tried again at {}, or at once after \
+             rebalance-agent resume",
             until.format("%Y-%m-%d %H:%M:%S UTC")
         );
         refusals.add(Gate::Setbacks, ALL, reason, next);

@@ -1,8 +1,10 @@
 //! Gates that close for what is on one group of servers.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use humantime::format_duration;
+use tokio_postgres::types::PgLsn;
 
 use super::{Gate, Inputs, Refusals, Scope};
 use crate::config::Guard;
@@ -21,7 +23,7 @@ pub(super) fn check(inputs: Inputs<'_>, refusals: &mut Refusals) {
         base_backups(scope, servers, refusals);
         // One that does not answer closes the gate of the cluster.
         if let Ok(primary) = &servers.primary {
-            lag(scope, primary, inputs.limits, refusals);
+            lag(scope, servers, inputs.limits, refusals);
             transactions(scope, primary, inputs.limits, refusals);
             resources(scope, primary, refusals);
             disk(scope, primary, inputs.limits, refusals);
@@ -54,24 +56,50 @@ fn base_backups(scope: Scope, servers: &GroupServers, refusals: &mut Refusals) {
     }
 }
 
-fn lag(scope: Scope, primary: &Primary, limits: &Guard, refusals: &mut Refusals) {
+/// Of each standby, what its primary says of it, or else what it says itself.
+fn lag(scope: Scope, servers: &GroupServers, limits: &Guard, refusals: &mut Refusals) {
+    let Ok(primary) = &servers.primary else { return };
     let what = format!("how far the standbys of {} are", primary.name);
     let senders = refusals.known(Gate::Lag, scope, &what, &primary.senders);
-    for sender in senders.into_iter().flatten() {
-        let name = &sender.name;
-        let reason = match sender.lag_bytes {
-            _ if sender.state != "streaming" => format!("{name} is in state {}", sender.state),
-            None => format!("how far {name} is behind is unknown"),
-            Some(lag) if limits.lag_bytes_max < lag => {
-                format!(
-                    "{name} is {} behind, and {} may be",
-                    bytes(lag),
-                    bytes(limits.lag_bytes_max)
-                )
-            }
-            Some(_) => continue,
+    let mut bad = BTreeMap::new();
+    for it in senders.into_iter().flatten() {
+        let reason = match it.state.as_str() {
+            "streaming" => behind(&it.name, it.lag_bytes, limits),
+            state => Some(format!("{} is in state {state}", it.name)),
         };
-        refusals.add(Gate::Lag, scope, reason, "wait until it has caught up");
+        bad.extend(reason.map(|reason| (it.name.as_str(), reason)));
+    }
+    for (name, standby) in &servers.standbys {
+        // One that does not answer has its own gate.
+        let Ok(standby) = standby else { continue };
+        let reason = match &standby.replay {
+            Err(why) => Some(format!("how far {name} is behind is unknown: {why}")),
+            Ok(it) if !it.streams => Some(format!("{name} does not stream")),
+            Ok(it) => {
+                // It may be asked a little later than its primary.
+                let lag =
+                    |written: &PgLsn| Some(u64::from(*written).saturating_sub(u64::from(it.lsn?)));
+                behind(name, primary.lsn.as_ref().ok().and_then(lag), limits)
+            }
+        };
+        if let Some(reason) = reason {
+            bad.entry(name.as_str()).or_insert(reason);
+        }
+    }
+    for reason in bad.into_values() {
+        let next = "wait until it has caught up; if it does not stream, see its log";
+        refusals.add(Gate::Lag, scope, reason, next);
+    }
+}
+
+fn behind(name: &str, lag_bytes: Option<u64>, limits: &Guard) -> Option<String> {
+    match lag_bytes {
+        None => Some(format!("how far {name} is behind is unknown")),
+        Some(lag) if limits.lag_bytes_max < lag => {
+            let (lag, most) = (bytes(lag), bytes(limits.lag_bytes_max));
+            Some(format!("{name} is {lag} behind, and {most} may be"))
+        }
+        Some(_) => None,
     }
 }
 

@@ -1,13 +1,15 @@
-//! Gates that close for tables: those of one colocation group, or reference tables on a node.
+//! Gates that close for tables: those of one colocation group, reference tables on a node, or one shard.
 
 use std::collections::BTreeMap;
 
 use super::{Gate, Inputs, Refusals, Scope};
-use crate::catalogue::{Catalogue, Table, TableKind};
-use crate::words::some;
+use crate::catalogue::{ShardGroup, Table};
+use crate::reference::{ReferenceCopy, lacks};
+use crate::words::{bytes, some};
 
 pub(super) fn check(inputs: Inputs<'_>, refusals: &mut Refusals) {
-    reference(&inputs.observation.catalogue, refusals);
+    reference(inputs, refusals);
+    oversize(inputs, refusals);
     let role = &inputs.observation.role;
     let mut groups = BTreeMap::<u32, Vec<&Table>>::new();
     for table in inputs.observation.catalogue.tables.values().filter(|it| it.kind.moves()) {
@@ -52,19 +54,46 @@ pub(super) fn check(inputs: Inputs<'_>, refusals: &mut Refusals) {
 
 /// A move brings no reference table along: queries that join one with the shard fail on the node
 /// that lacks it.
-fn reference(catalogue: &Catalogue, refusals: &mut Refusals) {
-    let has = |group: u32, oid: u32| {
-        catalogue.placements.iter().any(|it| it.group == group && it.table == oid && it.is_active)
-    };
+fn reference(inputs: Inputs<'_>, refusals: &mut Refusals) {
+    let catalogue = &inputs.observation.catalogue;
+    let refused = ReferenceCopy::needed(inputs).and_then(|it| it.refused);
+    let why = refused.map(|it| format!("; they are not copied: {it}")).unwrap_or_default();
     for node in catalogue.nodes.iter().filter(|it| it.is_primary && it.should_have_shards) {
-        let tables = catalogue.tables.iter().filter(|(_, it)| it.kind == TableKind::Reference);
-        let missing = tables.filter(|(oid, _)| !has(node.group, **oid));
-        let mut names: Vec<_> = missing.map(|(_, it)| it.name.clone()).collect();
-        names.sort_unstable();
+        let names = lacks(catalogue, node);
         if !names.is_empty() {
-            let reason = format!("{} lacks reference tables: {}", node.address(), some(&names));
-            let next = "SELECT replicate_reference_tables()";
+            let reason =
+                format!("{} lacks reference tables: {}{why}", node.address(), some(&names));
+            let next = "they are copied before anything is moved there; or SELECT \
+                        replicate_reference_tables()";
             refusals.add(Gate::ReferenceTables, Scope::Group(node.group), reason, next);
+        }
+    }
+}
+
+/// Shards that are wanted elsewhere and never fit into the budget: to wait would not help.
+fn oversize(inputs: Inputs<'_>, refusals: &mut Refusals) {
+    let catalogue = &inputs.observation.catalogue;
+    let (no_control, most) = (crate::control::Control::default(), inputs.budget.bytes_max());
+    let control = inputs.control.as_ref().unwrap_or(&no_control);
+    let is_drained = |group: u32| {
+        let node = catalogue.primary(group);
+        control.drains.contains(&group) || node.is_some_and(|it| !it.should_have_shards)
+    };
+    let is_wanted_elsewhere = |it: &ShardGroup, place: u32| {
+        let asked = it.shards.iter().filter_map(|shard| control.moves.get(shard));
+        is_drained(place) || asked.clone().any(|to| *to != place)
+    };
+    for group in catalogue.shard_groups() {
+        let (Ok(place), Ok(size)) = (&group.place, &group.bytes) else { continue };
+        if most < *size && is_wanted_elsewhere(&group, *place) {
+            let (size, most) = (bytes(*size), bytes(most));
+            let reason = format!("it has {size}, and no run may move more than {most}");
+            let next = if group.is_hash {
+                "raise [budget] bytes_per_run, or split it with citus_split_shard_by_split_points()"
+            } else {
+                "raise [budget] bytes_per_run"
+            };
+            refusals.add(Gate::Budget, Scope::Shard(group.id), reason, next);
         }
     }
 }

@@ -13,7 +13,9 @@ use crate::catalogue::{CleanupRecord, Job, Link, Progress, TableKind};
 use crate::control::Pause;
 use crate::known::Unknown;
 use crate::ledger::{Entry, Outcome};
-use crate::servers::{Disk, GroupServers, Primary, Resource, Sender, Standby, Transaction, Wal};
+use crate::servers::{
+    Disk, GroupServers, Primary, Replay, Resource, Sender, Standby, Transaction, Wal,
+};
 use crate::surroundings::{Activity, Health, PatroniGroup, Verdict};
 
 const GIB: u64 = 1 << 30;
@@ -34,6 +36,7 @@ fn primary(name: &str) -> Primary {
         resources: Ok(vec![resource("max_connections", 100), resource("max_wal_senders", 10)]),
         oldest_transaction: Ok(None),
         senders: Ok(vec![sender]),
+        lsn: Ok(GIB.into()),
         base_backups: Ok(0),
         artifacts: Ok(Vec::new()),
         active_connections: Ok(1),
@@ -41,7 +44,8 @@ fn primary(name: &str) -> Primary {
 }
 
 fn servers(name: &str) -> GroupServers {
-    let standby = (format!("{name}b"), Ok(Standby { base_backups: Ok(0) }));
+    let replay = Ok(Replay { streams: true, lsn: Some((GIB - 4096).into()) });
+    let standby = (format!("{name}b"), Ok(Standby { base_backups: Ok(0), replay }));
     GroupServers { primary: Ok(primary(name)), standbys: [standby].into() }
 }
 
@@ -98,6 +102,7 @@ fn moved(minutes: i64, moves: i64, bytes: u64) -> Ledger {
         shard,
         from: 1,
         to: 2,
+        copies: false,
         bytes: if shard == 0 { bytes } else { 0 },
         shards: vec![shard],
         replica: String::new(),
@@ -149,6 +154,16 @@ impl World {
 
     fn primary(&mut self, group: u32) -> &mut Primary {
         self.observation.servers.get_mut(&group).unwrap().primary.as_mut().unwrap()
+    }
+
+    /// The only standby of a group.
+    fn standby(&mut self, group: u32) -> &mut Standby {
+        let standbys = &mut self.observation.servers.get_mut(&group).unwrap().standbys;
+        let standby = standbys.values_mut().next().unwrap();
+        if standby.is_err() {
+            *standby = servers("w").standbys.into_values().next().unwrap();
+        }
+        standby.as_mut().unwrap()
     }
 
     fn node(&mut self, group: usize) -> &mut crate::catalogue::CitusNode {
@@ -245,6 +260,17 @@ const BAD: &[Case] = &[
     case(Gate::ReferenceTables, W1, "w1:5432 lacks reference tables: public.countries", |it| {
         it.observation.catalogue.placements.retain(|it| (it.table, it.group) != (4, 1));
     }),
+    case(
+        Gate::ReferenceTables,
+        W1,
+        "w1:5432 lacks reference tables: public.countries; they are not copied: \
+         public.countries has no replica identity: give each a primary key, or ALTER TABLE … REPLICA \
+         IDENTITY",
+        |it| {
+            it.table(4).has_replica_identity = false;
+            it.observation.catalogue.placements.retain(|it| (it.table, it.group) != (4, 1));
+        },
+    ),
     case(Gate::Reachable, ALL, "the primary of group 2 does not answer: it was not asked", |it| {
         it.observation.servers.remove(&2);
     }),
@@ -350,8 +376,7 @@ const BAD: &[Case] = &[
         it.primary(1).base_backups = Ok(1);
     }),
     case(Gate::BaseBackup, W1, "a base backup is taken from w1b", |it| {
-        let standby = Ok(Standby { base_backups: Ok(1) });
-        it.observation.servers.get_mut(&1).unwrap().standbys.insert("w1b".to_owned(), standby);
+        it.standby(1).base_backups = Ok(1);
     }),
     case(Gate::Lag, W1, "w1b is 64.0 MiB behind, and 64.0 MiB may be", |it| {
         lag(it, Some((64 << 20) + 1));
@@ -359,6 +384,15 @@ const BAD: &[Case] = &[
     case(Gate::Lag, W1, "how far w1b is behind is unknown", |it| lag(it, None)),
     case(Gate::Lag, W1, "w1b is in state catchup", |it| {
         it.primary(1).senders.as_mut().unwrap()[0].state = "catchup".to_owned();
+    }),
+    case(Gate::Lag, W1, "w1b does not stream", |it| {
+        it.primary(1).senders = Ok(Vec::new());
+        it.standby(1).replay.as_mut().unwrap().streams = false;
+    }),
+    // It follows another standby, which alone sees it.
+    case(Gate::Lag, W1, "w1b is 64.0 MiB behind, and 64.0 MiB may be", |it| {
+        it.primary(1).senders = Ok(Vec::new());
+        it.standby(1).replay.as_mut().unwrap().lsn = Some((GIB - (64 << 20) - 1).into());
     }),
     case(Gate::Transactions, W1, "pid 7 of app on w1 has written and is open for 1m 1s", |it| {
         let (name, age) = ("pid 7 of app".to_owned(), Duration::from_secs(61));
@@ -426,6 +460,52 @@ const BAD: &[Case] = &[
         |it| it.table(3).owner.can_create = false,
     ),
 ];
+
+/// To wait would not help, so it is said, and how to go on.
+#[test]
+fn a_shard_that_no_run_may_move_is_told_once_it_is_wanted_elsewhere() {
+    let large = |world: &mut World| world.observation.catalogue.placements[1].bytes = Ok(101 * GIB);
+    let changes: [fn(&mut World); 4] = [
+        |it| it.node(2).should_have_shards = false,
+        |it| it.control = Ok(Control { drains: [2].into(), ..Control::default() }),
+        // Any shard of the group names it.
+        |it| it.control = Ok(Control { moves: [(104, 1)].into(), ..Control::default() }),
+        |it| it.control = Ok(Control { moves: [(104, 2)].into(), ..Control::default() }),
+    ];
+    for (change, is_told) in changes.iter().zip([true, true, true, false]) {
+        let mut world = World::well();
+        change(&mut world);
+        assert_eq!(world.refusals(), []);
+        large(&mut world);
+        let found: Vec<_> = world
+            .refusals()
+            .into_iter()
+            .map(|it| (it.gate, it.scope, it.reason, it.next.contains("bytes_per_run")))
+            .collect();
+        let reason = "it has 101.0 GiB, and no run may move more than 100.0 GiB".to_owned();
+        let expected = (Gate::Budget, Scope::Shard(102), reason, true);
+        assert_eq!(found, if is_told { vec![expected] } else { vec![] });
+    }
+}
+
+#[test]
+fn a_gate_that_closes_ends_a_move_or_leaves_it_alone() {
+    for (gate, scope, expected) in [
+        (Gate::Window, ALL, Some(Outcome::Stopped)),
+        (Gate::Paused, ALL, Some(Outcome::Stopped)),
+        (Gate::Reachable, ALL, Some(Outcome::Closed)),
+        // A standby.
+        (Gate::Reachable, W1, None),
+        (Gate::Disk, W1, Some(Outcome::Closed)),
+        (Gate::Health, ALL, Some(Outcome::Closed)),
+        (Gate::Lag, W1, None),
+        (Gate::Busy, ALL, None),
+        (Gate::Budget, ALL, None),
+    ] {
+        let refusal = Refusal { gate, scope, reason: String::new(), next: String::new() };
+        assert_eq!(refusal.ends_a_move(), expected, "{refusal:?}");
+    }
+}
 
 #[test]
 fn each_gate_closes_on_what_is_bad_and_no_other_with_it() {
@@ -538,13 +618,19 @@ const UNKNOWN: &[Case] = &[
         Scope::Group(2),
         "whether a base backup is taken from w2b is unknown: no answer",
         |it| {
-            let standbys = &mut it.observation.servers.get_mut(&2).unwrap().standbys;
-            standbys.insert("w2b".to_owned(), Ok(Standby { base_backups: unknown() }));
+            it.standby(2).base_backups = unknown();
         },
     ),
     case(Gate::Lag, W1, "how far the standbys of w1 are is unknown: no answer", |it| {
         it.primary(1).senders = unknown();
     }),
+    case(Gate::Lag, W1, "how far w1b is behind is unknown: no answer", |it| {
+        it.standby(1).replay = unknown();
+    }),
+    case(Gate::Lag, W1, "how far w1b is behind is unknown", |it| {
+        it.standby(1).replay = Ok(Replay { streams: true, lsn: None });
+    }),
+    case(Gate::Lag, W1, "how far w1b is behind is unknown", |it| it.primary(1).lsn = unknown()),
     case(Gate::Transactions, W1, "which transactions are open on w1 is unknown: no answer", |it| {
         it.primary(1).oldest_transaction = unknown();
     }),
@@ -578,7 +664,8 @@ fn each_gate_closes_on_what_is_unknown() {
 
 proptest! {
     /// Whatever else is unknown or bad: what is unknown closes its gate. Where a primary does not
-    /// answer at all, nothing else is known of its group, and the whole cluster is closed.
+    /// answer at all, nothing else is known of its group, and the whole cluster is closed; where a standby
+    /// does not, its group is.
     #[test]
     fn a_guard_never_opens_on_unknown(
         unknown in vec(any::<bool>(), UNKNOWN.len()),
@@ -594,14 +681,15 @@ proptest! {
         }
         let mut changed: Vec<_> =
             UNKNOWN.iter().zip(unknown).filter(|(_, is_there)| *is_there).map(|it| it.0).collect();
-        changed.sort_by_key(|it| it.gate == Gate::Reachable && it.scope == ALL);
+        changed.sort_by_key(|it| (it.gate == Gate::Reachable, it.scope == ALL));
         for case in &changed {
             (case.change)(&mut world);
         }
         let refusals = world.refusals();
         for case in changed {
             let is_closed = refusals.iter().any(|it| {
-                it.gate == case.gate && (it.scope == case.scope || it.scope == ALL)
+                let is_gate = it.gate == case.gate || it.gate == Gate::Reachable;
+                is_gate && (it.scope == case.scope || it.scope == ALL)
             });
             prop_assert!(is_closed, "{} stays open: {refusals:?}", case.reason);
         }

@@ -11,7 +11,9 @@ use shared::telemetry::chain;
 use super::read::{AnswerError, Columns, finish, known, only, row, rows};
 use crate::catalogue::CitusNode;
 use crate::known::{Known, Unknown};
-use crate::servers::{Disk, GroupServers, Primary, Resource, Sender, Standby, Transaction, Wal};
+use crate::servers::{
+    Disk, GroupServers, Primary, Replay, Resource, Sender, Standby, Transaction, Wal,
+};
 
 const ROLE: &str = "
     SELECT pg_is_in_recovery(), pg_has_role('pg_monitor', 'USAGE'), current_setting('wal_level')";
@@ -75,6 +77,13 @@ const SENDERS: &str = "
                         WHERE slot.active_pid = sender.pid AND slot.slot_type = 'logical')
      ORDER BY 1
      LIMIT 100";
+
+const LSN: &str = "SELECT pg_current_wal_lsn()";
+
+/// One that replays files alone receives nothing.
+const REPLAY: &str = "
+    SELECT EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming'),
+           pg_last_wal_replay_lsn()";
 
 const BASE_BACKUPS: &str = "SELECT count(*) FROM pg_stat_progress_basebackup";
 
@@ -174,7 +183,9 @@ async fn ask_on(connection: &Connection, settings: &Settings, node: &Node) -> Kn
     }
     if in_recovery {
         let base_backups = known(count(connection, BASE_BACKUPS).await);
-        return Ok(Answer::Standby(Standby { base_backups }));
+        let replay =
+            row(connection, REPLAY, |it| Ok(Replay { streams: it.take()?, lsn: it.take()? }));
+        return Ok(Answer::Standby(Standby { base_backups, replay: known(replay.await) }));
     }
     let disk = row(connection, DISK, |it| {
         Ok(Disk { available: it.number("the free disk")?, total: it.number("the disk")? })
@@ -186,14 +197,16 @@ async fn ask_on(connection: &Connection, settings: &Settings, node: &Node) -> Kn
     let oldest = rows(connection, OLDEST, transaction);
     let senders = rows(connection, SENDERS, sender);
     let artifacts = rows(connection, ARTIFACTS, only);
+    let lsn = row(connection, LSN, only);
     // They go out together, and are answered one after the other.
-    let (disk, wal, resources, oldest, senders, artifacts, base_backups, active) = tokio::join!(
+    let (disk, wal, resources, oldest, senders, artifacts, lsn, base_backups, active) = tokio::join!(
         disk,
         wal,
         resources,
         oldest,
         senders,
         artifacts,
+        lsn,
         count(connection, BASE_BACKUPS),
         count(connection, ACTIVE),
     );
@@ -205,6 +218,7 @@ async fn ask_on(connection: &Connection, settings: &Settings, node: &Node) -> Kn
         resources: known(resources),
         oldest_transaction: known(oldest.map(|it| it.into_iter().next())),
         senders: known(senders),
+        lsn: known(lsn),
         base_backups: known(base_backups),
         artifacts: known(artifacts),
         active_connections: known(active),
@@ -251,6 +265,7 @@ mod tests {
             resources: Ok(vec![]),
             oldest_transaction: Ok(None),
             senders: Ok(vec![]),
+            lsn: Ok(0.into()),
             base_backups: Ok(0),
             artifacts: Ok(vec![]),
             active_connections: Ok(0),
@@ -259,7 +274,8 @@ mod tests {
     }
 
     fn standby(name: &str) -> (String, Known<Answer>) {
-        (name.to_owned(), Ok(Answer::Standby(Standby { base_backups: Ok(0) })))
+        let replay = Ok(Replay { streams: true, lsn: Some(0.into()) });
+        (name.to_owned(), Ok(Answer::Standby(Standby { base_backups: Ok(0), replay })))
     }
 
     fn silent(name: &str) -> (String, Known<Answer>) {

@@ -13,7 +13,7 @@ use crate::words::{bytes as in_words, percent};
 /// writers at the end. Measured for shard groups of 64 MB: half of 4 s is not the copy.
 const MOVE_COST_BYTES: u64 = 64 << 20;
 /// What a move takes of the target's disk: the copy, and the WAL of the copy.
-const ROOM_FACTOR: u64 = 2;
+pub const ROOM_FACTOR: u64 = 2;
 /// So many reasons are kept.
 const SKIPPED_MAX: usize = 50;
 
@@ -134,22 +134,6 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Why the budget does not allow it.
-    fn too_dear(&self, bytes: u64) -> Option<String> {
-        let Budget { bytes: left, moves } = self.budget;
-        if moves == 0 {
-            Some("the budget allows no more moves".to_owned())
-        } else if left < bytes {
-            Some(format!(
-                "{} are left of the budget, and it has {}",
-                in_words(left),
-                in_words(bytes)
-            ))
-        } else {
-            None
-        }
-    }
-
     fn take(&mut self, candidate: Candidate<'_>, to: u32, why: Why) {
         let Candidate { group, from, bytes } = candidate;
         let before = self.loads.figure().load;
@@ -195,7 +179,7 @@ impl<'a> Planner<'a> {
             || Some(format!("group {to} has no primary")),
             |it| self.refusal(it, candidate.bytes),
         );
-        match self.too_dear(candidate.bytes).or(refusal) {
+        match self.budget.refusal(candidate.bytes).or(refusal) {
             Some(reason) => self.skip(name(group), reason),
             None => self.take(candidate, to, why),
         }
@@ -222,9 +206,12 @@ impl<'a> Planner<'a> {
         all.sort_by_key(|it| (Reverse(it.bytes), it.group.id));
         let mut end = None;
         for candidate in all {
-            if let Some(reason) = self.too_dear(candidate.bytes) {
+            if let Some(reason) = self.budget.refusal(candidate.bytes) {
                 self.skip(name(candidate.group), reason);
-                end = Some("what is left of the budget is kept for the drain".to_owned());
+                // For what never fits nothing is kept.
+                if candidate.bytes <= self.budget.bytes_max {
+                    end = Some("what is left of the budget is kept for the drain".to_owned());
+                }
                 continue;
             }
             let allowed = |it: &&Place| self.refusal(it, candidate.bytes).is_none();
@@ -271,21 +258,16 @@ impl<'a> Planner<'a> {
                 "{figure} of the load lies where it does not belong, and {threshold} may"
             );
         }
-        let mut is_limited = false;
+        let mut too_dear = None;
         while threshold / 2.0 < self.loads.figure().load {
             if self.budget.moves == 0 {
                 return "the budget allows no more moves".to_owned();
             }
-            match self.best(order, &mut is_limited) {
-                Some((candidate, to)) => self.take(candidate, to, Why::Balance),
-                None if is_limited => {
-                    return format!(
-                        "{} are left of the budget, and each move that helps has more",
-                        in_words(self.budget.bytes)
-                    );
-                }
-                None if self.loads.figure().load <= threshold => break,
-                None => {
+            match (self.best(order, &mut too_dear), too_dear) {
+                (Some((candidate, to)), _) => self.take(candidate, to, Why::Balance),
+                (None, Some(least)) => return self.limited(least),
+                (None, None) if self.loads.figure().load <= threshold => break,
+                (None, None) => {
                     let least = percent(self.balance.gain_min);
                     return format!(
                         "no move that fits would put {least} of what it carries where it belongs"
@@ -297,8 +279,23 @@ impl<'a> Planner<'a> {
         format!("then {figure} of the load lies where it does not belong")
     }
 
-    /// The best move. `is_limited` tells whether one was left out for want of budget.
-    fn best(&self, order: Order, is_limited: &mut bool) -> Option<(Candidate<'a>, u32)> {
+    /// Why nothing more is moved, where the smallest move that would help has so many bytes.
+    fn limited(&self, least: u64) -> String {
+        let Budget { bytes, bytes_max, .. } = self.budget;
+        if bytes_max < least {
+            return format!(
+                "each move that helps has {} or more, and no run may move more than {}: raise [budget] \
+                 bytes_per_run",
+                in_words(least),
+                in_words(bytes_max)
+            );
+        }
+        format!("{} are left of the budget, and each move that helps has more", in_words(bytes))
+    }
+
+    /// The best move, and the size of the smallest that was left out for want of budget.
+    fn best(&self, order: Order, too_dear: &mut Option<u64>) -> Option<(Candidate<'a>, u32)> {
+        *too_dear = None;
         let below = |it: &&Place| self.loads.excess(it.group) < -EPSILON;
         let targets: Vec<&Place> = self.situation.places.iter().filter(below).collect();
         let mut best: Option<(f64, Candidate<'a>, u32)> = None;
@@ -314,7 +311,7 @@ impl<'a> Planner<'a> {
                     continue;
                 }
                 if self.budget.bytes < bytes {
-                    *is_limited = true;
+                    *too_dear = Some(too_dear.map_or(bytes, |it| it.min(bytes)));
                     continue;
                 }
                 #[expect(clippy::cast_precision_loss, reason = "it is only compared")]

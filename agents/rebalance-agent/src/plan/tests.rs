@@ -12,7 +12,11 @@ use crate::balance::tests::{place, shard};
 use crate::known::Unknown;
 
 const GIB: u64 = 1 << 30;
-const PLENTY: Budget = Budget { bytes: u64::MAX, moves: 1000 };
+const PLENTY: Budget = left(u64::MAX, 1000);
+
+const fn left(bytes: u64, moves: u32) -> Budget {
+    Budget { bytes, moves, bytes_max: u64::MAX }
+}
 
 fn balance() -> Balance {
     Balance::default()
@@ -210,21 +214,21 @@ fn a_budget_is_kept_and_what_is_left_of_it_is_for_a_drain() {
         (
             "few bytes",
             place(1),
-            Budget { bytes: 2 * GIB, moves: 9 },
+            left(2 * GIB, 9),
             &["103 1>2", "104 1>2"],
             "0 B are left of the budget, and each move that helps has more",
         ),
         (
             "too few bytes",
             place(1),
-            Budget { bytes: GIB / 2, moves: 9 },
+            left(GIB / 2, 9),
             &[],
             "512.0 MiB are left of the budget, and each move that helps has more",
         ),
         (
             "a drain",
             drained(1),
-            Budget { bytes: 4 * GIB, moves: 9 },
+            left(4 * GIB, 9),
             &["100 1>2", "103 1>2"],
             "what is left of the budget is kept for the drain",
         ),
@@ -235,6 +239,69 @@ fn a_budget_is_kept_and_what_is_left_of_it_is_for_a_drain() {
             (expected.iter().map(ToString::to_string).collect(), end),
             "{case}"
         );
+    }
+}
+
+/// A drain waited for it for ever, and nothing else was moved.
+#[test]
+fn what_no_run_may_move_holds_up_nothing_else() {
+    let end = "each move that helps has 3.0 GiB or more, and no run may move more than 2.0 GiB: raise \
+               [budget] bytes_per_run";
+    for (case, groups, expected) in [
+        ("the rest of a drain", &[(1, 3), (1, 1), (1, 1), (2, 1)][..], &["101 1>3", "102 1>2"][..]),
+        (
+            "balance",
+            &[(1, 3), (2, 1), (2, 1), (2, 1), (2, 1), (2, 1), (2, 1)],
+            &["101 2>3", "102 2>3"],
+        ),
+    ] {
+        let budget = Budget { bytes_max: 2 * GIB, ..left(2 * GIB, 9) };
+        let places = vec![drained(1), place(2), place(3)];
+        let plan = plan(&situation(places, groups), &balance(), budget).unwrap();
+        assert_eq!(
+            (moves(&plan), plan.end.as_str()),
+            (expected.iter().map(ToString::to_string).collect(), end),
+            "{case}"
+        );
+        let [skipped] = &plan.skipped[..] else { panic!("{case}: {plan:?}") };
+        assert_eq!(
+            (skipped.what.as_str(), skipped.reason.as_str()),
+            (
+                "shard 100 of public.t",
+                "it has 3.0 GiB, and no run may move more than 2.0 GiB: raise [budget] bytes_per_run"
+            ),
+            "{case}"
+        );
+    }
+}
+
+#[test]
+fn what_is_left_of_a_budget_is_the_least_that_any_limit_leaves() {
+    let limits =
+        Limits { bytes_per_run: 10, moves_per_run: 5, bytes_per_day: 30, moves_per_day: 20 };
+    let spent = |bytes, moves| Spent { bytes, moves };
+    for (day, run, bytes, moves) in [
+        (spent(0, 0), spent(0, 0), 10, 5),
+        (spent(15, 6), spent(4, 1), 6, 4),
+        (spent(28, 18), spent(4, 1), 2, 2),
+        (spent(40, 30), spent(0, 0), 0, 0),
+    ] {
+        let expected = Budget { bytes, moves, bytes_max: 10 };
+        assert_eq!(Budget::left(&limits, (day, run)), expected, "{day:?} {run:?}");
+    }
+    let budget = Budget { bytes: 4, moves: 1, bytes_max: 10 };
+    let none = Budget { moves: 0, ..budget };
+    for (budget, bytes, expected) in [
+        (budget, 4, None),
+        (budget, 5, Some("4 B are left of the budget, and it has 5 B")),
+        (none, 4, Some("the budget allows no more moves")),
+        (
+            none,
+            11,
+            Some("it has 11 B, and no run may move more than 10 B: raise [budget] bytes_per_run"),
+        ),
+    ] {
+        assert_eq!(budget.refusal(bytes).as_deref(), expected);
     }
 }
 
@@ -297,7 +364,7 @@ fn the_plan_of_citus_is_followed_as_far_as_it_is_allowed() {
     );
     let wish = |shard, to| Wish { shard, to };
     it.citus = Ok(vec![wish(100, 2), wish(101, 3), wish(102, 2), wish(103, 2), wish(104, 4)]);
-    let budget = Budget { bytes: 8 * GIB, moves: 9 };
+    let budget = left(8 * GIB, 9);
     let found = plan(&it, &strategy, budget).unwrap();
     assert_eq!(moves(&found), ["100 1>2"]);
     assert_eq!(found.moves[0].why, Why::Citus);
@@ -356,7 +423,7 @@ proptest! {
             ..nothing()
         };
         let balance = Balance { threshold, count_share, gain_min, ..balance() };
-        let budget = Budget { bytes, moves: count };
+        let budget = left(bytes, count);
         let plan = plan(&situation, &balance, budget).unwrap();
         let place = |group: u32| situation.places.iter().find(|it| it.group == group).unwrap();
 
