@@ -32,7 +32,7 @@ fn kept(scene: &Scene) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn nothing_goes_while_the_repositorys_clock_says_something_else() {
+async fn nothing_goes_while_the_clock_of_the_repository_says_something_else() {
     if postgres_is_missing() {
         return;
     }
