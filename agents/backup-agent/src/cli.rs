@@ -238,10 +238,10 @@ pub struct RestoreArgs {
     #[arg(long, value_name = "LSN", value_parser = parse_lsn, group = "stop")]
     pub target_lsn: Option<PgLsn>,
     /// Stop at a restore point made by `pg_create_restore_point()`
-    #[arg(long, value_name = "NAME", group = "stop")]
+    #[arg(long, value_name = "NAME", value_parser = parse_restore_point, group = "stop")]
     pub target_name: Option<String>,
     /// Stop at the commit of a transaction
-    #[arg(long, value_name = "XID", group = "stop")]
+    #[arg(long, value_name = "XID", value_parser = clap::value_parser!(u64).range(XID_MIN..), group = "stop")]
     pub target_xid: Option<u64>,
     /// Stop as soon as the backup is consistent: immediate
     #[arg(long, value_name = "WORD", value_parser = ["immediate"], group = "stop")]
@@ -287,6 +287,20 @@ impl RestoreArgs {
         } else {
             Target::End
         }
+    }
+}
+
+/// The first transaction that anybody can have begun. Source: `FirstNormalTransactionId`.
+const XID_MIN: u64 = 3;
+/// The longest name of a restore point, in bytes. Source: `MAXFNAMELEN`, with its end.
+const RESTORE_POINT_BYTES_MAX: usize = 63;
+
+/// An empty name is no target to PostgreSQL: it would recover to the end of the WAL.
+fn parse_restore_point(text: &str) -> Result<String, String> {
+    match text.len() {
+        0 => Err("it is empty".to_owned()),
+        1..=RESTORE_POINT_BYTES_MAX => Ok(text.to_owned()),
+        len => Err(format!("{len} bytes; a restore point has at most {RESTORE_POINT_BYTES_MAX}")),
     }
 }
 
@@ -380,19 +394,23 @@ mod tests {
     }
 
     #[test]
-    fn two_targets_are_wrong_use() {
-        let both = [
-            "backup-agent",
-            "restore",
-            "--to",
-            "/x",
-            "--archive-mode",
-            "off",
-            "--target-lsn",
-            "0/1",
-            "--target-xid",
-            "1",
-        ];
-        assert!(Cli::try_parse_from(both).is_err());
+    fn a_target_is_one_that_postgresql_takes_for_one() {
+        let longest = "x".repeat(RESTORE_POINT_BYTES_MAX);
+        let too_long = format!("{longest}x");
+        for (case, targets, is_right) in [
+            ("none", &[][..], true),
+            ("two", &["--target-lsn", "0/1", "--target-xid", "731"], false),
+            ("a name", &["--target-name", "before the release"], true),
+            ("no name: the end of the WAL to PostgreSQL", &["--target-name", ""], false),
+            ("the longest name", &["--target-name", &longest], true),
+            ("a longer one", &["--target-name", &too_long], false),
+            ("no position", &["--target-lsn", ""], false),
+            ("the first transaction", &["--target-xid", "3"], true),
+            ("one that commits nothing", &["--target-xid", "0"], false),
+        ] {
+            let line = ["backup-agent", "restore", "--to", "/x", "--archive-mode", "off"];
+            let parsed = Cli::try_parse_from(line.iter().chain(targets));
+            assert_eq!(parsed.is_ok(), is_right, "{case}");
+        }
     }
 }
