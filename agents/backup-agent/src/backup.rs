@@ -445,9 +445,9 @@ fn to_json(backup_id: &BackupId, commit: &Commit) -> Result<Vec<u8>, RepositoryE
         .map_err(|source| RepositoryError::Content { name: backup_id.to_string(), source })
 }
 
-/// Asks the store once more for everything that the commit names: the last moment at which a
-/// store that lost something can be caught.
-async fn require_parts(place: &Place, commit: &Commit) -> Result<(), RepositoryError> {
+/// Asks the store for everything that the commit names: the last moment before a backup is listed, and
+/// before a restore deletes anything, at which a store that lost something can be caught.
+pub(crate) async fn require_parts(place: &Place, commit: &Commit) -> Result<(), RepositoryError> {
     let parts = commit.parts.iter().enumerate().map(|(n, record)| (part_name(n), record));
     let others = [("manifest".to_owned(), &commit.manifest), ("files".to_owned(), &commit.files)];
     for (name, record) in parts.chain(others) {

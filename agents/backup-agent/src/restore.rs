@@ -16,6 +16,7 @@ use shared::telemetry::chain;
 use thiserror::Error;
 use tracing::{info, warn};
 
+use crate::backup::require_parts;
 use crate::catalog::Catalog;
 use crate::config::Config;
 use crate::container::{ContainerError, Kind};
@@ -353,6 +354,7 @@ pub async fn restore(
     let manifest = open_manifest(&place, backup).await?;
     // All of it, before anything is deleted; it is not kept.
     read_manifest(&manifest, |_| Ok(())).await?;
+    require_parts(&place, backup).await?;
     let layout = Arc::new(Layout::new(backup, options)?);
     // Before anything is deleted, and until all is written.
     let mut locks = BTreeMap::new();
