@@ -50,8 +50,14 @@ fn time(at: &DateTime<Utc>) -> String {
 /// They are too far apart; or the repository could not be asked.
 pub async fn require(place: &Place, context: Option<&Context>) -> Result<(), ClockError> {
     let before = Utc::now();
-    let theirs = stored_now(place).await?;
-    compare("the repository's", before, theirs, Utc::now())?;
+    match stored_now(place).await {
+        Ok(theirs) => compare("the repository's", before, theirs, Utc::now())?,
+        // What goes makes the room that is missing.
+        Err(RepositoryError::Store(error)) if error.kind == StoreErrorKind::Full => {
+            warn!(error = %chain(&error), "the repository is full: its clock could not be asked");
+        }
+        Err(error) => return Err(error.into()),
+    }
     let Some(context) = context.filter(|it| it.config.has_servers()) else { return Ok(()) };
     let before = Utc::now();
     match primarys_time(context, place.group).await {

@@ -249,7 +249,7 @@ pub async fn apply(
         return Ok(());
     }
     clocks::require(place, context).await?;
-    mark(place, plan).await?;
+    // What makes room comes first: a full repository takes no mark.
     delete_marked(place, plan).await?;
     let names = plan.wal.iter().map(|wal| &wal.name);
     let names = names.chain(plan.pieces.iter().map(|piece| &piece.name));
@@ -260,6 +260,7 @@ pub async fn apply(
     if segments + pieces + others > 0 {
         info!(segments, pieces, others, bytes = plan.spare_bytes(), "WAL deleted");
     }
+    mark(place, plan).await?;
     Ok(())
 }
 
