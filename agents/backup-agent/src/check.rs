@@ -13,9 +13,10 @@ use crate::arrival;
 use crate::backup::Context;
 use crate::catalog::Catalog;
 use crate::container::{Identity, Kind, open_whole, seal_whole};
+use crate::listing::Listing;
 use crate::replication::Replication;
-use crate::repository::{Repository, RepositoryError};
-use crate::wal;
+use crate::repository::Repository;
+use crate::wal::{self, WalError};
 
 /// How far two clocks may be apart.
 const CLOCK_TOLERANCE: TimeDelta = TimeDelta::seconds(30);
@@ -186,30 +187,33 @@ async fn check_group(context: &Context, nodes: &[Node], number: u32, steps: &mut
 async fn check_backups(context: &Context, group: u32, steps: &mut Steps) {
     let step = format!("group {group}: backups");
     let read = async {
-        let (mut count, mut unreadable, mut suspect) = (0, Vec::new(), None);
+        let (mut count, mut bad, mut suspect) = (0, Vec::new(), None);
         for place in context.repository.places(group).await? {
             let catalog = Catalog::read(&place).await?;
             count += catalog.backups.len();
             let newest = catalog.backups.last().filter(|it| it.suspect.is_some());
             suspect = newest.map(|it| it.backup_id.to_string()).or(suspect);
-            unreadable.extend(catalog.unreadable.iter().map(|(_, it)| chain(it).to_string()));
-            unreadable.extend(wal::locked(&place).await?.iter().map(|it| chain(it).to_string()));
+            bad.extend(catalog.unreadable.iter().map(|(_, it)| chain(it).to_string()));
+            bad.extend(wal::locked(&place).await?.iter().map(|it| chain(it).to_string()));
+            let listing = Listing::read(&place).await?;
+            let lost = |id| format!("{id} cannot be restored, `backup-agent list` says why");
+            bad.extend(listing.not_restorable().map(lost));
         }
-        Ok::<_, RepositoryError>((count, unreadable, suspect))
+        Ok::<_, WalError>((count, bad, suspect))
     };
     match read.await {
-        Ok((0, unreadable, _)) if unreadable.is_empty() => {
+        Ok((0, bad, _)) if bad.is_empty() => {
             steps.add(step, Outcome::Warning, "none yet; take one with `backup-agent backup`");
         }
-        Ok((count, unreadable, None)) if unreadable.is_empty() => {
+        Ok((count, bad, None)) if bad.is_empty() => {
             steps.add(step, Outcome::Ok, format!("{count} in the repository"));
         }
-        Ok((_, unreadable, Some(id))) if unreadable.is_empty() => {
+        Ok((_, bad, Some(id))) if bad.is_empty() => {
             let detail =
                 format!("the newest, {id}, is suspect: `backup-agent list --json` says why");
             steps.add(step, Outcome::Warning, detail);
         }
-        Ok((_, unreadable, _)) => steps.add(step, Outcome::Failed, unreadable.join("; ")),
+        Ok((_, bad, _)) => steps.add(step, Outcome::Failed, bad.join("; ")),
         Err(error) => steps.add(step, Outcome::Failed, chain(&error).to_string()),
     }
 }

@@ -197,6 +197,8 @@ async fn list(config: &Config, args: &ListArgs) -> anyhow::Result<()> {
     }
     let unreadable = listings.iter().flat_map(Listing::unreadable);
     problems.extend(unreadable.map(|id| format!("backup {id} cannot be read")));
+    let not_restorable = listings.iter().flat_map(Listing::not_restorable);
+    problems.extend(not_restorable.map(|id| format!("backup {id} cannot be restored")));
     listings.retain(|listing| !listing.is_empty());
     if args.json {
         print_json(&listings.iter().flat_map(Listing::to_json).collect())?;
@@ -304,8 +306,8 @@ fn afterwards(options: &RestoreOptions, action: Action) -> String {
     let tablespaces = match options.target {
         Target::Immediate => "",
         _ => {
-            "A tablespace that was made after the backup is made again where it was: do not start it \
-             beside the living server that has it.\n"
+            "A tablespace that was made after the backup is made again where it was: make its directory \
+             first, and do not start it beside the living server that has it.\n"
         }
     };
     let archiving = if options.archive_off {

@@ -63,6 +63,12 @@ impl Listing {
         self.unreadable.iter().map(|(id, _)| id)
     }
 
+    /// The backups of whose own WAL something is missing.
+    pub fn not_restorable(&self) -> impl Iterator<Item = &BackupId> {
+        let windows = self.backups.iter().map(|(_, window)| window);
+        windows.filter(|it| !it.is_consistent()).map(|it| &it.backup_id)
+    }
+
     /// Everything, for programs.
     pub fn to_json(&self) -> Vec<Value> {
         let backups = self.backups.iter().map(|(commit, window)| backup(commit, Some(window)));

@@ -12,6 +12,7 @@ use shared::pg::wal::{Segment, segment_number};
 use crate::catalog::Mark;
 use crate::clocks::APART_MAX;
 use crate::manifest::{BackupId, Commit};
+use crate::recovery::Window;
 use crate::wal::piece::Piece;
 use crate::wal::remnant::Remnant;
 use crate::wal::{WalMap, WalObject};
@@ -111,8 +112,8 @@ pub struct Decision {
 ///
 /// The newest backup and those of days, weeks and months are chosen among those that lead to the
 /// cluster's own timeline, and once more among all: what was left is given up by a person, not by
-/// the next backup. A suspect backup fills nobody's place: it stays for a look while it is as young
-/// as the WAL, and as long as there is no other.
+/// the next backup. A backup that is suspect, or has lost WAL of its own, fills nobody's place: it stays
+/// for a look while it is as young as the WAL, and as long as there is no other.
 pub fn decide(
     backups: &[Commit],
     wal: &WalMap,
@@ -123,8 +124,7 @@ pub fn decide(
     let window_start = ago(retention.wal, as_of);
     let mut oldest_first: Vec<&Commit> = backups.iter().collect();
     oldest_first.sort_by_key(|backup| backup.finished_at);
-    let good: Vec<&Commit> =
-        oldest_first.iter().copied().filter(|backup| backup.suspect.is_none()).collect();
+    let good = good(backups, wal);
 
     let own = wal.candidates(primary);
     let leading = own.iter().map(|timeline| leading(&good, wal, *timeline));
@@ -150,12 +150,17 @@ pub fn decide(
     let decide = |backup: &&Commit| {
         let id = &backup.backup_id;
         let young = backup.finished_at > window_start;
+        let is_good = good.iter().any(|it| it.backup_id == *id);
         let reasons = [
             (newest.contains(&id), "newest"),
             (starts(id, true), "start of the WAL window"),
             (starts(id, false), "start of the WAL of a timeline that was left"),
             (good.is_empty(), "nothing better than suspect backups"),
             (backup.suspect.is_some() && young, "suspect, kept for a look"),
+            (
+                backup.suspect.is_none() && !is_good && young,
+                "not restorable, WAL of its own is missing; kept for a look",
+            ),
             (daily.contains(id), "daily"),
             (weekly.contains(id), "weekly"),
             (monthly.contains(id), "monthly"),
@@ -190,9 +195,7 @@ impl<'a> Needs<'a> {
     ) -> Self {
         // The backup that began the window until a moment ago can be brought back.
         let window_start = ago(retention.wal.saturating_add(retention.delete_after), as_of);
-        let mut good: Vec<&Commit> = kept.iter().filter(|it| it.suspect.is_none()).collect();
-        good.sort_by_key(|backup| backup.finished_at);
-        let anchors = anchors(&good, wal, primary, window_start);
+        let anchors = anchors(&good(kept, wal), wal, primary, window_start);
         let anchors = anchors.iter().map(|(_, backup)| backup);
         let floor = anchors.clone().map(|it| segment_number(it.start_lsn, wal.segment_bytes)).min();
         // What branched off later may lead to moments in the window from elsewhere.
@@ -239,6 +242,18 @@ impl<'a> Needs<'a> {
         let is_spare = |remnant: &&Remnant| self.is_spare(remnant.segment, remnant.stored_at);
         remnants.iter().filter(is_spare).collect()
     }
+}
+
+/// The backups that a restore may start from, oldest first: neither suspect nor without WAL of their own.
+/// If that is missing for each of them, it speaks against none.
+fn good<'a>(backups: &'a [Commit], wal: &WalMap) -> Vec<&'a Commit> {
+    let mut good: Vec<&Commit> = backups.iter().filter(|it| it.suspect.is_none()).collect();
+    good.sort_by_key(|backup| backup.finished_at);
+    let is_consistent = |backup: &Commit| Window::of(backup, wal, backup.timeline).is_consistent();
+    if good.iter().any(|backup| is_consistent(backup)) {
+        good.retain(|backup| is_consistent(backup));
+    }
+    good
 }
 
 /// The backups from which the moments of the window are reached, each with the timeline to whose WAL it
@@ -374,7 +389,8 @@ mod tests {
 
     fn kept(ages: &[u32], suspect: &[u32], retention: &Retention) -> Vec<u32> {
         let backups: Vec<_> = ages.iter().map(|age| backup(*age, suspect.contains(age))).collect();
-        let decisions = decide(&backups, &WalMap::default(), retention, None, now());
+        let wal = map(&[(1, 0..segment(0) + 2)], now());
+        let decisions = decide(&backups, &wal, retention, None, now());
         let keeps = |age: &&u32| {
             let id = backup(**age, false).backup_id;
             decisions.iter().any(|it| it.backup_id == id && !it.keep.is_empty())
@@ -412,7 +428,7 @@ mod tests {
     /// another day.
     fn branched(at: u64, days: [u32; 2]) -> WalMap {
         let mut wal = map(&[(1, 9_000..9_990)], day(days[0]));
-        wal.segments.extend(map(&[(2, at..at + 9)], day(days[1])).segments);
+        wal.segments.extend(map(&[(2, at..segment(0) + 2)], day(days[1])).segments);
         let switch_lsn = PgLsn::from(at * SEGMENT + 100);
         let entry = HistoryEntry { timeline: 1, switch_lsn, reason: String::new() };
         wal.histories.insert(2, vec![entry]);
@@ -659,6 +675,38 @@ mod tests {
             }
         }
         map
+    }
+
+    /// A segment of the newest was lost in the store; then of all.
+    #[test]
+    fn a_backup_without_its_own_wal_fills_nobodys_place() {
+        let backups = [backup(9, false), backup(3, false), backup(1, false)];
+        let kept = |wal: &WalMap, retention: &Retention| {
+            let decisions = decide(&backups, wal, retention, None, now());
+            decisions.into_iter().map(|it| it.keep).collect::<Vec<_>>()
+        };
+        let first = segment(9);
+        let look = "not restorable, WAL of its own is missing; kept for a look";
+        let mut wal = map(&[(1, first..segment(1) + 5)], day(1));
+        wal.segments.get_mut(&1).unwrap().remove(&segment(1));
+        let [old, newest]: [Vec<&str>; 2] = [vec![], vec!["newest", "daily"]];
+        let anchor = vec!["start of the WAL window"];
+        assert_eq!(
+            kept(&wal, &retention(1, 0, 0, 5)),
+            [anchor.clone(), newest.clone(), vec![look]],
+            "within the window"
+        );
+        let both = [anchor, newest].concat();
+        let sorted = |mut reasons: Vec<&'static str>| {
+            reasons.sort_unstable();
+            reasons
+        };
+        let found = kept(&wal, &retention(1, 0, 0, 0));
+        assert_eq!(found[0], old);
+        assert_eq!(sorted(found[1].clone()), sorted(both));
+        assert_eq!(found[2], old);
+        wal.segments.clear();
+        assert!(!kept(&wal, &retention(1, 0, 0, 0))[2].is_empty(), "none has its WAL");
     }
 
     fn spare(kept: &[Commit], map: &WalMap) -> Vec<u64> {
