@@ -132,9 +132,7 @@ pub async fn is_stored_soon(
 /// Whether the byte before `lsn` is stored, on the way to a timeline.
 fn holds(stored: &WalMap, timeline: u32, lsn: PgLsn) -> bool {
     let Some(last) = u64::from(lsn).checked_sub(1) else { return true };
-    let history = stored.histories.get(&timeline).map_or(&[][..], Vec::as_slice);
-    let left = history.iter().find(|entry| u64::from(entry.switch_lsn) > last);
-    let timeline = left.map_or(timeline, |entry| entry.timeline);
+    let timeline = stored.on_the_way(timeline, last.into());
     let number = last / stored.segment_bytes;
     stored.within_reach(Segment { timeline, number }) > last % stored.segment_bytes
 }

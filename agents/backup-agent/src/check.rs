@@ -11,7 +11,6 @@ use tokio_postgres::types::PgLsn;
 
 use crate::arrival;
 use crate::backup::Context;
-use crate::catalog::Catalog;
 use crate::container::{Identity, Kind, open_whole, seal_whole};
 use crate::listing::Listing;
 use crate::replication::Replication;
@@ -189,13 +188,11 @@ async fn check_backups(context: &Context, group: u32, steps: &mut Steps) {
     let read = async {
         let (mut count, mut bad, mut suspect) = (0, Vec::new(), None);
         for place in context.repository.places(group).await? {
-            let catalog = Catalog::read(&place).await?;
-            count += catalog.backups.len();
-            let newest = catalog.backups.last().filter(|it| it.suspect.is_some());
-            suspect = newest.map(|it| it.backup_id.to_string()).or(suspect);
-            bad.extend(catalog.unreadable.iter().map(|(_, it)| chain(it).to_string()));
-            bad.extend(wal::locked(&place).await?.iter().map(|it| chain(it).to_string()));
             let listing = Listing::read(&place).await?;
+            count += listing.count();
+            suspect = listing.suspect_newest().map(ToString::to_string).or(suspect);
+            bad.extend(listing.unreadable().map(|(_, why)| why.to_owned()));
+            bad.extend(wal::locked(&place).await?.iter().map(|it| chain(it).to_string()));
             let lost = |id| format!("{id} cannot be restored, `backup-agent list` says why");
             bad.extend(listing.not_restorable().map(lost));
         }

@@ -196,7 +196,7 @@ async fn list(config: &Config, args: &ListArgs) -> anyhow::Result<()> {
         }
     }
     let unreadable = listings.iter().flat_map(Listing::unreadable);
-    problems.extend(unreadable.map(|id| format!("backup {id} cannot be read")));
+    problems.extend(unreadable.map(|(id, _)| format!("backup {id} cannot be read")));
     let not_restorable = listings.iter().flat_map(Listing::not_restorable);
     problems.extend(not_restorable.map(|id| format!("backup {id} cannot be restored")));
     listings.retain(|listing| !listing.is_empty());

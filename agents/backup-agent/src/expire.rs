@@ -260,8 +260,7 @@ pub async fn apply(
     if segments + pieces + others > 0 {
         info!(segments, pieces, others, bytes = plan.spare_bytes(), "WAL deleted");
     }
-    mark(place, plan).await?;
-    Ok(())
+    Ok(mark(place, plan).await?)
 }
 
 /// Marks backups as deleted.

@@ -53,14 +53,25 @@ impl Listing {
         })
     }
 
+    /// How many backups can be read.
+    pub fn count(&self) -> usize {
+        self.backups.len()
+    }
+
+    /// The newest of them, if it is suspect.
+    pub fn suspect_newest(&self) -> Option<&BackupId> {
+        let (newest, _) = self.backups.last()?;
+        newest.suspect.as_ref().map(|_| &newest.backup_id)
+    }
+
     /// Whether there is nothing to show.
     pub fn is_empty(&self) -> bool {
         self.backups.is_empty() && self.unreadable.is_empty()
     }
 
-    /// The backups that cannot be read.
-    pub fn unreadable(&self) -> impl Iterator<Item = &BackupId> {
-        self.unreadable.iter().map(|(id, _)| id)
+    /// The backups that cannot be read, and why.
+    pub fn unreadable(&self) -> impl Iterator<Item = (&BackupId, &str)> {
+        self.unreadable.iter().map(|(id, why)| (id, why.as_str()))
     }
 
     /// The backups of whose own WAL something is missing.

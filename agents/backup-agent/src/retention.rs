@@ -249,11 +249,9 @@ impl<'a> Needs<'a> {
 fn good<'a>(backups: &'a [Commit], wal: &WalMap) -> Vec<&'a Commit> {
     let mut good: Vec<&Commit> = backups.iter().filter(|it| it.suspect.is_none()).collect();
     good.sort_by_key(|backup| backup.finished_at);
-    let is_consistent = |backup: &Commit| Window::of(backup, wal, backup.timeline).is_consistent();
-    if good.iter().any(|backup| is_consistent(backup)) {
-        good.retain(|backup| is_consistent(backup));
-    }
-    good
+    let is_consistent = |backup: &&Commit| Window::of(backup, wal, backup.timeline).is_consistent();
+    let consistent: Vec<&Commit> = good.iter().copied().filter(is_consistent).collect();
+    if consistent.is_empty() { good } else { consistent }
 }
 
 /// The backups from which the moments of the window are reached, each with the timeline to whose WAL it
@@ -681,32 +679,20 @@ mod tests {
     #[test]
     fn a_backup_without_its_own_wal_fills_nobodys_place() {
         let backups = [backup(9, false), backup(3, false), backup(1, false)];
-        let kept = |wal: &WalMap, retention: &Retention| {
-            let decisions = decide(&backups, wal, retention, None, now());
+        let kept = |wal: &WalMap, wal_days: u64| {
+            let decisions = decide(&backups, wal, &retention(1, 0, 0, wal_days), None, now());
             decisions.into_iter().map(|it| it.keep).collect::<Vec<_>>()
         };
         let first = segment(9);
         let look = "not restorable, WAL of its own is missing; kept for a look";
         let mut wal = map(&[(1, first..segment(1) + 5)], day(1));
         wal.segments.get_mut(&1).unwrap().remove(&segment(1));
-        let [old, newest]: [Vec<&str>; 2] = [vec![], vec!["newest", "daily"]];
-        let anchor = vec!["start of the WAL window"];
-        assert_eq!(
-            kept(&wal, &retention(1, 0, 0, 5)),
-            [anchor.clone(), newest.clone(), vec![look]],
-            "within the window"
-        );
-        let both = [anchor, newest].concat();
-        let sorted = |mut reasons: Vec<&'static str>| {
-            reasons.sort_unstable();
-            reasons
-        };
-        let found = kept(&wal, &retention(1, 0, 0, 0));
-        assert_eq!(found[0], old);
-        assert_eq!(sorted(found[1].clone()), sorted(both));
-        assert_eq!(found[2], old);
+        let (newest, anchor) = (["newest", "daily"], ["start of the WAL window"]);
+        assert_eq!(kept(&wal, 5), [anchor.to_vec(), newest.to_vec(), vec![look]], "it is young");
+        let all = ["newest", "start of the WAL window", "daily"];
+        assert_eq!(kept(&wal, 0), [vec![], all.to_vec(), vec![]], "it is as old as the window");
         wal.segments.clear();
-        assert!(!kept(&wal, &retention(1, 0, 0, 0))[2].is_empty(), "none has its WAL");
+        assert!(!kept(&wal, 0)[2].is_empty(), "none has its WAL");
     }
 
     fn spare(kept: &[Commit], map: &WalMap) -> Vec<u64> {

@@ -9,6 +9,7 @@ use tokio_postgres::types::PgLsn;
 use tracing::warn;
 
 use super::piece::{self, Pieces};
+use super::times;
 use super::{WalError, WalObject, find, list_some, object, read, read_history, stem};
 use crate::manifest::Commit;
 use crate::repository::{Place, RepositoryError};
@@ -81,8 +82,9 @@ impl WalMap {
         }
         map.leave_out_unopened(place).await?;
         map.histories = histories(place).await?;
-        map.ask_ends(place).await?;
-        map.ask_histories(place).await?;
+        let backups = times::backups(place).await?;
+        map.ask_ends(place, &backups).await?;
+        map.ask_histories(place, &backups).await?;
         Ok(map)
     }
 
@@ -146,7 +148,7 @@ impl WalMap {
         lsn: PgLsn,
     ) -> Result<Self, WalError> {
         let mut map = Self::read_from(place, segment_bytes, lsn, &[]).await?;
-        map.ask_ends(place).await?;
+        map.ask_ends(place, &times::backups(place).await?).await?;
         Ok(map)
     }
 

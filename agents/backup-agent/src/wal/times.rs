@@ -33,7 +33,7 @@ struct End {
 }
 
 /// When a backup began, on which timeline, and where: as its name says.
-type Begun = (DateTime<Utc>, u32, PgLsn);
+pub(super) type Begun = (DateTime<Utc>, u32, PgLsn);
 
 impl WalMap {
     /// Asks the objects at both ends of each stretch without a gap when they were written, and
@@ -42,8 +42,11 @@ impl WalMap {
     /// # Errors
     ///
     /// The store could not be asked.
-    pub(super) async fn ask_ends(&mut self, place: &Place) -> Result<(), RepositoryError> {
-        let backups = backups(place).await?;
+    pub(super) async fn ask_ends(
+        &mut self,
+        place: &Place,
+        backups: &[Begun],
+    ) -> Result<(), RepositoryError> {
         let written_at = |end: End| async move {
             match place.sealed_at(end.kind, &end.name).await {
                 Ok(at) => Ok(at.map(|at| (end, at))),
@@ -55,7 +58,7 @@ impl WalMap {
         let asked = stream::iter(self.ends().into_iter().map(written_at)).buffer_unordered(AT_ONCE);
         let found: Vec<Option<(End, DateTime<Utc>)>> = asked.try_collect().await?;
         for (end, sealed_at) in found.into_iter().flatten() {
-            let after = self.begun_before(&backups, end.segment.timeline, end.until_lsn);
+            let after = self.begun_before(backups, end.segment.timeline, end.until_lsn);
             let at = believed(end.stored_at, sealed_at, after);
             let timeline = self.segments.get_mut(&end.segment.timeline);
             let complete = timeline.and_then(|it| it.get_mut(&end.segment.number));
@@ -75,8 +78,11 @@ impl WalMap {
     /// # Errors
     ///
     /// The store could not be asked.
-    pub(super) async fn ask_histories(&mut self, place: &Place) -> Result<(), RepositoryError> {
-        let backups = backups(place).await?;
+    pub(super) async fn ask_histories(
+        &mut self,
+        place: &Place,
+        backups: &[Begun],
+    ) -> Result<(), RepositoryError> {
         for wal in place.list("history/", None, None).await?.into_iter().filter_map(object) {
             // The size of a segment does not matter to the name of a history file.
             let Ok(WalFile::History { timeline }) = WalFile::parse(&wal.file, SEGMENT_BYTES_MIN)
@@ -89,7 +95,7 @@ impl WalMap {
                 Err(_) => None,
             };
             let left = self.began(timeline).map(|entry| entry.switch_lsn);
-            let after = left.and_then(|left| self.begun_before(&backups, timeline, left));
+            let after = left.and_then(|left| self.begun_before(backups, timeline, left));
             let at = sealed_at.map_or(wal.stored_at, |at| believed(wal.stored_at, at, after));
             // A second one is of another key, and was sealed later.
             let at = self.history_times.get(&timeline).map_or(at, |known| at.min(*known));
@@ -156,7 +162,7 @@ impl WalMap {
 }
 
 /// The backups that there are or were begun.
-async fn backups(place: &Place) -> Result<Vec<Begun>, RepositoryError> {
+pub(super) async fn backups(place: &Place) -> Result<Vec<Begun>, RepositoryError> {
     let ids = place.list_folders("base/").await?;
     let ids = ids.into_iter().filter_map(|id| id.parse::<BackupId>().ok());
     let begun = |id: BackupId| {
