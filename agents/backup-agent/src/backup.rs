@@ -8,6 +8,7 @@
 use std::time::Duration;
 
 use chrono::{TimeDelta, Utc};
+use futures_util::{TryStreamExt, stream};
 use shared::etcd::Etcd;
 use shared::pg::connect::connect;
 use shared::pg::{ConnectError, Node, QueryError, Settings};
@@ -20,7 +21,7 @@ use tracing::{info, warn};
 use crate::arrival::Way;
 use crate::catalog::Catalog;
 use crate::config::{BackupConfig, Config};
-use crate::container::Kind;
+use crate::container::{ContainerError, Kind};
 use crate::copy::copy;
 use crate::manifest::{BackupId, COMMIT_FORMAT, Commit, Suspicion, part_name};
 use crate::progress::Progress;
@@ -33,6 +34,8 @@ use crate::source::{self, RunLock, Source, SourceError};
 use crate::tar::TarError;
 use crate::wal::WalError;
 
+/// Objects of a backup that are asked for at once.
+const ASKED_AT_ONCE: usize = 8;
 /// The age at which an unfinished upload of something else than a base backup is nobody's.
 const FOREIGN_UPLOAD_AGE: TimeDelta = TimeDelta::days(1);
 
@@ -450,15 +453,17 @@ fn to_json(backup_id: &BackupId, commit: &Commit) -> Result<Vec<u8>, RepositoryE
 pub(crate) async fn require_parts(place: &Place, commit: &Commit) -> Result<(), RepositoryError> {
     let parts = commit.parts.iter().enumerate().map(|(n, record)| (part_name(n), record));
     let others = [("manifest".to_owned(), &commit.manifest), ("files".to_owned(), &commit.files)];
-    for (name, record) in parts.chain(others) {
+    let all = stream::iter(parts.chain(others).map(Ok));
+    all.try_for_each_concurrent(ASKED_AT_ONCE, |(name, record)| async move {
         let name = commit.backup_id.object(&name);
         let found = place.store().head(&place.key(&name)).await?.map_or(0, |info| info.bytes);
-        if found != record.object_bytes {
-            let reason = format!("expected {} bytes, found {found}", record.object_bytes);
-            return Err(crate::container::ContainerError::Truncated { name, reason }.into());
+        if found == record.object_bytes {
+            return Ok(());
         }
-    }
-    Ok(())
+        let reason = format!("expected {} bytes, found {found}", record.object_bytes);
+        Err(ContainerError::Truncated { name, reason }.into())
+    })
+    .await
 }
 
 /// Removes what earlier runs left: objects without a commit, and unfinished uploads.
