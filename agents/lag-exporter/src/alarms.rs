@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::fleet::Fleet;
-use crate::view::{GroupView, LagState, MostWal, NodeView, SplitBrain};
+use crate::view::{GroupView, LagState, MostWal, NodeView, SplitBrain, can_rewind};
 
 /// Between two looks.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -256,7 +256,7 @@ fn list(places: &[Place]) -> String {
 /// What to do about a standby that diverged from WAL of that timeline. `pg_rewind` looks only where timelines
 /// part.
 fn mend(standby: &Place, timeline: Option<u32>) -> &'static str {
-    if timeline.is_some() && standby.timeline == timeline { REBUILD } else { REWIND }
+    if can_rewind(standby.timeline, timeline) { REWIND } else { REBUILD }
 }
 
 /// What to do about several primaries.

@@ -217,6 +217,17 @@ impl World {
         world
     }
 
+    /// Its primary is gone; `b` and `c` were promoted, and each writes a timeline 2 of its own.
+    fn with_two_timelines_2() -> Self {
+        let mut world = Self::running();
+        world.server("a").answers = false;
+        world.promote("b", true);
+        let history = world.server("b").history.clone();
+        let c = world.server("c");
+        (c.is_primary, c.timeline, c.history) = (true, 2, history);
+        world
+    }
+
     fn set_members(&mut self) {
         let names: Vec<_> = self.servers.iter().map(|it| it.name.to_owned()).collect();
         self.group.set_members(&names, ms(self.now));
@@ -1018,12 +1029,8 @@ fn a_primary_that_went_back_makes_its_standby_diverged() {
 fn who_replays_the_primarys_wal_over_its_own_tables_is_no_good_standby() {
     for (is_stopped_in_order, expected) in [(true, LagState::Diverged), (false, LagState::Unknown)]
     {
-        let mut world = World::running();
-        world.server("a").answers = false;
-        world.promote("b", true);
-        let history = world.server("b").history.clone();
+        let mut world = World::with_two_timelines_2();
         let c = world.server("c");
-        (c.is_primary, c.timeline, c.history) = (true, 2, history);
         c.directory = Directory { statistics_reset: DateTime::from_timestamp(5, 0), checkpoint: 5 };
         world.run(seconds(3));
         for start in 1..4 {
@@ -1052,12 +1059,7 @@ fn who_replays_the_primarys_wal_over_its_own_tables_is_no_good_standby() {
 #[test]
 fn who_wrote_the_primarys_timeline_as_well_has_no_number_until_it_is_rebuilt() {
     for is_saved in [false, true] {
-        let mut world = World::running();
-        world.server("a").answers = false;
-        world.promote("b", true);
-        let history = world.server("b").history.clone();
-        let c = world.server("c");
-        (c.is_primary, c.timeline, c.history) = (true, 2, history);
+        let mut world = World::with_two_timelines_2();
         world.run(seconds(3));
         assert!(matches!(world.view().split_brain, SplitBrain::Confirmed(_)));
         // It is made a standby without a rewind: it says what any standby does.

@@ -21,7 +21,7 @@ use crate::service::Watcher;
 use crate::session::{ANSWER_TIMEOUT, CONNECT_TIMEOUT};
 use crate::view::{
     GroupView, Lag, LagState, MostWal, NodeView, Quorum, Role, Rpo, Runway, SlotView, SplitBrain,
-    SyncCount,
+    SyncCount, can_rewind,
 };
 
 /// How long a running agent may take to answer; it answers from memory.
@@ -321,9 +321,8 @@ fn node_notes(
     }
     if node.lag.as_ref().is_some_and(|lag| lag.state == LagState::Diverged) {
         let timeline = node.state.as_ref().and_then(|state| state.timeline);
-        // There pg_rewind finds nothing to do.
-        let has_rebuild_only = timeline.is_some() && timeline == group.timeline;
-        let next = if has_rebuild_only { "rebuild it" } else { "pg_rewind or rebuild it" };
+        let can_rewind = can_rewind(timeline, group.timeline);
+        let next = if can_rewind { "pg_rewind or rebuild it" } else { "rebuild it" };
         add(format!("has WAL that the primary never had: {next}"));
     }
     let Some(state) = &node.state else { return };

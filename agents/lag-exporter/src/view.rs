@@ -12,6 +12,12 @@ use tokio_postgres::types::PgLsn;
 use crate::json;
 use crate::observation::{Archiver, Conflicts, Receiver, ReplayPause, WalStatus};
 
+/// Whether `pg_rewind` can help a standby on timeline `of` that has WAL which nobody on timeline `line`
+/// has. On the same timeline it finds nothing to do.
+pub fn can_rewind(of: Option<u32>, line: Option<u32>) -> bool {
+    of.is_none() || of != line
+}
+
 /// What is known about one group.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GroupView {
