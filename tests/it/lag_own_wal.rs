@@ -67,13 +67,17 @@ async fn who_wrote_the_primarys_timeline_too_has_no_lag_until_it_is_rebuilt() {
     exporter.state("c", "diverged").await;
     stays(&exporter, "c", "diverged").await;
 
+    is_well_once_rebuilt(&exporter, &mut second, &first).await;
+}
+
+/// Rebuilds `c`, which replays what it streams then.
+async fn is_well_once_rebuilt(exporter: &Exporter, second: &mut PgServer, first: &PgServer) {
     second.stop(Mode::Fast).await;
-    rebuild(&second, &first).await;
+    rebuild(second, first).await;
     second.start().await;
-    second.catch_up(&first).await;
+    second.catch_up(first).await;
     sleep(INTERVAL * 2).await;
-    // It replays what it streams.
-    insert(&first).await;
+    insert(first).await;
     exporter.state("c", "caught_up").await;
 }
 
@@ -132,13 +136,7 @@ async fn who_replays_the_primarys_wal_over_its_own_tables_has_no_lag() {
         assert_ne!(first.psql(sum).await, second.psql(sum).await, "the state says what is true");
     }
 
-    second.stop(Mode::Fast).await;
-    rebuild(&second, &first).await;
-    second.start().await;
-    second.catch_up(&first).await;
-    sleep(INTERVAL * 2).await;
-    insert(&first).await;
-    exporter.state("c", "caught_up").await;
+    is_well_once_rebuilt(&exporter, &mut second, &first).await;
 }
 
 #[tokio::test]

@@ -66,6 +66,16 @@ impl Cluster {
         (standby, member)
     }
 
+    /// Skewed, with a standby of the coordinator that knows all; a move copies for so many seconds.
+    async fn with_standby(copies_for: u32) -> (Self, PgServer) {
+        let cluster = Self::skewed().await;
+        let (standby, member) = cluster.coordinators().await;
+        cluster.configure(&format!("{APPLY}{member}"));
+        cluster.copies_for(copies_for).await;
+        standby.catch_up(&cluster.coordinator).await;
+        (cluster, standby)
+    }
+
     /// As Patroni tells Citus after a failover.
     async fn has_new_coordinator(&mut self, promoted: PgServer) -> PgServer {
         let (host, port) = (promoted.socket_directory().display().to_string(), promoted.port());
@@ -393,11 +403,7 @@ async fn after_a_failover_of_the_coordinator_moves_go_on() {
     if postgres_is_missing() {
         return;
     }
-    let mut cluster = Cluster::skewed().await;
-    let (standby, member) = cluster.coordinators().await;
-    cluster.configure(&format!("{APPLY}{member}"));
-    cluster.copies_for(60).await;
-    standby.catch_up(&cluster.coordinator).await;
+    let (mut cluster, standby) = Cluster::with_standby(60).await;
     let agent = cluster.starts();
     cluster.begins().await;
     cluster.coordinator.kill9().await;
@@ -415,11 +421,7 @@ async fn a_move_does_not_go_on_beside_a_new_coordinator() {
     if postgres_is_missing() {
         return;
     }
-    let mut cluster = Cluster::skewed().await;
-    let (standby, member) = cluster.coordinators().await;
-    cluster.configure(&format!("{APPLY}{member}"));
-    cluster.copies_for(300).await;
-    standby.catch_up(&cluster.coordinator).await;
+    let (mut cluster, standby) = Cluster::with_standby(300).await;
     let agent = cluster.starts();
     cluster.begins().await;
     standby.promote().await;
