@@ -39,7 +39,9 @@ GRANT pg_monitor TO pgmesh_health;
 -- Citus asks for no less, and for no more. Those of superusers it does not get: such tables stay. Run this
 -- again when tables have a new owner, or stand in a new schema: Citus tells no size on a node that has a
 -- shard of one that the role may not use. Citus uses the role between the nodes too, hence so many connections.
+-- Tasks of Citus' background jobs run with the role's own settings: writers wait behind their locks.
 ALTER ROLE pgmesh_rebalance CONNECTION LIMIT 40;
+ALTER ROLE pgmesh_rebalance SET lock_timeout = '1s';
 GRANT pg_monitor TO pgmesh_rebalance;
 SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus') AS has_citus
 \gset

@@ -21,10 +21,12 @@
 //! | [`etcd`] | requests to etcd, and watches on it, across its endpoints |
 //! | [`topology`] | which nodes exist, and what they say they are |
 //! | [`lease`] | which replica of an agent may act, and until when |
+//! | [`activity`] | what is under way where, and which groups are to be emptied |
 //! | [`store`] | object storage |
 //!
 //! Nothing here knows which agent uses it.
 
+pub mod activity;
 pub mod admin;
 pub mod backoff;
 pub mod cli;

@@ -11,15 +11,15 @@ use tokio::time::{Instant, sleep};
 use crate::rebalance_plan::Cluster;
 
 const LIMIT: Duration = Duration::from_secs(40);
-const APPLY: &str = "mode = \"apply\"\napply.pause = \"0s\"\n";
+pub(crate) const APPLY: &str = "mode = \"apply\"\napply.pause = \"0s\"\n";
 
 impl Cluster {
-    fn starts(&self) -> RunningAgent {
+    pub(crate) fn starts(&self) -> RunningAgent {
         self.agent().spawn(&["run"])
     }
 
     /// Where the four shard groups are.
-    async fn places(&self) -> Vec<i32> {
+    pub(crate) async fn places(&self) -> Vec<i32> {
         let sql = "SELECT groupid FROM pg_dist_placement \
                    WHERE shardid BETWEEN 102008 AND 102011 ORDER BY shardid";
         let rows = self.coordinator.connect().await.query(sql, &[]).await.unwrap();
@@ -33,7 +33,7 @@ impl Cluster {
         self.coordinator.connect().await.query_one(sql, &[]).await.unwrap().get(0)
     }
 
-    async fn copies_for(&self, seconds: u32) {
+    pub(crate) async fn copies_for(&self, seconds: u32) {
         self.change(&format!("UPDATE stand_in.copying SET seconds = {seconds}")).await;
     }
 
@@ -49,7 +49,7 @@ impl Cluster {
     }
 
     /// That its worker 2 is new: it has no reference tables.
-    async fn is_bare(&self) {
+    pub(crate) async fn is_bare(&self) {
         self.change(
             "DELETE FROM pg_dist_placement USING pg_dist_shard \
              WHERE pg_dist_shard.shardid = pg_dist_placement.shardid \
@@ -89,7 +89,7 @@ impl Cluster {
     }
 
     /// How the last moves ended, the newest first, as the agent says that runs.
-    async fn ends(&self) -> Vec<(String, String)> {
+    pub(crate) async fn ends(&self) -> Vec<(String, String)> {
         let finished = self.agent().run(&["status", "--json"]).await;
         let status: Value =
             serde_json::from_str(&finished.stdout).unwrap_or_else(|_| panic!("{finished}"));
@@ -98,7 +98,7 @@ impl Cluster {
         recent.iter().map(|it| (text(&it["outcome"]), text(&it["reason"]))).collect()
     }
 
-    async fn ended(&self, outcome: &str) -> String {
+    pub(crate) async fn ended(&self, outcome: &str) -> String {
         let mut reason = None;
         eventually(outcome, LIMIT, async || {
             let ends = self.ends().await;

@@ -5,8 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use chrono::{Timelike as _, Utc};
 use harness::postgres::{installation, postgres_is_missing};
-use harness::{Agent, PgServer, directory, eventually, server_port, skip};
+use harness::{
+    Agent, EtcdCluster, PgServer, directory, etcd_is_missing, eventually, server_port, skip,
+};
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::task::JoinSet;
@@ -96,7 +99,7 @@ impl Citus {
             .await;
         it.add(4).await;
         coordinator.psql("CALL citus_cleanup_orphaned_resources()").await;
-        it.configure();
+        it.configure("");
         it
     }
 
@@ -109,10 +112,10 @@ impl Citus {
         self.coordinator().psql(&format!("SELECT citus_add_node('127.0.0.1', {port})")).await;
     }
 
-    fn configure(&self) {
+    fn configure(&self, extra: &str) {
         let text = format!(
             "cluster = \"tests\"\nadmin_address = \"127.0.0.1:{}\"\ninterval = \"5s\"\n\
-             mode = \"apply\"\napply.pause = \"0s\"\n\
+             mode = \"apply\"\napply.pause = \"0s\"\n{extra}\
              [postgres]\nuser = \"pgmesh_rebalance\"\ntls = \"disable\"\n{}",
             self.port,
             server(self.coordinator())
@@ -156,6 +159,20 @@ impl Citus {
         count == 1
     }
 
+    /// What is left of moves, on any node.
+    async fn leftovers(&self) -> String {
+        let mut left = String::new();
+        for node in &self.nodes {
+            left += &node
+                .psql(
+                    "SELECT slot_name FROM pg_replication_slots UNION ALL \
+                     SELECT pubname FROM pg_publication UNION ALL SELECT subname FROM pg_subscription",
+                )
+                .await;
+        }
+        left
+    }
+
     /// Shard groups on a group of servers.
     async fn shards_on(&self, group: i32) -> i64 {
         let sql = "SELECT count(*) FROM pg_dist_placement JOIN pg_dist_shard USING (shardid) \
@@ -172,19 +189,25 @@ struct Writers {
 
 impl Writers {
     async fn start(citus: &Citus) -> Self {
+        Self::to(citus, "events").await
+    }
+
+    async fn to(citus: &Citus, table: &str) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let mut tasks = JoinSet::new();
         for writer in 1..=4_i64 {
             let client = citus.coordinator().connect_as("app", "postgres").await;
             let stop = Arc::clone(&stop);
+            let sql = format!(
+                "INSERT INTO {table} VALUES ($1::bigint, 'new') \
+                 ON CONFLICT (id) DO UPDATE SET text = 'again'"
+            );
             tasks.spawn(async move {
-                let sql = "INSERT INTO events VALUES ($1, 'new') \
-                           ON CONFLICT (id) DO UPDATE SET text = 'again'";
                 let (mut count, mut longest) = (0, Duration::ZERO);
                 while !stop.load(Ordering::Relaxed) {
                     let began = Instant::now();
                     let id = writer * 1_000_000 + i64::from(count % 5000);
-                    client.execute(sql, &[&id]).await.unwrap();
+                    client.execute(&sql, &[&id]).await.unwrap();
                     longest = longest.max(began.elapsed());
                     count += 1;
                     sleep(Duration::from_millis(5)).await;
@@ -218,6 +241,7 @@ async fn a_new_worker_is_filled_and_writers_hardly_wait() {
     let agent = citus.agent().spawn(&["run"]);
     citus.settles().await;
     let longest = writers.longest().await;
+    println!("moves: a writer waited {longest:?} at most");
     assert!(longest < LOCK_TIMEOUT + Duration::from_millis(500), "{longest:?}");
     for group in 1..=4 {
         assert_eq!(citus.shards_on(group).await, 2, "group {group}");
@@ -248,6 +272,7 @@ async fn a_transaction_that_stays_open_holds_writers_up_for_the_lock_timeout_onl
     holder.batch_execute("ROLLBACK").await.unwrap();
     citus.settles().await;
     let longest = writers.longest().await;
+    println!("moves, beside an open transaction: a writer waited {longest:?} at most");
     assert!(longest < LOCK_TIMEOUT + Duration::from_millis(500), "{longest:?}");
     agent.terminate().await.assert_success();
 }
@@ -281,15 +306,100 @@ async fn what_is_killed_in_the_middle_leaves_nothing_behind() {
     citus.settles().await;
     agent.terminate().await.assert_success();
     assert_eq!(citus.content().await, before);
-    for node in &citus.nodes {
-        let left = node
-            .psql(
-                "SELECT slot_name FROM pg_replication_slots UNION ALL \
-                 SELECT pubname FROM pg_publication UNION ALL SELECT subname FROM pg_subscription",
-            )
-            .await;
-        assert_eq!(left.trim(), "", "{}", node.name());
+    assert_eq!(citus.leftovers().await, "");
+}
+
+/// The same by a job of Citus.
+#[tokio::test]
+async fn a_job_is_stopped_at_the_end_of_its_window_and_balances_in_the_next() {
+    if citus_is_missing() || etcd_is_missing() {
+        return;
     }
+    let citus = Citus::skewed().await;
+    let before = citus.content().await;
+    let etcd = EtcdCluster::start(1).await;
+    let configure = |citus: &Citus, schedule: &str| {
+        citus.configure(&format!(
+            "apply.engine = \"job\"\nbalance.strategy = \"citus\"\netcd.endpoints = {:?}\n\
+             window = {{ schedule = \"{schedule}\", length = \"1m\" }}\n",
+            etcd.endpoints()
+        ));
+    };
+    eventually("a minute begins", LIMIT, async || Utc::now().second() < 10).await;
+    configure(&citus, &format!("{} * * * *", Utc::now().minute()));
+    let writers = Writers::start(&citus).await;
+    let mut agent = citus.agent().spawn(&["run"]);
+    agent.logged("job begins", LIMIT).await;
+    // Its first move waits for these, and keeps nobody waiting.
+    let mut holders = Vec::new();
+    for node in &citus.nodes[1..3] {
+        let holder = node.connect().await;
+        holder.batch_execute("BEGIN; SELECT pg_current_xact_id()").await.unwrap();
+        holders.push(holder);
+    }
+    agent.logged("job ended", LIMIT).await;
+    drop(holders);
+    let stopped = citus.coordinator().psql("SELECT state FROM pg_dist_background_job").await;
+    assert_eq!(stopped.trim(), "cancelled");
+    let finished = agent.terminate().await;
+    finished.assert_success();
+    assert!(finished.stdout.contains("the window is closed; 0 of 4 moves are done"), "{finished}");
+    eventually("it is clean", LIMIT, async || citus.leftovers().await.is_empty()).await;
+
+    // In the next it is killed, and the next one watches what it began.
+    configure(&citus, "* * * * *");
+    let mut agent = citus.agent().spawn(&["run"]);
+    agent.logged("job begins", LIMIT).await;
+    agent.kill9().await;
+    let agent = citus.agent().spawn(&["run"]);
+    citus.settles().await;
+    let longest = writers.longest().await;
+    println!("a job: a writer waited {longest:?} at most");
+    assert!(longest < LOCK_TIMEOUT + Duration::from_secs(1), "{longest:?}");
+    let finished = agent.terminate().await;
+    finished.assert_success();
+    assert!(finished.stdout.contains("\"outcome\":\"moved\""), "{finished}");
+    let states = "SELECT string_agg(state::text, ' ' ORDER BY job_id) FROM pg_dist_background_job";
+    assert_eq!(citus.coordinator().psql(states).await.trim(), "cancelled finished");
+    for group in 1..=4 {
+        assert_eq!(citus.shards_on(group).await, 2, "group {group}");
+    }
+    assert_eq!(citus.content().await, before);
+    assert_eq!(citus.leftovers().await, "");
+}
+
+/// The bound is that of a move, and a little more: Citus copies them in a session of its own, which is watched.
+#[tokio::test]
+async fn writers_of_a_reference_table_hardly_wait_while_it_is_copied() {
+    if citus_is_missing() {
+        return;
+    }
+    let citus = Citus::skewed().await;
+    let coordinator = citus.coordinator();
+    coordinator
+        .psql("INSERT INTO countries SELECT id, repeat(md5(id::text), 8) FROM generate_series(1000, 300000) AS id")
+        .await;
+    let writers = Writers::to(&citus, "countries").await;
+    let mut agent = citus.agent().spawn(&["run"]);
+    agent.logged("\"why\":\"reference_tables\"", LIMIT).await;
+    // What it finds open at its end.
+    sleep(Duration::from_millis(500)).await;
+    let holder = coordinator.connect_as("app", "postgres").await;
+    holder.batch_execute("BEGIN; UPDATE countries SET text = text WHERE id = 1").await.unwrap();
+    sleep(Duration::from_secs(12)).await;
+    holder.batch_execute("ROLLBACK").await.unwrap();
+    let beside = writers.longest().await;
+    agent.terminate().await.assert_success();
+    // Another one does not know that it rests.
+    let writers = Writers::to(&citus, "countries").await;
+    let agent = citus.agent().spawn(&["run"]);
+    citus.settles().await;
+    let longest = writers.longest().await;
+    println!(
+        "a copy of a reference table: a writer waited {longest:?} at most, {beside:?} beside an open transaction"
+    );
+    assert!(longest.max(beside) < LOCK_TIMEOUT + Duration::from_secs(1), "{longest:?} {beside:?}");
+    agent.terminate().await.assert_success();
 }
 
 #[tokio::test]

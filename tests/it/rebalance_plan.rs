@@ -9,12 +9,14 @@ use harness::{
     Agent, EtcdCluster, Mode, PgServer, directory, etcd_is_missing, eventually, server_port, skip,
 };
 use serde_json::Value;
+use shared::activity::activities;
 use tempfile::TempDir;
 
 use crate::etcd::client;
 use crate::exporter::{node, piped, server};
 use crate::monitor::Monitor;
-use crate::scene::write;
+use crate::replicas::section;
+use crate::scene::{Kind, Scene, write};
 
 const LIMIT: Duration = Duration::from_secs(30);
 const STAND_IN: &str = include_str!("../stand-in/citus.sql");
@@ -432,6 +434,67 @@ async fn what_others_say_closes_its_gate() {
     let gates: Vec<_> = refused.iter().map(|(gate, _)| gate.as_str()).collect();
     assert_eq!(gates, ["paused", "budget", "activity"], "{refused:?}");
     assert!(refused[2].1.contains("what other agents do is unknown"), "{refused:?}");
+}
+
+/// Each keeps away from a group in which the other is at work.
+#[tokio::test]
+async fn a_backup_and_moves_keep_out_of_each_others_way() {
+    if postgres_is_missing() || etcd_is_missing() {
+        return;
+    }
+    let etcd_cluster = EtcdCluster::start(1).await;
+    let etcd = client(etcd_cluster.endpoints());
+    let cluster = Cluster::skewed().await;
+    cluster.configure(&format!("etcd.endpoints = {:?}\n", etcd_cluster.endpoints()));
+    // Of a server that the rebalance agent does not see: the key alone tells it.
+    let slow = "[wal]\ngroup = 1\nreceive = false\n[backup]\nrate_bytes_max = 2097152\n";
+    let scene = Scene::with(Kind::Directory, &format!("{slow}{}", section(&etcd_cluster))).await;
+    let config = std::fs::read_to_string(scene.config()).unwrap();
+    let config = config.replace("[[nodes]]\n", "[[nodes]]\ngroup = 1\n");
+    write(&scene.config(), &config);
+    assert_eq!(cluster.refused().await, []);
+
+    let key = format!("{}backup/1", activities("tests"));
+    let found = async || etcd.get(&key).await.unwrap();
+    for ends in [true, false] {
+        let mut running = scene.agent().spawn(&["backup"]);
+        running.logged("base backup started", LIMIT).await;
+        eventually("it is told", LIMIT, async || found().await.is_some()).await;
+        assert!(found().await.unwrap().lease.is_some());
+        Cluster::assert_refused(&cluster.refused().await, "activity", "a backup is under way");
+        assert_eq!(moves(&cluster.plan().await), []);
+        // One that may not begin takes nothing away.
+        scene.run(&["backup"]).await.assert_code(1);
+        assert!(found().await.is_some());
+        if ends {
+            running.wait().await.assert_success();
+            assert_eq!(found().await, None);
+        } else {
+            running.kill9().await;
+            eventually("its lease is over", LIMIT, async || found().await.is_none()).await;
+        }
+        assert_eq!(cluster.refused().await, []);
+    }
+
+    cluster.agent().run(&["drain", "1"]).await.assert_success();
+    let count = async || scene.list().await.len();
+    assert_eq!(count().await, 1);
+    let passed_over = scene.run(&["backup"]).await;
+    passed_over.assert_success();
+    assert!(passed_over.stderr.contains("the group is being drained"), "{passed_over}");
+    assert_eq!(count().await, 1);
+    write(
+        &scene.config(),
+        &config.replace("rate_bytes_max = 2097152", "schedule = \"* * * * * *\""),
+    );
+    let mut running = scene.agent().spawn(&["run"]);
+    running.logged("no scheduled backup: the group is being drained", LIMIT).await;
+    assert_eq!(count().await, 1);
+    scene.run(&["backup", "--group", "1"]).await.assert_success();
+    assert_eq!(count().await, 2);
+    cluster.agent().run(&["undrain", "1"]).await.assert_success();
+    running.logged("backup completed", LIMIT).await;
+    running.terminate().await.assert_success();
 }
 
 async fn get(port: u16, path: &str) -> (u16, String) {

@@ -64,8 +64,9 @@ GRANT USAGE ON SCHEMA stand_in TO PUBLIC;
 GRANT SELECT ON stand_in.building TO PUBLIC;
 CREATE TABLE stand_in.progress (shardid bigint, source int, target int, progress bigint, status text);
 CREATE SEQUENCE stand_in.shardid START 102008;
--- How long a move copies. At its end it needs the lock on the other table, as a real one that of the shard.
-CREATE TABLE stand_in.copying (seconds float NOT NULL);
+-- How long a move copies. At its end it needs the lock on the other table, as a real one that of the shard,
+-- and keeps it for so long.
+CREATE TABLE stand_in.copying (seconds float NOT NULL, locked_seconds float NOT NULL DEFAULT 0);
 INSERT INTO stand_in.copying VALUES (0.2);
 CREATE TABLE stand_in.cutover ();
 
@@ -117,14 +118,20 @@ BEGIN
 END $$;
 
 -- Asks this server in place of each, and believes what it says of all but those that are listed: they do
--- what is asked for.
+-- what is asked for. As in a session of its own, the lock_timeout is that of the role.
 CREATE FUNCTION pg_catalog.run_command_on_all_nodes(
     command text, parallel bool = true, give_warning_for_connection_errors bool = false,
-    OUT nodeid int, OUT success bool, OUT result text) RETURNS SETOF record LANGUAGE plpgsql AS $$
+    OUT nodeid int, OUT success bool, OUT result text) RETURNS SETOF record LANGUAGE plpgsql
+    SET lock_timeout = 0 AS $$
 #variable_conflict use_column
-DECLARE answer text;
+DECLARE
+    answer text;
+    own text := (SELECT substr(it, length('lock_timeout=') + 1) FROM pg_roles, unnest(rolconfig) AS it
+                  WHERE rolname = current_user AND it LIKE 'lock\_timeout=%');
 BEGIN
-    EXECUTE command INTO answer;
+    PERFORM set_config('lock_timeout', coalesce(own, '0'), true);
+    -- As it goes over the wire: t, not true.
+    EXECUTE format('SELECT format(''%%s'', answer) FROM (%s) AS asked (answer)', command) INTO answer;
     RETURN QUERY SELECT node.nodeid, true,
            CASE WHEN EXISTS (SELECT FROM stand_in.building AS it WHERE it.nodeid = node.nodeid) THEN 't' ELSE answer END
       FROM pg_dist_node AS node WHERE noderole = 'primary';
@@ -144,7 +151,9 @@ BEGIN
       FROM stand_in.plan AS plan
       JOIN pg_dist_shard AS shard ON shard.shardid = plan.shardid
       JOIN pg_dist_node AS a ON a.nodeid = plan.source
-      JOIN pg_dist_node AS b ON b.nodeid = plan.target;
+      JOIN pg_dist_node AS b ON b.nodeid = plan.target
+      -- What is there is planned no more.
+      JOIN pg_dist_placement AS placement ON placement.shardid = plan.shardid AND placement.groupid = a.groupid;
 END $$;
 
 CREATE FUNCTION pg_catalog.get_rebalance_progress()
@@ -158,11 +167,16 @@ BEGIN
     -- A real one has a daemon that drops what moves left, after citus.defer_shard_delete_interval.
     DELETE FROM pg_dist_cleanup
      WHERE policy_type = 2 AND operation_id BETWEEN 1000000 AND extract(epoch FROM clock_timestamp()) - 2;
-    RETURN QUERY SELECT 1, shard.logicalrelid, it.shardid, 0::bigint, a.nodename, a.nodeport, b.nodename, b.nodeport,
-           it.progress, 0::bigint, 0::bigint, 'move', NULL::pg_lsn, NULL::pg_lsn, it.status
-      FROM (SELECT * FROM stand_in.progress
+    RETURN QUERY SELECT it.pid, shard.logicalrelid, it.shardid, 0::bigint, a.nodename, a.nodeport, b.nodename,
+           b.nodeport, it.progress, 0::bigint, it.bytes, 'move', NULL::pg_lsn, NULL::pg_lsn, it.status
+      FROM (SELECT *, 1 AS pid, 0::bigint AS bytes FROM stand_in.progress
             UNION ALL
-            SELECT placement.shardid, source.nodeid, source.nodeid, 1, 'Copying Data'
+            SELECT placement.shardid, source.nodeid, source.nodeid, 1,
+                   CASE WHEN EXISTS (SELECT FROM pg_locks AS lock
+                                      WHERE lock.pid = pg_locks.pid AND lock.relation = 'stand_in.cutover'::regclass)
+                        THEN 'Final Catchup' ELSE 'Copying Data' END,
+                   pg_locks.pid,
+                   coalesce((SELECT bytes FROM stand_in.size WHERE size.shardid = placement.shardid), 0)
               FROM pg_locks
               JOIN pg_dist_placement AS placement ON placement.shardid = pg_locks.objid::bigint
               JOIN pg_dist_node AS source ON source.groupid = placement.groupid AND source.noderole = 'primary'
@@ -186,6 +200,7 @@ BEGIN
     PERFORM pg_sleep(seconds) FROM stand_in.copying;
     PERFORM stand_in.may_fail('citus_move_shard_placement');
     LOCK TABLE stand_in.cutover IN ACCESS EXCLUSIVE MODE;
+    PERFORM pg_sleep(locked_seconds) FROM stand_in.copying;
     FOR moved IN
         SELECT other.shardid, other.logicalrelid
           FROM pg_dist_shard AS first
@@ -202,6 +217,110 @@ BEGIN
         INSERT INTO pg_dist_cleanup (operation_id, object_type, object_name, node_group_id, policy_type)
         VALUES (extract(epoch FROM clock_timestamp()), 1, moved.logicalrelid::text || '_' || moved.shardid, source, 2);
     END LOOP;
+END $$;
+
+-- Begins a job: a task for each shard group that the plan names, the first shard of it, one after the other.
+CREATE FUNCTION pg_catalog.citus_rebalance_start(
+    rebalance_strategy name = NULL, drain_only bool = false, shard_transfer_mode citus.shard_transfer_mode = 'auto',
+    parallel_transfer_reference_tables bool = false, parallel_transfer_colocated_shards bool = false)
+    RETURNS bigint LANGUAGE plpgsql SECURITY DEFINER AS $$
+DECLARE
+    running bigint := (SELECT job_id FROM pg_dist_background_job
+                        WHERE job_type = 'rebalance' AND state NOT IN ('finished', 'cancelled', 'failed'));
+    job bigint;
+BEGIN
+    PERFORM stand_in.may_fail('citus_rebalance_start');
+    IF running IS NOT NULL THEN
+        RAISE EXCEPTION 'A rebalance is already running as job %', running;
+    END IF;
+    IF NOT EXISTS (SELECT FROM get_rebalance_table_shards_plan()) THEN
+        RAISE NOTICE 'No moves available for rebalancing';
+        RETURN NULL;
+    END IF;
+    INSERT INTO pg_dist_background_job (job_type, description) VALUES ('rebalance', 'Rebalance all colocation groups')
+    RETURNING job_id INTO job;
+    INSERT INTO pg_dist_background_task (job_id, owner, pid, status, command, not_before, nodes_involved)
+    SELECT job, session_user::regrole, 0, CASE WHEN row_number() OVER (ORDER BY first) = 1 THEN 'runnable' ELSE 'blocked' END
+               ::citus_task_status,
+           format('SELECT pg_catalog.citus_move_shard_placement(%s,%s,%s,%L)', first, source, target, shard_transfer_mode),
+           '2000-01-01 00:00:00+00', ARRAY[source, target]
+      FROM (SELECT min(shardid) AS first, source, target
+              FROM stand_in.plan JOIN pg_dist_shard USING (shardid) JOIN pg_dist_partition USING (logicalrelid)
+             WHERE shardid IN (SELECT shardid FROM get_rebalance_table_shards_plan())
+             GROUP BY colocationid, shardminvalue, source, target) AS planned
+     ORDER BY first;
+    RETURN job;
+END $$;
+
+CREATE FUNCTION pg_catalog.citus_job_cancel(jobid bigint) RETURNS void LANGUAGE plpgsql SECURITY DEFINER AS $$
+BEGIN
+    PERFORM stand_in.may_fail('citus_job_cancel');
+    PERFORM pg_cancel_backend(pid) FROM pg_dist_background_task WHERE job_id = jobid AND status = 'running';
+    UPDATE pg_dist_background_task
+       SET status = CASE WHEN status = 'running' THEN 'cancelling' ELSE 'cancelled' END::citus_task_status
+     WHERE job_id = jobid AND status NOT IN ('done', 'error', 'unscheduled', 'cancelled');
+    PERFORM stand_in.update_job(jobid);
+END $$;
+
+-- The state of a job follows from those of its tasks.
+CREATE FUNCTION stand_in.update_job(job bigint) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE all_of text[] := (SELECT array_agg(status::text) FROM pg_dist_background_task WHERE job_id = job);
+BEGIN
+    UPDATE pg_dist_background_job SET started_at = coalesce(started_at, clock_timestamp()), state = CASE
+        WHEN 'cancelling' = ANY (all_of) THEN 'cancelling' WHEN 'cancelled' = ANY (all_of) THEN 'cancelled'
+        WHEN all_of <@ '{done}' THEN 'finished' WHEN all_of <@ '{done,error,unscheduled}' THEN 'failed'
+        WHEN all_of && '{error,unscheduled}' THEN 'failing' ELSE 'running' END::citus_job_status
+     WHERE job_id = job;
+    UPDATE pg_dist_background_job SET finished_at = clock_timestamp()
+     WHERE job_id = job AND state IN ('finished', 'cancelled', 'failed');
+END $$;
+
+-- A real one has a background worker for it: here somebody CALLs it, as the role that owns the task. It carries
+-- out one task at a time, for ever, and tries again what failed, after 1 s where a real one waits for 5 s and 20 s.
+CREATE PROCEDURE stand_in.work() LANGUAGE plpgsql AS $$
+DECLARE
+    next record;
+    ended text;
+    said text;
+BEGIN
+    LOOP
+        SELECT * INTO next FROM pg_dist_background_task
+         WHERE status = 'runnable' AND coalesce(not_before, '-infinity') <= clock_timestamp() ORDER BY task_id LIMIT 1;
+        IF NOT FOUND THEN
+            PERFORM pg_sleep(0.1);
+            COMMIT;
+            CONTINUE;
+        END IF;
+        PERFORM stand_in.set_task(next.task_id, 'running', pg_backend_pid(), '');
+        COMMIT;
+        BEGIN
+            EXECUTE next.command;
+            ended := 'done';
+            said := 'SELECT 1';
+        EXCEPTION WHEN query_canceled OR OTHERS THEN
+            ended := 'runnable';
+            said := 'ERROR: ' || sqlerrm;
+        END;
+        COMMIT;
+        PERFORM stand_in.set_task(next.task_id, ended, NULL, said);
+        COMMIT;
+    END LOOP;
+END $$;
+
+CREATE FUNCTION stand_in.set_task(task bigint, state text, process int, said text) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER AS $$
+DECLARE was pg_dist_background_task := (SELECT it FROM pg_dist_background_task AS it WHERE task_id = task FOR UPDATE);
+BEGIN
+    UPDATE pg_dist_background_task SET pid = process, message = said,
+           status = CASE WHEN was.status = 'cancelling' THEN 'cancelled' ELSE state END::citus_task_status,
+           retry_count = CASE WHEN was.status = 'running' AND state = 'runnable' THEN coalesce(retry_count, 0) + 1
+                              ELSE retry_count END,
+           not_before = CASE WHEN was.status = 'running' AND state = 'runnable' THEN clock_timestamp() + '1 s' END
+     WHERE task_id = task;
+    UPDATE pg_dist_background_task SET status = 'runnable'
+     WHERE state = 'done' AND status = 'blocked' AND task_id = (
+           SELECT min(task_id) FROM pg_dist_background_task WHERE job_id = was.job_id AND status = 'blocked');
+    PERFORM stand_in.update_job(was.job_id);
 END $$;
 
 -- What is called stuck stays.

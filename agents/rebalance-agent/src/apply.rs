@@ -5,6 +5,7 @@
 //! wrote to the shard and stays open holds up all its writers at the end of a move for as long as it
 //! likes. `citus_move_shard_placement` in a session of ours does not: it waits `lock_timeout`, and fails.
 
+mod job;
 mod progress;
 
 use std::convert::Infallible;
@@ -20,7 +21,8 @@ use tokio_postgres::error::SqlState;
 use tracing::debug;
 
 use crate::config::Apply;
-use crate::ledger::Outcome;
+use crate::ledger::{End, Outcome};
+use crate::memory::MemoryError;
 pub use progress::{Cutover, Progress, Standstill};
 
 /// So often a move is asked how far it is …
@@ -70,22 +72,6 @@ pub struct Order<'a> {
     pub to: u32,
 }
 
-/// How a move ended, and why.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct End {
-    /// How.
-    pub outcome: Outcome,
-    /// Why: a sentence without full stop, empty if it was moved.
-    pub reason: String,
-}
-
-impl End {
-    /// For that reason.
-    pub fn new(outcome: Outcome, reason: impl Into<String>) -> Self {
-        Self { outcome, reason: reason.into() }
-    }
-}
-
 /// Why Citus did not do what it was asked.
 #[derive(Debug, Error)]
 pub enum ApplyError {
@@ -100,6 +86,22 @@ pub enum ApplyError {
     BrokenOff {
         /// Why: a sentence without full stop.
         reason: String,
+    },
+    /// It could not be written down.
+    #[error("it cannot be written down")]
+    Memory(#[from] MemoryError),
+    /// Citus would let the tasks of a job wait for locks longer than that, and writers behind them.
+    #[error(
+        "role {role} has no lock_timeout of {} or less on every node, and tasks of a job have no other: ALTER ROLE \
+         {role} SET lock_timeout = '{}ms'",
+        humantime::format_duration(*limit),
+        limit.as_millis()
+    )]
+    Unbounded {
+        /// The role that the tasks run as.
+        role: String,
+        /// How long they may wait.
+        limit: Duration,
     },
     /// Citus says that it is done, and it is not.
     #[error(
@@ -276,10 +278,11 @@ impl Hand<'_> {
             if is_building.swap(false, Ordering::Relaxed) {
                 standstill.went_on(now);
             }
-            if let Some(why) = standstill.see(&progress, now) {
+            let known = (progress != Progress::default()).then(|| progress.clone());
+            if let Some(why) = standstill.see(known, now, |it| it.phase.clone()) {
                 return End::new(Outcome::Failed, why);
             }
-            is_near = progress.is_near_the_end() || (is_near && progress == Progress::default());
+            is_near = cutover.is_near();
             show(&progress);
         }
     }

@@ -27,6 +27,9 @@ pub struct Audit {
     pub moves: Vec<(i64, u32, u32)>,
     /// Which gates are closed, for what, why, and what to do.
     pub refused: Vec<Refusal>,
+    /// Why all of it is not moved as one job, where it is to be.
+    #[serde(default)]
+    pub job_refused: Option<String>,
 }
 
 impl Audit {
@@ -40,13 +43,17 @@ impl Audit {
             summary: view.summary(),
             moves: moves.map(|it| (it.shard, it.from, it.to)).collect(),
             refused: view.refusals.clone(),
+            job_refused: view.job.as_ref().and_then(|it| it.refused.clone()),
         }
     }
 
     /// Whether the same was decided, for the same reasons. The numbers in the sentences change all
     /// the time.
     fn is_like(&self, other: &Self) -> bool {
-        self.moves == other.moves && self.gates().eq(other.gates()) && self.mode == other.mode
+        self.moves == other.moves
+            && self.gates().eq(other.gates())
+            && self.job_refused.is_some() == other.job_refused.is_some()
+            && self.mode == other.mode
     }
 
     fn gates(&self) -> impl Iterator<Item = (Gate, Scope)> {

@@ -253,10 +253,24 @@ impl Guard {
     }
 }
 
+/// Who carries out a plan.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Engine {
+    /// The agent: one shard group after the other, each decided anew.
+    #[default]
+    Move,
+    /// Citus: all of its own plan as one background job, which the agent watches and stops. What operators
+    /// ask for, drains and reference tables are moved as ever.
+    Job,
+}
+
 /// The table `[apply]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Apply {
+    /// Who carries out a plan.
+    pub engine: Engine,
     /// How long a move waits for a lock, and writers with it: at its end it locks the shard group; and
     /// how long it may then keep its locks. Past it the move is broken off, and tried again later.
     #[serde(with = "humantime_serde")]
@@ -276,6 +290,7 @@ pub struct Apply {
 impl Default for Apply {
     fn default() -> Self {
         Self {
+            engine: Engine::Move,
             lock_timeout: Duration::from_secs(1),
             move_timeout: Duration::from_hours(6),
             stall_timeout: Duration::from_mins(10),
@@ -346,6 +361,30 @@ impl Config {
     }
 }
 
+impl Config {
+    /// What a job needs beside.
+    fn check_job(&self, problems: &mut Problems) {
+        for (is_there, problem) in [
+            (
+                self.balance.strategy == Strategy::Citus,
+                "\"job\" moves what Citus plans: set balance.strategy = \"citus\"",
+            ),
+            (
+                self.window.is_some(),
+                "\"job\" is for off-hours: a job moves on until all is moved, so give it a [window]",
+            ),
+            (
+                self.etcd.is_some(),
+                "\"job\" needs [etcd]: a job outlives the agent that began it, and nobody would know it again",
+            ),
+        ] {
+            if !is_there {
+                problems.add("apply.engine", problem);
+            }
+        }
+    }
+}
+
 impl Check for Config {
     fn check(&self, problems: &mut Problems) {
         if self.cluster.is_empty() || self.cluster.contains('/') {
@@ -364,6 +403,9 @@ impl Check for Config {
         problems.within("budget", |problems| self.budget.check(problems));
         problems.within("guard", |problems| self.guard.check(problems));
         problems.within("apply", |problems| self.apply.check(problems));
+        if self.apply.engine == Engine::Job {
+            self.check_job(problems);
+        }
         if let Some(health) = &self.health {
             problems.within("health", |problems| health.check(problems));
         }
@@ -472,6 +514,22 @@ mod tests {
              postgres.user: must not be empty\n\
              nodes: must list the coordinator: a server of group 0\n"
         );
+    }
+
+    #[test]
+    fn a_job_needs_a_window_and_a_plan_of_citus_and_somebody_who_remembers() {
+        let head = "apply.engine = \"job\"\n";
+        assert_eq!(
+            load(&format!("{head}{MINIMAL}")).unwrap_err(),
+            "apply.engine: \"job\" moves what Citus plans: set balance.strategy = \"citus\"\n\
+             apply.engine: \"job\" is for off-hours: a job moves on until all is moved, so give it a \
+             [window]\n\
+             apply.engine: \"job\" needs [etcd]: a job outlives the agent that began it, and nobody would \
+             know it again\n"
+        );
+        let all = "balance.strategy = \"citus\"\nwindow = { schedule = \"0 1 * * *\", length = \"4h\" }\n\
+            etcd.endpoints = [\"http://127.0.0.1:2379\"]\n";
+        assert_eq!(load(&format!("{head}{all}{MINIMAL}")).unwrap().apply.engine, Engine::Job);
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! What was moved in the last 24 hours, and how each move ended: what budgets and rests are counted
-//! by. Pure.
+//! What was moved in the last 24 hours, and how each move or job ended: what budgets and rests are
+//! counted by. Pure.
 
 use std::time::Duration;
 
@@ -58,7 +58,23 @@ impl Outcome {
     }
 }
 
-/// A move that was begun.
+/// How a move ended, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct End {
+    /// How.
+    pub outcome: Outcome,
+    /// Why: a sentence without full stop, empty if it was moved.
+    pub reason: String,
+}
+
+impl End {
+    /// For that reason.
+    pub fn new(outcome: Outcome, reason: impl Into<String>) -> Self {
+        Self { outcome, reason: reason.into() }
+    }
+}
+
+/// A move that was begun, or a job of several.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
     /// When it began.
@@ -72,6 +88,13 @@ pub struct Entry {
     /// Whether reference tables are copied, to each node that lacks them, and nothing is moved.
     #[serde(default)]
     pub copies: bool,
+    /// The number of Citus' background job, where one moves several shard groups, of which `shard`, `from`
+    /// and `to` name the first; 0 if Citus did not take it.
+    #[serde(default)]
+    pub job: Option<i64>,
+    /// How many shard groups it moves.
+    #[serde(default = "one")]
+    pub moves: u32,
     /// Its size. What was broken off half-way counts in full: it was written, and is thrown away.
     pub bytes: u64,
     /// All shards of it.
@@ -98,6 +121,10 @@ impl Entry {
     fn why(&self) -> &str {
         if self.outcome == Outcome::Started { "nobody said how it ended" } else { &self.reason }
     }
+}
+
+fn one() -> u32 {
+    1
 }
 
 /// What was moved in some time.
@@ -147,7 +174,7 @@ impl Ledger {
         let counted = self.entries.iter().filter(|it| since <= it.at);
         counted.fold(Spent::default(), |spent, it| Spent {
             bytes: spent.bytes.saturating_add(it.bytes),
-            moves: spent.moves.saturating_add(1),
+            moves: spent.moves.saturating_add(it.moves),
         })
     }
 
@@ -161,16 +188,37 @@ impl Ledger {
 
     /// Until when a shard group is left alone after its last moves failed, and why.
     pub fn rest(&self, shard: i64) -> Option<(DateTime<Utc>, String)> {
-        let (last, failures) = self.failures(|it| it.shard == shard)?;
-        let times = if failures == 1 { "its last move failed" } else { "its last moves failed" };
-        let until = last.last_at() + rest_after(REST_MIN, failures - 1);
-        Some((until, format!("{times}: {}", last.why())))
+        self.rest_of("its last move", |it| it.shard == shard)
     }
 
     /// Why a shard group rests at `now`, if it does.
     pub fn resting(&self, shard: i64, now: DateTime<Utc>) -> Option<String> {
         let (until, reason) = self.rest(shard).filter(|(until, _)| now < *until)?;
         Some(format!("it rests until {}: {reason}", until.format("%H:%M:%S UTC")))
+    }
+
+    /// Why no job begins at `now`, because the last ones failed.
+    pub fn jobs_resting(&self, now: DateTime<Utc>) -> Option<String> {
+        let rest = self.rest_of("the last job", |it| it.job.is_some());
+        let (until, reason) = rest.filter(|(until, _)| now < *until)?;
+        Some(format!("none begins until {}: {reason}", until.format("%H:%M:%S UTC")))
+    }
+
+    fn rest_of(
+        &self,
+        what: &str,
+        is_of: impl Fn(&Entry) -> bool,
+    ) -> Option<(DateTime<Utc>, String)> {
+        let (last, failures) = self.failures(is_of)?;
+        let s = if failures == 1 { "" } else { "s" };
+        let until = last.last_at() + rest_after(REST_MIN, failures - 1);
+        Some((until, format!("{what}{s} failed: {}", last.why())))
+    }
+
+    /// The same without one of them.
+    pub fn without(mut self, entry: &Entry) -> Self {
+        self.entries.retain(|it| (it.at, it.shard) != (entry.at, entry.shard));
+        self
     }
 
     /// The last failure and how many there are in a row, if the last of those moves failed. One that was
@@ -210,6 +258,8 @@ mod tests {
             from: 1,
             to: 2,
             copies: false,
+            job: None,
+            moves: 1,
             bytes: 10,
             shards: vec![shard],
             replica: "host-1".to_owned(),
@@ -227,6 +277,34 @@ mod tests {
         assert_eq!(ledger.spent(at(0)), Spent { bytes: 40, moves: 4 });
         assert_eq!(ledger.spent(at(2)), Spent { bytes: 20, moves: 2 });
         assert_eq!(ledger.spent(at(4)), Spent::default());
+    }
+
+    #[test]
+    fn a_job_counts_as_its_moves_and_rests_as_a_whole() {
+        let job = |minute, shard, outcome| Entry {
+            job: Some(7),
+            moves: 16,
+            bytes: 160,
+            ..entry(minute, shard, outcome)
+        };
+        let of_shard = entry(0, 1, Outcome::Moved);
+        let failed = job(1, 2, Outcome::Failed);
+        let ledger = Ledger::new(vec![of_shard, failed.clone()]);
+        assert_eq!(ledger.spent(at(0)), Spent { bytes: 170, moves: 17 });
+        let expected = "none begins until 08:02:00 UTC: the last job failed: why";
+        assert_eq!(ledger.jobs_resting(at(1)).as_deref(), Some(expected));
+        assert_eq!(ledger.jobs_resting(at(2)), None);
+        // Whichever shard group it began with.
+        let again = Ledger::new(vec![failed.clone(), job(2, 3, Outcome::NoLock)]);
+        let expected = "none begins until 08:04:00 UTC: the last jobs failed: why";
+        assert_eq!(again.jobs_resting(at(2)).as_deref(), Some(expected));
+        assert_eq!(ledger.without(&failed).spent(at(0)), Spent { bytes: 10, moves: 1 });
+        // As another version wrote it, or one without jobs.
+        let text = serde_json::to_string(&failed).unwrap();
+        assert_eq!(serde_json::from_str::<Entry>(&text).unwrap(), failed);
+        let old = text.replace("\"job\":7,\"moves\":16,", "");
+        let found = serde_json::from_str::<Entry>(&old).unwrap();
+        assert_eq!((found.job, found.moves), (None, 1));
     }
 
     #[test]

@@ -4,8 +4,8 @@
 //! what there is to know, [`observation`] all of it, with [`known`] for what is not; [`control`] is
 //! what operators ask for, [`ledger`] what was moved, [`memory`] where both are kept. [`guard`] says
 //! why nothing may be moved, [`mod@reference`] what new nodes need first, [`situation`] puts it
-//! together, [`balance`] measures, [`mod@plan`] decides what to move, [`mod@step`] what is done next,
-//! and [`apply`] does it. [`rebalance`] is the loop, [`audit`] keeps what was decided, [`board`] shows
+//! together, [`balance`] measures, [`mod@plan`] decides what to move, [`job`] whether Citus may do all of
+//! it, [`mod@step`] what is done next, and [`apply`] does it. [`rebalance`] is the loop, [`audit`] keeps what was decided, [`board`] shows
 //! it; [`report`], [`show`] and [`metrics`] are what one can see of it, and with [`requests`]
 //! operators ask.
 
@@ -26,6 +26,7 @@ pub mod observe;
 
 pub mod balance;
 pub mod guard;
+pub mod job;
 pub mod plan;
 pub mod reference;
 pub mod situation;

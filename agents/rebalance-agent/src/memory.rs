@@ -7,6 +7,7 @@ use std::time::Duration;
 use chrono::{SecondsFormat, Utc};
 use humantime::format_duration;
 use serde::de::DeserializeOwned;
+use shared::activity::{DRAIN, rebalancing};
 use shared::etcd::{Etcd, EtcdError, KeyValue};
 use shared::telemetry::chain;
 use thiserror::Error;
@@ -21,7 +22,6 @@ use crate::ledger::{Entry, Ledger, kept_for};
 const LIMIT: Duration = Duration::from_secs(15);
 
 const PAUSE: &str = "request/pause";
-const DRAIN: &str = "request/drain/";
 const MOVE: &str = "request/move/";
 /// When somebody last resumed.
 const RESUMED: &str = "request/resumed";
@@ -52,7 +52,7 @@ pub struct Memory {
 impl Memory {
     /// Of a cluster, in etcd.
     pub fn in_etcd(etcd: Etcd, cluster: &str) -> Self {
-        let root = format!("/pgmesh/{cluster}/rebalance/");
+        let root = rebalancing(cluster);
         let lease = format!("/pgmesh/{cluster}/lease/{AGENT}");
         Self { etcd: Some((etcd, root)), lease, local: Mutex::default() }
     }

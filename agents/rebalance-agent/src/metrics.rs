@@ -23,7 +23,7 @@ pub fn register(registry: &mut Registry, board: &Board) {
     ours.register("looks", "Looks at the cluster, by how they came out", board.looks.clone());
     ours.register(
         "moves",
-        "Moves, and copies of reference tables, by how they ended",
+        "Moves, jobs, and copies of reference tables, by how they ended",
         board.moves.clone(),
     );
     let help = "Size of the shard groups that were moved, and of reference tables that were copied";

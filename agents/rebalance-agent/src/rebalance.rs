@@ -1,5 +1,7 @@
 //! The loop: look, decide, act, record.
 
+mod job;
+
 use std::time::Duration;
 
 use chrono::Utc;
@@ -10,13 +12,13 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::apply::{End, Hand, Order, Progress};
+use crate::apply::{Hand, Order, Progress};
 use crate::board::Board;
 use crate::commands::AGENT;
 use crate::config::{Config, Mode};
 use crate::control::Control;
 use crate::guard::Scope;
-use crate::ledger::{Entry, Outcome};
+use crate::ledger::{End, Entry, Outcome};
 use crate::memory::Memory;
 use crate::observe::{Observer, Seen};
 use crate::plan::{Move, Why};
@@ -162,6 +164,14 @@ impl Rebalancer {
                 self.carry(&hand, &it, claim, shutdown).await;
                 return limits.pause;
             }
+            Step::Begin(moves) => {
+                self.begin(&hand, &moves, claim, shutdown).await;
+                return limits.pause;
+            }
+            Step::Watch(entry) => {
+                self.watch(&hand, *entry, claim, shutdown).await;
+                return limits.pause;
+            }
             Step::CleanUp => info!(step = "clean_up", "step begins"),
         }
         let work = shutdown.run_until_cancelled(claim.guard(hand.clean_up())).await;
@@ -174,7 +184,7 @@ impl Rebalancer {
 
     /// Moves a shard group, or copies reference tables, and writes down that it does, and how it ended.
     async fn carry(&self, hand: &Hand<'_>, it: &Move, claim: &Claim, shutdown: &CancellationToken) {
-        let mut entry = self.entry(it);
+        let entry = self.entry(it);
         // What is not written down would not count.
         if let Err(error) = self.memory.record(&entry).await {
             warn!(error = %chain(&error), "move not begun: it cannot be written down");
@@ -192,24 +202,30 @@ impl Rebalancer {
         };
         let end = if claim.is_valid() {
             let (coordinator, groups) = (hand.coordinator, (!entry.copies).then_some([from, to]));
-            let concern = Concern { coordinator, groups, colocation: it.colocation };
+            let concern = Concern { coordinator, groups, colocation: Some(it.colocation) };
             hand.carry(order, self.halted(&concern, claim, shutdown), show).await
         } else {
             End::new(Outcome::Stopped, "another replica leads")
         };
         self.board.show(None);
-        (entry.outcome, entry.reason) = (end.outcome, end.reason);
-        entry.ended_at = Some(Utc::now());
-        let outcome = entry.outcome.name();
+        let outcome = end.outcome.name();
         let seconds = began.elapsed().as_secs_f64();
-        if entry.outcome == Outcome::Moved {
+        if end.outcome == Outcome::Moved {
             info!(shard, from, to, bytes, seconds, outcome, "move ended");
         } else {
-            warn!(shard, from, to, seconds, outcome, error = entry.reason, "move ended");
+            warn!(shard, from, to, seconds, outcome, error = end.reason, "move ended");
         }
+        self.ended(hand, entry, end, claim).await;
+    }
+
+    /// Writes down how a move or a job ended, and cleans up after it.
+    async fn ended(&self, hand: &Hand<'_>, mut entry: Entry, end: End, claim: &Claim) {
+        (entry.outcome, entry.reason) = (end.outcome, end.reason);
+        entry.ended_at = Some(Utc::now());
         self.board.count(&entry);
         // If that fails, it counts all the same, and as a failure.
         if let Err(error) = self.memory.record(&entry).await {
+            let shard = entry.shard;
             warn!(error = %chain(&error), shard, "how a move ended is not written down");
         }
         // What is left of one that failed nobody needs.
@@ -229,6 +245,8 @@ impl Rebalancer {
             from: it.from,
             to: it.to,
             copies: it.why == Why::ReferenceTables,
+            job: None,
+            moves: 1,
             bytes: it.bytes,
             shards: it.shards.clone(),
             replica: self.replica.clone(),
@@ -266,7 +284,6 @@ impl Rebalancer {
     /// Looks whether it is paused, or the window has closed: that needs no server to answer.
     async fn is_unwanted(&self) -> String {
         loop {
-            sleep(WANTED_EVERY).await;
             let now = Utc::now();
             if let Some(Opening::Closed { .. }) = self.config.window.as_ref().map(|it| it.at(now)) {
                 return "the window is closed".to_owned();
@@ -276,6 +293,7 @@ impl Rebalancer {
             {
                 return pause.reason();
             }
+            sleep(WANTED_EVERY).await;
         }
     }
 
@@ -315,7 +333,8 @@ struct Concern<'a> {
     coordinator: &'a Node,
     /// From where and to where; `None` for all.
     groups: Option<[u32; 2]>,
-    colocation: u32,
+    /// `None` for all.
+    colocation: Option<u32>,
 }
 
 impl Concern<'_> {
@@ -323,7 +342,7 @@ impl Concern<'_> {
         match scope {
             Scope::Cluster | Scope::Group(0) => true,
             Scope::Group(group) => self.groups.is_none_or(|it| it.contains(&group)),
-            Scope::Colocation(id) => self.colocation == id,
+            Scope::Colocation(id) => self.colocation.is_none_or(|it| it == id),
             Scope::Shard(_) => false,
         }
     }

@@ -159,6 +159,8 @@ mod tests {
             from: copy.work.from,
             to: copy.work.to,
             copies: true,
+            job: None,
+            moves: 1,
             bytes: copy.work.bytes,
             shards: copy.work.shards.clone(),
             replica: "host-1".to_owned(),

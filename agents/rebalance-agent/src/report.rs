@@ -7,9 +7,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::balance::{Load, Loads, Place};
 use crate::catalogue::{CitusNode, Placement, TableKind};
-use crate::config::{Config, Mode};
+use crate::config::{Config, Engine, Mode};
 use crate::control::Control;
 use crate::guard::{Inputs, Refusal, Scope, refusals, spent};
+use crate::job::{Offer, begun};
 use crate::known::Known;
 use crate::ledger::{Entry, Ledger, Outcome, Spent};
 use crate::observation::Observation;
@@ -106,6 +107,12 @@ pub struct View {
     /// What Citus is at, of what any replica began.
     #[serde(default)]
     pub under_way: Option<Moving>,
+    /// Whether all that Citus plans may be moved as one job; `None` if it is not to be.
+    #[serde(default)]
+    pub job: Option<Offer>,
+    /// The job that any replica began, if it has not ended, or nobody said how.
+    #[serde(default)]
+    pub begun: Option<Entry>,
     /// Whether the window is open; `None` without one.
     pub window: Option<WindowView>,
     /// What operators ask for; `None` if that is unknown.
@@ -238,6 +245,12 @@ impl View {
         );
         let loads = Loads::new(&situation.places, &situation.groups, config.balance.count_share);
         let moves = made.as_ref().map(|it| it.moves.as_slice()).unwrap_or_default();
+        let offer = match (&made, &situation.citus) {
+            (Ok(plan), Ok(wishes)) if config.apply.engine == Engine::Job => {
+                Offer::new(plan, wishes, ledger, now)
+            }
+            _ => None,
+        };
         let comparison = situation.citus.as_ref().map(|wishes| compare(moves, wishes));
         let loads = loads.as_ref().ok();
         let is_there = |shard: i64, to: u32| {
@@ -254,6 +267,8 @@ impl View {
             refusals,
             reference,
             under_way: Moving::seen(observation, ledger),
+            job: offer,
+            begun: begun(ledger, &observation.catalogue.jobs),
             window: window.map(|it| it.at(now).into()),
             drains: control.drains.iter().map(|it| Drain::new(*it, observation)).collect(),
             settled: settled.map(|(shard, to)| (*shard, *to)).collect(),
@@ -291,9 +306,11 @@ impl View {
             return format!("nothing to move: {}", plan.end);
         }
         let (moves, size) = (count(plan.moves.len(), "shard group"), plan.bytes());
-        let what = format!("{moves} to move, {}", bytes(size));
-        match self.closed().next() {
-            Some(refusal) => format!("{what}, but not now: {}", refusal.reason),
+        let as_job = if self.job.is_some() { " as one job" } else { "" };
+        let what = format!("{moves} to move{as_job}, {}", bytes(size));
+        let closed = self.closed().next().map(|it| it.reason.as_str());
+        match closed.or(self.job.as_ref().and_then(|it| it.refused.as_deref())) {
+            Some(reason) => format!("{what}, but not now: {reason}"),
             None => what,
         }
     }
@@ -399,6 +416,8 @@ pub(crate) mod tests {
             from: 1,
             to: 2,
             copies: false,
+            job: None,
+            moves: 1,
             bytes: 10,
             shards: vec![101, 103],
             replica: "host-2".to_owned(),

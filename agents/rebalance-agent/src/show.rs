@@ -29,6 +29,7 @@ pub fn plan(report: &Report) -> String {
         }
     }
     add(&mut text, &reference(view));
+    add(&mut text, &job(view));
     add(&mut text, &drains(view));
     add(&mut text, &refused(view));
     add(&mut text, &compared(view));
@@ -49,6 +50,7 @@ pub fn status(report: &Report) -> String {
             add(&mut text, &format!("{}\n", sentence(&view.summary())));
             add(&mut text, &under_way(report, view));
             add(&mut text, &reference(view));
+            add(&mut text, &job(view));
             add(&mut text, &wishes(view));
             add(&mut text, &drains(view));
             add(&mut text, &recent(view));
@@ -189,11 +191,28 @@ fn under_way(report: &Report, view: &View) -> String {
 
 /// `shard 102 from w1:5432 to w2:5432`.
 fn what(entry: &Entry, view: &View) -> String {
+    if let Some(job) = job_name(entry) {
+        return job;
+    }
     let (from, to) = (view.address(entry.from), view.address(entry.to));
     match (entry.copies, entry.shards.len()) {
         (false, _) => format!("shard {} from {from} to {to}", entry.shard),
         (true, number) => format!("{} to {to}", count(number, "reference table")),
     }
+}
+
+/// `job 7: 16 shard groups`.
+fn job_name(entry: &Entry) -> Option<String> {
+    match entry.job? {
+        0 => Some("a job".to_owned()),
+        id => Some(format!("job {id}: {}", count(entry.moves as usize, "shard group"))),
+    }
+}
+
+/// Why all that Citus plans is not moved as one job.
+fn job(view: &View) -> String {
+    let refused = view.job.as_ref().and_then(|it| it.refused.as_deref());
+    refused.map_or_else(String::new, |why| format!("No job begins: {why}.\n"))
 }
 
 /// Reference tables that nodes lack.
@@ -266,12 +285,14 @@ fn recent(view: &View) -> String {
     let header = ["LAST MOVES", "SHARD", "FROM", "TO", "BYTES", "ENDED", "BECAUSE"];
     let mut table = Table::new(&header).numbers(&[1, 4]);
     for it in view.recent.iter().take(5) {
-        let shard = it.shard.to_string();
+        let (shard, job) = (it.shard.to_string(), job_name(it));
+        let place = |group| if job.is_some() { String::new() } else { view.address(group) };
+        let (from, to) = (place(it.from), place(it.to));
         table.row([
             it.at.format("%Y-%m-%d %H:%M:%S").to_string(),
-            if it.copies { format!("{shard} (reference)") } else { shard },
-            view.address(it.from),
-            view.address(it.to),
+            job.unwrap_or_else(|| if it.copies { format!("{shard} (reference)") } else { shard }),
+            from,
+            to,
             bytes(it.bytes),
             match it.outcome {
                 Outcome::Started => "under way?".to_owned(),
@@ -328,6 +349,7 @@ mod tests {
 
     use super::*;
     use crate::catalogue::PlannedShard;
+    use crate::job::Offer;
     use crate::report::tests::{report, skewed, view};
 
     #[test]
@@ -400,6 +422,8 @@ Citus would move the same.
             from: 1,
             to: 2,
             copies: false,
+            job: None,
+            moves: 1,
             bytes: 40,
             shards: vec![102],
             replica: "host-1".to_owned(),
@@ -442,6 +466,47 @@ LAST MOVES           SHARD  FROM     TO       BYTES  ENDED    BECAUSE
         let copies =
             "host-1 copies 1 reference table to w2:5432 since 01:59:00 UTC: Catching Up, 40 B.";
         assert!(text.contains(copies), "{text}");
+    }
+
+    #[test]
+    fn a_job_is_shown_as_one() {
+        let mut seen = view(skewed);
+        let mut entry = Entry {
+            at: "2026-03-10T01:59:00Z".parse().unwrap(),
+            shard: 102,
+            from: 1,
+            to: 2,
+            copies: false,
+            job: Some(7),
+            moves: 16,
+            bytes: 40,
+            shards: vec![102],
+            replica: "host-1".to_owned(),
+            outcome: Outcome::Stopped,
+            reason: "the window is closed; 3 of 16 moves are done".to_owned(),
+            ended_at: None,
+        };
+        seen.recent = vec![entry.clone()];
+        seen.job = Some(Offer { refused: Some("shard 102 stays".to_owned()) });
+        let mut report = report(Turn::Decided(Box::new(seen.clone())));
+        entry.outcome = Outcome::Started;
+        let phase = Some("3 of 16 moves are done, Copying Data".to_owned());
+        report.moving = Some(Moving { entry: entry.clone(), phase, copied_bytes: Some(20) });
+        let expected = "
+1 shard group to move as one job, 40 B, but not now: shard 102 stays
+
+Moves job 7: 16 shard groups since 01:59:00 UTC: 3 of 16 moves are done, Copying Data, 20 B of 40 B.
+
+No job begins: shard 102 stays.
+
+LAST MOVES                            SHARD  FROM  TO  BYTES  ENDED    BECAUSE
+2026-03-10 01:59:00  job 7: 16 shard groups             40 B  stopped  the window is closed; 3 of 16 moves are done
+";
+        let text = status(&report);
+        assert!(text.ends_with(expected), "{text}");
+        assert!(plan(&report).contains("\nNo job begins: shard 102 stays.\n"));
+        seen.job = Some(Offer { refused: None });
+        assert_eq!(seen.summary(), "1 shard group to move as one job, 40 B");
     }
 
     #[test]

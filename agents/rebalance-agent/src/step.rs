@@ -2,6 +2,7 @@
 
 use crate::config::Mode;
 use crate::guard::Gate;
+use crate::ledger::Entry;
 use crate::plan::{Move, Why};
 use crate::reference::ReferenceCopy;
 use crate::report::View;
@@ -15,6 +16,10 @@ pub enum Step {
     CleanUp,
     /// Move a shard group, or copy reference tables.
     Move(Box<Move>),
+    /// Have Citus move all that it plans as one job.
+    Begin(Vec<Move>),
+    /// Watch a job that was begun, or find out how it ended.
+    Watch(Box<Entry>),
 }
 
 /// What is not in the view.
@@ -36,6 +41,10 @@ pub fn next(view: &View, standing: Standing) -> Step {
     if mode == Mode::DryRun || !leads {
         return Step::Rest;
     }
+    // Nothing else is done beside it, and it closes gates itself.
+    if let Some(entry) = &view.begun {
+        return Step::Watch(Box::new(entry.clone()));
+    }
     let is_closed = |gate| view.refusals.iter().any(|it| it.gate == gate);
     // While something is moved, what it needs is registered to be cleaned up as well.
     let is_alone = !is_closed(Gate::Coordinator) && !is_closed(Gate::Busy);
@@ -55,9 +64,16 @@ pub fn next(view: &View, standing: Standing) -> Step {
     {
         return Step::Move(Box::new(copy.work.clone()));
     }
-    let mut moves = view.plan.iter().flat_map(|it| &it.moves);
-    let wanted = moves.find(|it| only.is_none_or(|only| it.why == only));
-    wanted.map_or(Step::Rest, |it| Step::Move(Box::new(it.clone())))
+    let moves = || view.plan.iter().flat_map(|it| &it.moves);
+    let wanted = moves().find(|it| only.is_none_or(|only| it.why == only));
+    match (wanted, &view.job) {
+        (None, _) => Step::Rest,
+        (Some(it), Some(job)) if it.why == Why::Citus => match job.refused {
+            None => Step::Begin(moves().cloned().collect()),
+            Some(_) => Step::Rest,
+        },
+        (Some(it), _) => Step::Move(Box::new(it.clone())),
+    }
 }
 
 /// What a plan calls a move in a log.
@@ -75,7 +91,9 @@ pub const fn why(why: Why) -> &'static str {
 mod tests {
     use super::*;
     use crate::catalogue::CleanupRecord;
+    use crate::job::Offer;
     use crate::known::Unknown;
+    use crate::ledger::Outcome;
     use crate::observation::Observation;
     use crate::report::tests::{skewed, view};
 
@@ -173,6 +191,7 @@ mod tests {
                 Step::CleanUp => "clean up".to_owned(),
                 Step::Move(it) if it.why == Why::ReferenceTables => "reference tables".to_owned(),
                 Step::Move(it) => format!("move {}", it.shard),
+                Step::Begin(_) | Step::Watch(_) => "a job".to_owned(),
             };
             assert_eq!(found, expected, "{name}");
         }
@@ -199,6 +218,63 @@ mod tests {
             assert_eq!(copies, expected, "{only:?} {to:?}");
             seen.reference.as_mut().unwrap().refused = Some("it rests".to_owned());
             assert!(next(&seen, standing(only)) == Step::Rest, "{only:?} {to:?}");
+        }
+    }
+
+    /// What Citus plans is one job where it is to be; what is asked for, and what new nodes need, is not.
+    #[test]
+    fn what_citus_plans_is_begun_as_a_job_and_nothing_else_is_done_beside_it() {
+        let standing = Standing { mode: Mode::Apply, leads: true, only: None, is_cleaned: false };
+        let seen = |why, job: Option<Option<&str>>| {
+            let mut seen = view(skewed);
+            seen.plan.as_mut().unwrap().moves[0].why = why;
+            seen.job = job.map(|it| Offer { refused: it.map(str::to_owned) });
+            seen
+        };
+        for (name, why, job, expected) in [
+            ("a job", Why::Citus, Some(None), "begin"),
+            ("not as a job", Why::Citus, None, "move"),
+            ("not all of it", Why::Citus, Some(Some("shard 2 stays")), "rest"),
+            ("a drain", Why::Drain, Some(Some("shard 2 stays")), "move"),
+            ("a wish", Why::Asked, Some(None), "move"),
+        ] {
+            let found = match next(&seen(why, job), standing) {
+                Step::Begin(moves) if moves.len() == 1 => "begin",
+                Step::Move(_) => "move",
+                Step::Rest => "rest",
+                other => panic!("{name}: {other:?}"),
+            };
+            assert_eq!(found, expected, "{name}");
+        }
+        let mut seen = seen(Why::Citus, Some(None));
+        let is_begun = |seen: &View| matches!(next(seen, standing), Step::Begin(_));
+        assert!(is_begun(&seen));
+        seen.reference = view(bare).reference;
+        assert!(matches!(next(&seen, standing), Step::Move(it) if it.why == Why::ReferenceTables));
+
+        // One that runs is watched, whatever is closed: its own moves close gates, too.
+        let entry = Entry {
+            at: seen.at,
+            shard: 102,
+            from: 1,
+            to: 2,
+            copies: false,
+            job: Some(7),
+            moves: 1,
+            bytes: 40,
+            shards: vec![102],
+            replica: "host-2".to_owned(),
+            outcome: Outcome::Started,
+            reason: String::new(),
+            ended_at: None,
+        };
+        let mut seen = view(|it| it.catalogue.is_coordinator = false);
+        seen.begun = Some(entry.clone());
+        assert_eq!(next(&seen, standing), Step::Watch(Box::new(entry)));
+        for other in
+            [Standing { mode: Mode::DryRun, ..standing }, Standing { leads: false, ..standing }]
+        {
+            assert_eq!(next(&seen, other), Step::Rest);
         }
     }
 

@@ -20,12 +20,14 @@
 
 mod claim;
 mod holder;
+mod present;
 mod share;
 mod shares;
 mod sharing;
 mod view;
 
 pub use claim::{BootInstant, Claim};
+pub use present::during;
 pub use share::share;
 pub use shares::{Identity, Leadership, Shares, TTL, replica_name};
 pub use sharing::Sharing;

@@ -1,5 +1,6 @@
 //! How far a move is, and whether it stands still.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use humantime::format_duration;
@@ -13,6 +14,13 @@ const PROGRESS: &str = "
       FROM get_rebalance_progress()
      WHERE progress = 1 AND shardid = ANY ($1)";
 
+/// The same of each process that moves something.
+const OF_PIDS: &str = "
+    SELECT sessionid, max(status), sum(target_shard_size)::bigint, max(target_lsn)
+      FROM get_rebalance_progress()
+     WHERE progress = 1 AND sessionid = ANY ($1)
+     GROUP BY sessionid";
+
 /// What is built is not seen by others, nor are its bytes, before it is done. The shards of a table are
 /// tables of their own, on each node: `events_102008`.
 const BUILDS: &str = r"
@@ -20,8 +28,8 @@ const BUILDS: &str = r"
       FROM run_command_on_all_nodes(
                format('SELECT EXISTS (SELECT FROM pg_stat_progress_create_index AS build
                                         JOIN pg_class ON pg_class.oid = build.relid
-                                       WHERE relname ~ %L)',
-                      '_(' || array_to_string($1::bigint[], '|') || ')$'),
+                                       WHERE substring(relname FROM ''_(\d{1,18})$'')::bigint = ANY (%L))',
+                      $1::bigint[]),
                give_warning_for_connection_errors := true)";
 
 /// Citus' phases in their order; from here on a move may take its locks at any moment …
@@ -66,6 +74,20 @@ pub(super) async fn read(connection: &Connection, shards: &[i64]) -> Result<Prog
     Ok(Progress { phase: row.get(0), bytes, lsn: row.get(2) })
 }
 
+/// Asks how far the moves of these processes are; of one that does not tell, it is unknown.
+pub(super) async fn of_pids(
+    connection: &Connection,
+    pids: &[i32],
+) -> Result<BTreeMap<i32, Progress>, QueryError> {
+    let mut all: BTreeMap<_, _> = pids.iter().map(|it| (*it, Progress::default())).collect();
+    for row in connection.query(OF_PIDS, &[&pids]).await? {
+        let bytes: Option<i64> = row.get(2);
+        let bytes = bytes.and_then(|it| u64::try_from(it).ok());
+        all.insert(row.get(0), Progress { phase: row.get(1), bytes, lsn: row.get(3) });
+    }
+    Ok(all)
+}
+
 /// Asks whether an index of one of these shards is being built, on any node.
 pub(super) async fn is_building(
     connection: &Connection,
@@ -76,12 +98,12 @@ pub(super) async fn is_building(
 
 /// Since when nothing has changed. Pure.
 #[derive(Clone, Debug)]
-pub struct Standstill {
+pub struct Standstill<T> {
     limit: Duration,
-    last: Option<(Instant, Progress)>,
+    last: Option<(Instant, Option<T>)>,
 }
 
-impl Standstill {
+impl<T: PartialEq> Standstill<T> {
     /// With the longest that nothing may change.
     pub fn new(limit: Duration) -> Self {
         Self { limit, last: None }
@@ -94,19 +116,25 @@ impl Standstill {
         }
     }
 
-    /// Takes in how far a move is, and says so if it stands still for too long. What is not known
-    /// has not changed.
-    pub fn see(&mut self, progress: &Progress, now: Instant) -> Option<String> {
+    /// Takes in how far it is, and says so if it stands still for too long. What is not known has not
+    /// changed. `phase` tells where it was last seen.
+    pub fn see(
+        &mut self,
+        seen: Option<T>,
+        now: Instant,
+        phase: impl FnOnce(&T) -> Option<String>,
+    ) -> Option<String> {
         let is_new = match &self.last {
             None => true,
-            Some((_, last)) => progress != last && *progress != Progress::default(),
+            Some((_, last)) => seen.is_some() && seen != *last,
         };
         if is_new {
-            self.last = Some((now, progress.clone()));
+            self.last = Some((now, seen));
         }
         let (since, last) = self.last.as_ref()?;
         (self.limit <= now.duration_since(*since)).then(|| {
-            let phase = last.phase.as_deref().unwrap_or("no phase that it tells");
+            let phase = last.as_ref().and_then(phase);
+            let phase = phase.as_deref().unwrap_or("no phase that it tells");
             format!("it stands still for {} in {phase}", format_duration(self.limit))
         })
     }
@@ -125,6 +153,11 @@ impl Cutover {
     /// With the longest that the locks may be kept.
     pub fn new(limit: Duration) -> Self {
         Self { limit, was_near: false, since: None }
+    }
+
+    /// Whether it was near the end when it was last known.
+    pub fn is_near(&self) -> bool {
+        self.was_near
     }
 
     /// Takes in how far a move is, and says so if writers have waited for too long. Near the end, what
@@ -227,7 +260,8 @@ mod tests {
         ] {
             let mut standstill = Standstill::new(Duration::from_mins(1));
             let found = seen.iter().map(|(second, progress)| {
-                standstill.see(progress, start + Duration::from_secs(*second))
+                let known = (*progress != unknown).then(|| progress.clone());
+                standstill.see(known, start + Duration::from_secs(*second), |it| it.phase.clone())
             });
             assert_eq!(found.last().unwrap(), expected, "{name}");
         }
@@ -242,9 +276,11 @@ mod tests {
         let mut standstill = Standstill::new(Duration::from_mins(1));
         for second in (0..600).step_by(30) {
             let now = start + Duration::from_secs(second);
-            assert_eq!(standstill.see(&progress, now), None);
+            let found = standstill.see(Some(progress.clone()), now, |it| it.phase.clone());
+            assert_eq!(found, None);
             standstill.went_on(now);
         }
-        assert!(standstill.see(&progress, start + Duration::from_secs(630)).is_some());
+        let later = start + Duration::from_secs(630);
+        assert!(standstill.see(Some(progress), later, |it| it.phase.clone()).is_some());
     }
 }

@@ -7,6 +7,7 @@ use humantime::format_duration;
 use super::{Gate, Inputs, Refusals, Scope, spent};
 use crate::catalogue::{Catalogue, Link};
 use crate::config::Limits;
+use crate::job::RETRIES_FINE;
 use crate::observation::Observation;
 use crate::surroundings::Health;
 use crate::window::Opening;
@@ -14,9 +15,6 @@ use crate::words::{bytes, count, some};
 
 /// A verdict that is older is none: the monitor judges at least each second.
 const VERDICT_AGE_MAX: Duration = Duration::from_mins(1);
-/// Citus tries a task that failed again after 5 s, 20 s, and then each minute for half an hour, and
-/// says nothing of it.
-const RETRIES_FINE: u32 = 1;
 
 const ALL: Scope = Scope::Cluster;
 
@@ -27,7 +25,7 @@ pub(super) fn check(inputs: Inputs<'_>, refusals: &mut Refusals) {
     reachable(observation, refusals);
     links(&observation.catalogue, refusals);
     patroni(observation, refusals);
-    busy(&observation.catalogue, refusals);
+    busy(inputs, refusals);
     asked(inputs, refusals);
     health(inputs, refusals);
 }
@@ -134,7 +132,9 @@ fn patroni(observation: &Observation, refusals: &mut Refusals) {
     }
 }
 
-fn busy(catalogue: &Catalogue, refusals: &mut Refusals) {
+fn busy(inputs: Inputs<'_>, refusals: &mut Refusals) {
+    let catalogue = &inputs.observation.catalogue;
+    let is_ours = |id| inputs.ledger.iter().any(|it| it.newest().any(|it| it.job == Some(id)));
     let jobs = refusals.known(Gate::Busy, ALL, "whether a job of Citus runs", &catalogue.jobs);
     for job in jobs.into_iter().flatten() {
         let retried = match job.retries {
@@ -142,7 +142,9 @@ fn busy(catalogue: &Catalogue, refusals: &mut Refusals) {
             times => format!(", and a task of it failed {}", count(times as usize, "time")),
         };
         let reason = format!("job {} is {}: {}{retried}", job.id, job.state, job.description);
-        let next = if RETRIES_FINE < job.retries {
+        let next = if is_ours(job.id) {
+            "this agent began it and watches it; to stop it, rebalance-agent pause"
+        } else if RETRIES_FINE < job.retries {
             "see citus_job_status(), and end it with citus_rebalance_stop() or citus_job_cancel()"
         } else {
             "wait for it to end, or end it with citus_rebalance_stop() or citus_job_cancel()"

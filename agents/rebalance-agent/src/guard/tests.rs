@@ -103,6 +103,8 @@ fn moved(minutes: i64, moves: i64, bytes: u64) -> Ledger {
         from: 1,
         to: 2,
         copies: false,
+        job: None,
+        moves: 1,
         bytes: if shard == 0 { bytes } else { 0 },
         shards: vec![shard],
         replica: String::new(),
@@ -693,5 +695,24 @@ proptest! {
             });
             prop_assert!(is_closed, "{} stays open: {refusals:?}", case.reason);
         }
+    }
+}
+
+/// Who looks should not stop it by hand.
+#[test]
+fn a_job_that_is_ours_is_told_from_one_that_is_not() {
+    let next = |ours: Option<i64>| {
+        let mut world = World::well();
+        let (state, description) = ("running".to_owned(), "Rebalance".to_owned());
+        world.observation.catalogue.jobs = Ok(vec![Job { id: 3, state, description, retries: 0 }]);
+        let entry = moved(1, 1, 5).newest().next().cloned().unwrap();
+        world.ledger = Ok(Ledger::new(vec![Entry { job: ours, ..entry }]));
+        let refusals = world.refusals();
+        assert_eq!(refusals.len(), 1, "{refusals:?}");
+        refusals[0].next.clone()
+    };
+    assert!(next(Some(3)).ends_with("rebalance-agent pause"));
+    for ours in [None, Some(2)] {
+        assert!(next(ours).ends_with("citus_job_cancel()"));
     }
 }

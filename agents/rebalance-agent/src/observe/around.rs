@@ -7,6 +7,7 @@ use futures_util::future::join_all;
 use reqwest::{Client, StatusCode};
 use serde::Deserialize;
 use serde_json::Value;
+use shared::activity::activities;
 use shared::etcd::{Etcd, KeyValue};
 use shared::http;
 use shared::telemetry::chain;
@@ -48,7 +49,7 @@ impl Observer {
     /// What other agents do.
     pub(super) async fn activities(&self) -> Option<Known<Vec<Activity>>> {
         let etcd = self.etcd.as_ref()?;
-        let root = format!("/pgmesh/{}/activity/", self.cluster);
+        let root = activities(&self.cluster);
         let entries = list(etcd, &root).await;
         Some(entries.map(|it| it.iter().filter_map(|it| activity(&root, &it.key)).collect()))
     }

@@ -1,0 +1,423 @@
+//! A rebalance as one background job of Citus: whether one may begin, which is ours, and what to do with it
+//! in each of its states. Pure.
+//!
+//! Citus plans all of it at the start, tries what failed again for half an hour, and knows of no window, no
+//! budget and no gate. So it begins only if all of it may be moved, and is stopped as a whole.
+
+use std::collections::BTreeSet;
+
+use chrono::{DateTime, TimeDelta, Utc};
+use serde::{Deserialize, Serialize};
+
+use crate::catalogue::Job;
+use crate::known::Known;
+use crate::ledger::{End, Entry, Ledger, Outcome};
+use crate::plan::{Move, Plan, Why, Wish};
+use crate::words::count;
+
+/// How often a task may fail. Citus tries it again after 5 s, 20 s, and then each minute for half an hour, and
+/// says nothing of it.
+pub const RETRIES_FINE: u32 = 1;
+/// How long it may wait for its first task: Citus looks at its queue each 5 s.
+const SCHEDULED_MAX: TimeDelta = TimeDelta::seconds(30);
+/// How long it may run: that it is ours is remembered for a day.
+const AGE_MAX: TimeDelta = TimeDelta::hours(23);
+
+/// All that Citus would move, as one job.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offer {
+    /// Why it does not begin, beside what is refused anyway.
+    pub refused: Option<String>,
+}
+
+impl Offer {
+    /// `None` if Citus would move nothing.
+    pub fn new(plan: &Plan, wishes: &[Wish], ledger: &Ledger, now: DateTime<Utc>) -> Option<Self> {
+        let moved: BTreeSet<i64> =
+            plan.moves.iter().filter(|it| it.why == Why::Citus).map(|it| it.shard).collect();
+        wishes.first()?;
+        let stays = wishes.iter().find(|it| !moved.contains(&it.shard)).map(|it| {
+            let name = format!("shard {} of ", it.shard);
+            let skipped = plan.skipped.iter().find(|it| it.what.starts_with(&name));
+            let why = skipped.map_or(plan.end.as_str(), |it| it.reason.as_str());
+            format!("a job moves all that Citus plans, and shard {} stays: {why}", it.shard)
+        });
+        Some(Self { refused: ledger.jobs_resting(now).or(stays) })
+    }
+}
+
+/// The job that a replica of this agent began, if it has not ended, or nobody said how.
+pub fn begun(ledger: &Ledger, jobs: &Known<Vec<Job>>) -> Option<Entry> {
+    let is_listed = |id| jobs.iter().flatten().any(|it| Some(it.id) == id);
+    let mut ours = ledger.newest().filter(|it| it.job.is_some_and(|id| 0 < id));
+    ours.find(|it| it.outcome == Outcome::Started || is_listed(it.job)).cloned()
+}
+
+/// What a task of a job moves: a shard, from which group, to which; `None` if it does something else.
+pub type Task = Option<(i64, u32, u32)>;
+
+/// Where the tasks that Citus has made differ from what was planned.
+pub fn differs(moves: &[Move], tasks: &[Task]) -> Option<String> {
+    let is_planned = |(shard, from, to): (i64, u32, u32)| {
+        moves.iter().any(|it| it.shards.contains(&shard) && (it.from, it.to) == (from, to))
+    };
+    if tasks.contains(&None) {
+        return Some("Citus would do something that is no move of a shard, too".to_owned());
+    }
+    let other = tasks.iter().flatten().find(|it| !is_planned(**it));
+    match other {
+        Some((shard, from, to)) => Some(format!(
+            "Citus would move shard {shard} from group {from} to group {to}, which it did not plan a moment ago"
+        )),
+        None if tasks.len() != moves.len() => Some(format!(
+            "Citus would move {}, where it planned {} a moment ago",
+            count(tasks.len(), "shard group"),
+            moves.len()
+        )),
+        None => None,
+    }
+}
+
+/// What Citus says of a job.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// `state`, in Citus' words.
+    pub state: String,
+    /// How many tasks it has.
+    pub tasks: u32,
+    /// How many of them are done.
+    pub done: u32,
+    /// How often one failed that is not done, at most.
+    pub retries: u32,
+    /// What that one says of it.
+    pub message: String,
+    /// The processes that are at a task now.
+    pub pids: Vec<i32>,
+}
+
+impl Seen {
+    /// Whether nothing of it will be moved any more.
+    pub fn is_over(&self) -> bool {
+        let is_final = matches!(self.state.as_str(), "finished" | "cancelled" | "failed");
+        is_final && self.pids.is_empty()
+    }
+
+    /// `3 of 16 moves are done`.
+    pub fn so_far(&self) -> String {
+        format!("{} of {} are done", self.done, count(self.tasks as usize, "move"))
+    }
+
+    /// That a task of it failed, and how.
+    fn failure(&self) -> End {
+        let Self { retries, message, .. } = self;
+        let times = count(*retries as usize, "time");
+        let line = message.lines().next().unwrap_or_default();
+        let line = if line.is_empty() { "it does not say why" } else { line };
+        let what = format!("{}, and one failed {times}: {line}", self.so_far());
+        if message.contains("lock timeout") {
+            return End::new(Outcome::NoLock, what);
+        }
+        let next = "see the logs of the coordinator and of both nodes";
+        End::new(Outcome::Failed, format!("{what}; {next}"))
+    }
+}
+
+/// What to do with a job that is ours.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Watch it.
+    Watch,
+    /// Stop it.
+    Stop(End),
+    /// Write down how it ended.
+    Over(End),
+}
+
+/// What to do with a job that is so old; `None`: Citus knows of none.
+pub fn next(seen: Option<&Seen>, age: TimeDelta) -> Next {
+    let stopped = |reason: String| End::new(Outcome::Stopped, reason);
+    let Some(seen) = seen else {
+        let reason = "Citus knows of no such job: it never began, or somebody deleted it";
+        return Next::Over(End::new(Outcome::Unknown, reason));
+    };
+    match seen.state.as_str() {
+        "finished" if seen.is_over() => Next::Over(End::new(Outcome::Moved, "")),
+        "failed" if seen.is_over() => Next::Over(seen.failure()),
+        "cancelled" if seen.is_over() => {
+            Next::Over(stopped(format!("somebody stopped it; {}", seen.so_far())))
+        }
+        "failing" => Next::Stop(seen.failure()),
+        "scheduled" if SCHEDULED_MAX <= age => Next::Stop(End::new(
+            Outcome::Failed,
+            "no task of it began within 30s: raise max_worker_processes on the coordinator if its log says that \
+             it is unable to start background worker; or see citus.background_task_queue_interval",
+        )),
+        "running" if RETRIES_FINE < seen.retries => Next::Stop(seen.failure()),
+        "running" if AGE_MAX <= age => {
+            Next::Stop(stopped(format!("it ran for 23h, longer than a job may; {}", seen.so_far())))
+        }
+        // Of those that are over, a process may be on its way out.
+        "scheduled" | "running" | "finished" | "failed" | "cancelled" | "cancelling" => Next::Watch,
+        other => Next::Stop(End::new(
+            Outcome::Failed,
+            format!("Citus calls it {other}, which this agent does not know: update it"),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::balance::Figure;
+    use crate::plan::Skipped;
+
+    fn now() -> DateTime<Utc> {
+        "2026-03-10T02:00:00Z".parse().unwrap()
+    }
+
+    fn seen(state: &str, done: u32, retries: u32, pids: &[i32]) -> Seen {
+        Seen {
+            state: state.to_owned(),
+            tasks: 3,
+            done,
+            retries,
+            message: "ERROR: could not fetch disk stats\nCONTEXT: Citus".to_owned(),
+            pids: pids.to_vec(),
+        }
+    }
+
+    #[test]
+    fn what_is_done_with_a_job_follows_from_its_state() {
+        let failed = |retries: &str| {
+            format!(
+                "1 of 3 moves are done, and one failed {retries}: ERROR: could not fetch disk stats; see the \
+                 logs of the coordinator and of both nodes"
+            )
+        };
+        let unknown = "Citus knows of no such job: it never began, or somebody deleted it";
+        let waits = "no task of it began within 30s: raise max_worker_processes on the coordinator if its log \
+                     says that it is unable to start background worker; or see \
+                     citus.background_task_queue_interval";
+        let strange = "Citus calls it paused, which this agent does not know: update it";
+        let (two, three) = (failed("2 times"), failed("33 times"));
+        let watch = ("watch", Outcome::Started, "");
+        for (name, seen, seconds, (expected, outcome, reason)) in [
+            ("gone", None, 0, ("over", Outcome::Unknown, unknown)),
+            ("it waits for its turn", Some(seen("scheduled", 0, 0, &[])), 29, watch),
+            (
+                "it waits for a worker",
+                Some(seen("scheduled", 0, 0, &[])),
+                30,
+                ("stop", Outcome::Failed, waits),
+            ),
+            ("a task runs", Some(seen("running", 0, 0, &[7])), 3600, watch),
+            ("between two tasks", Some(seen("running", 1, 0, &[])), 3600, watch),
+            // As after a crash of the coordinator.
+            ("a task was begun again", Some(seen("running", 1, 1, &[])), 3600, watch),
+            (
+                "it fails again and again",
+                Some(seen("running", 1, 2, &[])),
+                60,
+                ("stop", Outcome::Failed, &two),
+            ),
+            (
+                "a day",
+                Some(seen("running", 1, 0, &[7])),
+                23 * 3600,
+                (
+                    "stop",
+                    Outcome::Stopped,
+                    "it ran for 23h, longer than a job may; 1 of 3 moves are done",
+                ),
+            ),
+            (
+                "one failed for good, others run",
+                Some(seen("failing", 1, 33, &[7])),
+                60,
+                ("stop", Outcome::Failed, &three),
+            ),
+            ("failed", Some(seen("failed", 1, 33, &[])), 60, ("over", Outcome::Failed, &three)),
+            ("it is being stopped", Some(seen("cancelling", 1, 0, &[7])), 60, watch),
+            ("its process ends", Some(seen("cancelled", 1, 0, &[7])), 60, watch),
+            (
+                "somebody stopped it",
+                Some(seen("cancelled", 1, 0, &[])),
+                60,
+                ("over", Outcome::Stopped, "somebody stopped it; 1 of 3 moves are done"),
+            ),
+            ("finished", Some(seen("finished", 3, 0, &[])), 60, ("over", Outcome::Moved, "")),
+            (
+                "of another version",
+                Some(seen("paused", 1, 0, &[])),
+                60,
+                ("stop", Outcome::Failed, strange),
+            ),
+        ] {
+            let found = next(seen.as_ref(), TimeDelta::seconds(seconds));
+            let end = End::new(outcome, reason);
+            let expected = match expected {
+                "watch" => Next::Watch,
+                "stop" => Next::Stop(end),
+                _ => Next::Over(end),
+            };
+            assert_eq!(found, expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_lock_that_is_not_got_is_told_from_a_failure() {
+        let message = "ERROR: canceling statement due to lock timeout\nCONTEXT: Citus".to_owned();
+        let seen = Seen { message, ..seen("running", 0, 2, &[]) };
+        let reason = "0 of 3 moves are done, and one failed 2 times: ERROR: canceling statement due to lock \
+                      timeout";
+        let expected = Next::Stop(End::new(Outcome::NoLock, reason));
+        assert_eq!(next(Some(&seen), TimeDelta::zero()), expected);
+    }
+
+    fn planned(shard: i64, from: u32, to: u32) -> Move {
+        Move {
+            shard,
+            shards: vec![shard, shard + 100],
+            colocation: 1,
+            tables: vec![],
+            bytes: 1,
+            from,
+            to,
+            why: Why::Citus,
+            gain: 0.0,
+            figure_after: 0.0,
+        }
+    }
+
+    /// Any shard of a group may stand for it, and all else must be as planned.
+    #[test]
+    fn a_job_that_is_another_than_was_planned_is_found_out() {
+        let moves = [planned(1, 1, 2), planned(2, 1, 3)];
+        for (tasks, expected) in [
+            (vec![Some((1, 1, 2)), Some((2, 1, 3))], None),
+            (vec![Some((102, 1, 3)), Some((1, 1, 2))], None),
+            (vec![None, Some((1, 1, 2)), Some((2, 1, 3))], Some("something that is no move")),
+            (vec![Some((1, 1, 2)), Some((2, 1, 2))], Some("shard 2 from group 1 to group 2")),
+            (vec![Some((1, 1, 2)), Some((3, 1, 3))], Some("shard 3 from group 1 to group 3")),
+            (vec![Some((1, 1, 2))], Some("1 shard group, where it planned 2")),
+            (
+                vec![Some((1, 1, 2)), Some((2, 1, 3)), Some((1, 1, 2))],
+                Some("3 shard groups, where it planned 2"),
+            ),
+        ] {
+            let found = differs(&moves, &tasks);
+            let is_as_expected = match (&found, expected) {
+                (None, None) => true,
+                (Some(found), Some(expected)) => found.contains(expected),
+                _ => false,
+            };
+            assert!(is_as_expected, "{tasks:?}: {found:?}");
+        }
+    }
+
+    fn entry(minutes: i64, job: Option<i64>, outcome: Outcome) -> Entry {
+        Entry {
+            at: now() + TimeDelta::minutes(minutes),
+            shard: 1,
+            from: 1,
+            to: 2,
+            copies: false,
+            job,
+            moves: 2,
+            bytes: 2,
+            shards: vec![1, 2],
+            replica: "host-1".to_owned(),
+            outcome,
+            reason: "why".to_owned(),
+            ended_at: None,
+        }
+    }
+
+    #[test]
+    fn all_that_citus_plans_is_offered_or_nothing() {
+        let wish = |shard, to| Wish { shard, to };
+        let skipped =
+            |what: &str, reason: &str| Skipped { what: what.to_owned(), reason: reason.to_owned() };
+        let plan = |moves: Vec<Move>, skipped: Vec<Skipped>, end: &str| Plan {
+            before: Figure::default(),
+            after: Figure::default(),
+            moves,
+            skipped,
+            hot: vec![],
+            end: end.to_owned(),
+        };
+        let both = vec![planned(1, 1, 2), planned(2, 1, 3)];
+        let stays =
+            |why: &str| Some(format!("a job moves all that Citus plans, and shard 2 stays: {why}"));
+        let lag = vec![skipped("w3:5432", "it lags"), skipped("shard 2 of public.a", "w3 lags")];
+        let of_drain = Move { why: Why::Drain, ..planned(2, 1, 3) };
+        let failed = Ledger::new(vec![entry(0, Some(7), Outcome::Failed)]);
+        let rests = "none begins until 02:01:00 UTC: the last job failed: why".to_owned();
+        for (name, plan, ledger, expected) in [
+            ("all of it", plan(both.clone(), vec![], "so"), Ledger::default(), None),
+            (
+                "one stays",
+                plan(vec![planned(1, 1, 2)], lag, "so"),
+                Ledger::default(),
+                stays("w3 lags"),
+            ),
+            (
+                "the budget",
+                plan(vec![planned(1, 1, 2)], vec![], "no more"),
+                Ledger::default(),
+                stays("no more"),
+            ),
+            (
+                "a drain comes first",
+                plan(vec![of_drain, planned(1, 1, 2)], vec![], "so"),
+                Ledger::default(),
+                stays("so"),
+            ),
+            ("the last one failed", plan(both, vec![], "so"), failed, Some(rests)),
+        ] {
+            let offer = Offer::new(&plan, &[wish(1, 2), wish(2, 3)], &ledger, now());
+            assert_eq!(offer, Some(Offer { refused: expected }), "{name}");
+            assert_eq!(Offer::new(&plan, &[], &ledger, now()), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_job_is_ours_if_we_wrote_down_its_number_and_it_may_not_have_ended() {
+        let job =
+            |id| Job { id, state: "running".to_owned(), description: String::new(), retries: 0 };
+        let unknown = || Err(crate::known::Unknown::because("no answer"));
+        for (name, entries, jobs, expected) in [
+            ("none was begun", vec![entry(0, None, Outcome::Started)], Ok(vec![job(7)]), None),
+            (
+                "one of somebody else",
+                vec![entry(0, Some(6), Outcome::Moved)],
+                Ok(vec![job(7)]),
+                None,
+            ),
+            ("it runs", vec![entry(0, Some(7), Outcome::Started)], Ok(vec![job(7)]), Some(7)),
+            (
+                "nobody said how it ended",
+                vec![entry(0, Some(7), Outcome::Started)],
+                Ok(vec![]),
+                Some(7),
+            ),
+            ("that is unknown", vec![entry(0, Some(7), Outcome::Started)], unknown(), Some(7)),
+            ("it ended", vec![entry(0, Some(7), Outcome::Stopped)], Ok(vec![]), None),
+            (
+                "to stop it did not work",
+                vec![entry(0, Some(7), Outcome::Unknown)],
+                Ok(vec![job(7)]),
+                Some(7),
+            ),
+            (
+                "Citus did not take it",
+                vec![entry(0, Some(0), Outcome::Failed)],
+                Ok(vec![job(7)]),
+                None,
+            ),
+        ] {
+            let found = begun(&Ledger::new(entries), &jobs).and_then(|it| it.job);
+            assert_eq!(found, expected, "{name}");
+        }
+    }
+}
