@@ -4,6 +4,8 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use backup_agent::config::Config;
+use backup_agent::repository::Repository;
 use harness::postgres::postgres_is_missing;
 
 use crate::scene::{Kind, Scene, files};
@@ -89,6 +91,29 @@ async fn nothing_goes_while_the_primarys_clock_says_something_else() {
     clock("LANGUAGE internal AS 'clock_timestamp'").await;
     scene.run(&["expire", "--apply"]).await.assert_success();
     assert_ne!(below(&scene.repository(), "/tombstone/"), Vec::<String>::new());
+}
+
+/// A `wal-push` was under way, and by a clock that was ahead its upload was nobody's.
+#[tokio::test]
+async fn an_upload_is_as_old_as_the_clock_of_the_repository_says() {
+    if postgres_is_missing() {
+        return;
+    }
+    let scene = Scene::with(Kind::S3, "").await;
+    scene.backup().await;
+    let s3 = scene.s3.as_ref().unwrap();
+    let config: Config = toml::from_str(&fs::read_to_string(scene.config()).unwrap()).unwrap();
+    let repository = Repository::open(&config).await.unwrap();
+    let place = repository.places(0).await.unwrap().pop().unwrap();
+    place.store().upload(&place.key("wal/under-way"), 5 << 20, None).await.unwrap();
+    s3.faults().clock_behind(DAYS);
+    for (ago, left) in [(Duration::ZERO, 1), (Duration::from_hours(25), 0)] {
+        let uploads = s3.bucket().unfinished_uploads();
+        assert_eq!(uploads.len(), 1);
+        s3.bucket().set_upload_started(&uploads[0], SystemTime::now() - DAYS - ago);
+        scene.backup().await;
+        assert_eq!(s3.bucket().unfinished_uploads().len(), left, "{ago:?}");
+    }
 }
 
 /// `tar`, `cp` and `rclone` may give a copy any times.

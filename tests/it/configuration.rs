@@ -2,6 +2,7 @@
 //! shipped load.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use backup_agent::Config;
@@ -26,7 +27,8 @@ async fn every_problem_is_reported_with_its_key() {
     let text = config_text(
         &key,
         section,
-        "[backup]\npart_bytes = 1048576\ncompression_level = 40\nrate_bytes_max = 1\n",
+        "[backup]\npart_bytes = 1048576\ncompression_level = 40\nrate_bytes_max = 1\n\
+         uploads = 100000\nworkers = 1000\n",
         &[("a".to_owned(), "h".to_owned(), 1), ("a".to_owned(), "h".to_owned(), 1)],
     );
     write(&path, &text.replace("cluster = \"tests\"", "cluster = \"a/b\""));
@@ -39,6 +41,8 @@ async fn every_problem_is_reported_with_its_key() {
         "backup.compression_level: must be 1 to 19",
         "backup.part_bytes: 1048576 is below the S3 minimum of 5242880",
         "backup.rate_bytes_max: must be",
+        "backup.uploads: must be 1 to 150",
+        "backup.workers: must be 1 to 512",
     ] {
         assert!(refused.stderr.contains(problem), "no {problem:?} in {refused}");
     }
@@ -63,7 +67,16 @@ async fn files_that_the_configuration_names_are_tried() {
 
     fs::remove_file(&key).unwrap();
     Agent::without_config().run(&["new-key", key.to_str().unwrap()]).await.assert_success();
-    agent.run(&["check-config"]).await.assert_success();
+    let fine = agent.run(&["check-config"]).await;
+    fine.assert_success();
+    assert!(!fine.stdout.contains("WARNING"), "{fine}");
+    let open = fs::Permissions::from_mode(0o644);
+    fs::set_permissions(&key, open).unwrap();
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let exposed = agent.run(&["check-config"]).await;
+    exposed.assert_success();
+    let told = format!("chmod o= {}", key.display());
+    assert!(exposed.stdout.contains("WARNING") && exposed.stdout.contains(&told), "{exposed}");
     let again = Agent::without_config().run(&["new-key", key.to_str().unwrap()]).await;
     again.assert_code(1);
 

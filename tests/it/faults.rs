@@ -257,7 +257,7 @@ async fn a_full_disk_stops_a_restore_with_its_name() {
     let Some(small) = std::env::var_os("PGMESH_TEST_SMALL_DISK").map(PathBuf::from) else {
         return harness::skip("no small file system (PGMESH_TEST_SMALL_DISK is not set)");
     };
-    let scene = Scene::new().await;
+    let scene = Scene::with(Kind::S3, "").await;
     fill(&scene.primary, 96).await;
     scene.backup().await;
     let to = small.join("restored");
@@ -267,20 +267,38 @@ async fn a_full_disk_stops_a_restore_with_its_name() {
     assert!(refused.stderr.contains("has room for"), "{refused}");
     fs::remove_dir_all(&to).unwrap();
 
-    // Somebody else takes the room while the restore runs: a tablespace's size is not known apart.
+    // The disk of a tablespace is another.
     let location = scene.primary.tablespace("big").await;
     scene.primary.psql("ALTER TABLE fill SET TABLESPACE big").await;
     scene.backup().await;
-    let map = format!("{}={}", location.display(), small.join("big").display());
+    let big = small.join("big");
+    let map = format!("{}={}", location.display(), big.display());
     let data = scene.path("restored");
     let arguments =
         ["restore", "--archive-mode", "off", "--to", data.to_str().unwrap(), "--tablespace", &map];
-    let full = scene.run(&arguments).await;
+    let refused = scene.run(&arguments).await;
+    refused.assert_code(1);
+    let says = format!("{} has room for", big.display());
+    assert!(refused.stderr.contains(&says), "{refused}");
+
+    // Somebody else takes the room while the restore runs.
+    scene.primary.psql("DELETE FROM fill WHERE i > 2000").await;
+    scene.primary.psql("VACUUM FULL fill").await;
+    scene.backup().await;
+    let faults = scene.s3.as_ref().unwrap().faults();
+    let slow = Fault::new(Effect::Delay(Duration::from_secs(2))).on(Operation::GetObject);
+    let slow = faults.add(slow.key("/part-"));
+    let running = scene.agent().spawn(&arguments);
+    eventually("it reads", LIMIT, async || faults.hits(slow) > 0).await;
+    let filler = small.join("filler");
+    fs::write(&filler, vec![1; 64 << 20]).unwrap_err();
+    let full = running.wait().await;
     full.assert_code(1);
     assert!(full.stderr.contains(small.to_str().unwrap()), "{full}");
     assert!(full.stderr.contains("No space left on device"), "{full}");
     assert!(!data.join("global/pg_control").exists(), "the copy could start");
-    fs::remove_dir_all(small.join("big")).unwrap();
+    fs::remove_file(filler).unwrap();
+    fs::remove_dir_all(big).unwrap();
 }
 
 #[tokio::test]

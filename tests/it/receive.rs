@@ -328,6 +328,9 @@ async fn a_failover_leaves_one_window() {
     receiving.scene.configure(&[&receiving.scene.primary]);
     receiving.restart_agent().await;
     receiving.agent.logged("an old primary that came back", LIMIT).await;
+    let remove = receiving.scene.run(&["expire", "--timeline", "2", "--apply"]).await;
+    remove.assert_code(1);
+    assert!(remove.stderr.contains("nothing shows that it is a copy's"), "{remove}");
 
     let listed = receiving.scene.list().await;
     assert_eq!(listed[0]["window"]["timeline"], 2, "{listed:?}");

@@ -1,6 +1,8 @@
 //! Restores in circumstances in which it matters that they do what was meant, or say that they do not.
 
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -491,4 +493,88 @@ async fn a_recovery_goes_past_a_raised_max_connections() {
     scene.primary.psql("INSERT INTO t VALUES (2)").await;
     scene.archive_wal().await;
     assert_eq!(rows(&recover(&scene, "restored", &[]).await).await, "1,2");
+}
+
+/// It took the slot at the publisher, and the changes that were for the server that lives on.
+#[tokio::test]
+async fn a_copy_of_a_subscriber_leaves_the_publisher_alone() {
+    if postgres_is_missing() {
+        return;
+    }
+    let publisher = PgServer::builder().name("publisher").setting("wal_level", "logical");
+    let publisher = publisher.primary().await;
+    publisher.psql("CREATE TABLE t (i int); CREATE PUBLICATION p FOR TABLE t").await;
+    let mut scene = Scene::new().await;
+    let conninfo = format!("{} dbname=postgres", publisher.conninfo("s")).replace('\'', "''");
+    scene.primary.psql("CREATE TABLE t (i int)").await;
+    let subscribe = format!("CREATE SUBSCRIPTION s CONNECTION '{conninfo}' PUBLICATION p");
+    scene.primary.psql(&subscribe).await;
+    let streams = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'";
+    let streaming = async || publisher.psql(streams).await == "1";
+    eventually("the subscription streams", LIMIT, streaming).await;
+    backup(&scene).await;
+    scene.archive_wal().await;
+    scene.primary.stop(Mode::Fast).await;
+    publisher.psql("INSERT INTO t VALUES (1)").await;
+
+    let to = scene.path("copy");
+    let restore = ["restore", "--archive-mode", "off", "--to", to.to_str().unwrap()];
+    let said = scene.run(&restore).await;
+    said.assert_success();
+    assert!(said.stdout.contains("SET (slot_name = NONE)"), "{said}");
+    let copy = PgServer::start_existing(&to).await;
+    copy.recovered().await;
+    assert_eq!(copy.psql("SELECT subenabled FROM pg_subscription").await, "t");
+    // The launcher would have begun at once.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let senders = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'walsender'";
+    assert_eq!(publisher.psql(senders).await, "0");
+    assert_eq!(copy.psql("SELECT count(*) FROM t").await, "0");
+
+    // As the restore says.
+    copy.psql("ALTER SUBSCRIPTION s DISABLE").await;
+    copy.psql("ALTER SUBSCRIPTION s SET (slot_name = NONE)").await;
+    copy.psql("ALTER SYSTEM RESET max_logical_replication_workers").await;
+    drop(copy);
+    let copy = PgServer::start_existing(&to).await;
+    assert_ne!(copy.psql("SHOW max_logical_replication_workers").await, "0");
+    scene.primary.start().await;
+    eventually("production has it", LIMIT, async || rows(&scene.primary).await == "1").await;
+    assert_eq!(copy.psql("SELECT count(*) FROM t").await, "0");
+}
+
+/// Nothing is stored after it, so it is no gap, and `list --wal` was content.
+#[tokio::test]
+async fn the_last_segment_that_a_backup_needs_is_missed() {
+    if postgres_is_missing() {
+        return;
+    }
+    let (scene, id) = scene_with_backup().await;
+    let newest = files(&scene.repository()).into_iter().rfind(|path| {
+        path.to_string_lossy().contains("/wal/") && !path.to_string_lossy().contains(".backup")
+    });
+    fs::remove_file(newest.unwrap()).unwrap();
+    for command in ["list", "verify"] {
+        let missed = scene.run(&[command, "--wal"]).await;
+        missed.assert_code(1);
+        let says = format!("{}{}", missed.stdout, missed.stderr);
+        assert!(says.contains(&id) && says.contains("cannot be restored"), "{missed}");
+    }
+}
+
+/// PostgreSQL's own names are text.
+#[tokio::test]
+async fn a_file_whose_name_is_not_text_is_named() {
+    if postgres_is_missing() {
+        return;
+    }
+    let (scene, _) = scene_with_backup().await;
+    let name = OsStr::from_bytes(b"not\xff-text");
+    fs::write(scene.primary.data_directory().join(name), "").unwrap();
+    let refused = scene.run(&["backup"]).await;
+    refused.assert_code(1);
+    for says in ["not\u{fffd}-text", "move it out of the data directory"] {
+        assert!(refused.stderr.contains(says), "{refused}");
+    }
+    assert_eq!(scene.list().await.len(), 1);
 }

@@ -105,6 +105,7 @@ async fn what_is_not_the_segment_of_its_name_is_refused() {
         ("cut short", &name, content[..1 << 20].to_vec(), "bytes, a segment has"),
         ("empty", &name, Vec::new(), "ends after 0 bytes"),
         ("a timeline from the future", &name, with(4, 8), "timeline"),
+        ("a history of nothing", "00000002.history", Vec::new(), "names no timeline"),
     ];
     for (case, file, content, said) in cases {
         let path = data.join("pg_wal").join(file);
@@ -117,6 +118,40 @@ async fn what_is_not_the_segment_of_its_name_is_refused() {
     }
     let outside = run_in(&scene, &scene.path(""), &["wal-push", "copy/pg_wal/x"]).await;
     outside.assert_code(1);
+}
+
+/// Only the first segment of a timeline begins with what is before it.
+#[tokio::test]
+async fn a_segment_of_an_earlier_timeline_is_refused_unless_the_history_says_so() {
+    if postgres_is_missing() {
+        return;
+    }
+    let scene = Scene::new().await;
+    scene.archive_wal().await;
+    let data = data_directory(&scene, "copy");
+    let name = segments(scene.primary.data_directory())[0].clone();
+    let content = fs::read(scene.primary.data_directory().join("pg_wal").join(&name)).unwrap();
+    let number = u32::from_str_radix(&name[16..], 16).unwrap();
+    let push = async |file: &str, content: &[u8]| {
+        let path = data.join("pg_wal").join(file);
+        fs::write(&path, content).unwrap();
+        give_to_server_user(&path);
+        run_in(&scene, &data, &["wal-push", &format!("pg_wal/{file}")]).await
+    };
+    let left_in = |segment: u32| format!("1\t0/{:X}\tno recovery target\n", (segment << 24) + 256);
+    let named = |timeline: u32| format!("{timeline:08X}{}", &name[8..]);
+
+    let refused = push(&named(2), &content).await;
+    refused.assert_code(1);
+    assert!(refused.stderr.contains("no 00000002.history is stored"), "{refused}");
+    push("00000002.history", left_in(number + 1).as_bytes()).await.assert_success();
+    let refused = push(&named(2), &content).await;
+    refused.assert_code(1);
+    assert!(refused.stderr.contains("two servers wrote timeline 2"), "{refused}");
+    assert!(stored(&scene, "/wal/00000002/").is_empty());
+    push("00000003.history", left_in(number).as_bytes()).await.assert_success();
+    push(&named(3), &content).await.assert_success();
+    assert_eq!(stored(&scene, &named(3)).len(), 1);
 }
 
 #[tokio::test]

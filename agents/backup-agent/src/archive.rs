@@ -1,25 +1,38 @@
 //! `wal-push` and `wal-fetch`: what PostgreSQL runs as `archive_command` and `restore_command`.
 
+mod standby;
+
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use shared::pg::wal::{Segment, WalFile};
 use shared::telemetry::chain;
 use thiserror::Error;
+use tokio::time::{Instant, sleep};
 use tokio_postgres::types::PgLsn;
 use tracing::{debug, error, info, warn};
 
 use crate::config::Config;
 use crate::repository::{OpenError, Place, Repository, RepositoryError};
-use crate::wal::{self, Absence, Packed, Stored, WalError, WalMap, newest, piece};
+use crate::wal::{self, Absence, Packed, Stored, WalError, WalMap, conflict, newest, piece};
+use standby::{Server, Without};
+
+pub use standby::needs_nobody;
 
 /// Where a server keeps its system identifier, below the data directory: the first eight bytes.
 /// Source: `ControlFileData` in `src/include/catalog/pg_control.h`.
 const CONTROL_FILE: &str = "global/pg_control";
 
-/// `wal-fetch`: the file was never produced. PostgreSQL takes it as the end of the WAL.
-pub const NEVER_PRODUCED: u8 = 1;
+/// Between two attempts for a standby that waits.
+const RETRY_EVERY: Duration = Duration::from_secs(5);
+/// How often it is said that it waits.
+const SAY_EVERY: Duration = Duration::from_mins(1);
+
+/// `wal-fetch`: the file was never produced, or the server is to do without it. PostgreSQL takes it
+/// as the end of the WAL, unless it is a standby that can go on otherwise.
+pub const NOT_THERE: u8 = 1;
 /// `wal-fetch`: anything else. Above 125 PostgreSQL gives the recovery up instead of taking it as
 /// the end of the WAL, and promoting without what was committed after.
 /// Source: PostgreSQL manual, "Archive Recovery"; `shell_restore.c`.
@@ -66,6 +79,16 @@ pub enum ArchiveError {
         /// The proof.
         reason: String,
     },
+    /// A standby pushes what is still being received.
+    #[error(
+        "{file} is not stored yet: the segment is still growing, try later. Pieces of it are stored, and \
+         what a standby has of it may be less than all. Whoever receives it (`backup-agent run`) stores the \
+         whole; if nobody does any more, push it from the primary"
+    )]
+    Growing {
+        /// The file.
+        file: String,
+    },
     /// Two contents.
     #[error("{file} is in the repository with {count} contents; nobody knows which is right")]
     Ambiguous {
@@ -74,9 +97,21 @@ pub enum ArchiveError {
         /// How many.
         count: usize,
     },
+    /// Nobody waits for the file any more.
+    #[error("the server has ended, or its recovery")]
+    ServerGone,
 }
 
 impl ArchiveError {
+    /// Tells whether it may go by itself: a standby gets along without the file meanwhile.
+    fn is_passing(&self) -> bool {
+        match self {
+            Self::Wal(WalError::Repository(error)) => error.is_transient(),
+            Self::Missing { .. } => true,
+            _ => self.is_full(),
+        }
+    }
+
     /// Tells whether there was no room for the file.
     fn is_full(&self) -> bool {
         let (Self::Write { source, .. } | Self::Wal(WalError::Write { source, .. })) = self else {
@@ -103,10 +138,19 @@ pub async fn push(config: &Config, path: &Path) -> Result<Stored, ArchiveError> 
     let packed =
         Packed::read(&file, fs::File::open(path).map_err(read)?, config.wal.compression_level)?;
     let expected = system_identifier()?;
-    if let Some(found) = packed.system_identifier.filter(|found| *found != expected) {
+    let found = packed.header.map(|header| header.system_identifier);
+    if let Some(found) = found.filter(|found| *found != expected) {
         return Err(WalError::OtherServer { name: file, expected, found }.into());
     }
     let place = Repository::open(config).await?.place(config.wal.group, expected);
+    if let Some(header) = packed.header {
+        let pieces = conflict::pieces_of(&place, &file, header.segment_bytes).await?;
+        let is_stored = async || wal::find(&place, &file).await.map(|found| !found.is_empty());
+        if standby::is_recovering() && !pieces.is_empty() && !is_stored().await? {
+            return Err(ArchiveError::Growing { file });
+        }
+        conflict::require_same(&file, fs::File::open(path).map_err(read)?, &pieces)?;
+    }
     let stored = wal::push(&place, packed).await?;
     match stored {
         Stored::Now => info!(segment = file, "WAL file stored"),
@@ -122,6 +166,8 @@ pub enum Fetched {
     Done,
     /// The repository proves that it was never produced.
     NeverProduced,
+    /// The server needs it not, or gets along without it.
+    Left,
 }
 
 /// Fetches one WAL file: `file` is `%f`, `path` is `%p`. `until` promises that the recovery has a target
@@ -129,6 +175,9 @@ pub enum Fetched {
 /// what it replays all the same (`recovery_prefetch`), so what comes after is the end of its WAL.
 ///
 /// The content is checked before the file gets its name, so PostgreSQL never sees a part of it.
+///
+/// For a standby that has nothing but the repository it waits as long as it cannot be fetched: such a
+/// one ends its recovery without it when it is promoted.
 ///
 /// # Errors
 ///
@@ -140,32 +189,73 @@ pub async fn fetch(
     until: Option<PgLsn>,
 ) -> Result<Fetched, ArchiveError> {
     let place = Repository::open(config).await?.place(config.wal.group, system_identifier()?);
+    let fetched = fetch_once(&place, file, path, until).await;
+    let Some(failure) = fetched.as_ref().err().filter(|failure| failure.is_passing()) else {
+        return fetched;
+    };
+    if standby::has_history(file) {
+        warn!(file, error = %chain(failure), "history not fetched; left to what the server has");
+        return Ok(Fetched::Left);
+    }
+    if !standby::is_standby() {
+        return fetched;
+    }
+    let Some(server) = Server::here() else {
+        warn!(segment = file, error = %chain(failure), "WAL not fetched; left to streaming");
+        return Ok(Fetched::Left);
+    };
+    tokio::select! {
+        fetched = wait(&place, (file, path, until), &server, fetched) => fetched,
+        () = server.gone() => Err(ArchiveError::ServerGone),
+    }
+}
+
+/// Tries again as long as it may go by itself and the standby has nothing but the repository.
+async fn wait(
+    place: &Place,
+    (file, path, until): (&str, &Path, Option<PgLsn>),
+    server: &Server,
+    mut fetched: Result<Fetched, ArchiveError>,
+) -> Result<Fetched, ArchiveError> {
+    let mut said_at = None::<Instant>;
+    while let Some(failure) = fetched.as_ref().err().filter(|failure| failure.is_passing()) {
+        let error = chain(failure);
+        if let Without::GoesOn(how) = server.without() {
+            warn!(segment = file, %error, "WAL not fetched; {how}");
+            return Ok(Fetched::Left);
+        }
+        if said_at.is_none_or(|said_at| said_at.elapsed() >= SAY_EVERY) {
+            said_at = Some(Instant::now());
+            warn!(
+                segment = file, %error,
+                "WAL is waited for: this standby has no primary_conninfo, so it gets WAL from the \
+                 repository alone, and is promoted only with all that is stored. To promote it \
+                 without, set restore_command = '' and reload"
+            );
+        }
+        sleep(RETRY_EVERY).await;
+        fetched = fetch_once(place, file, path, until).await;
+    }
+    if said_at.is_some() && fetched.is_ok() {
+        info!(segment = file, "WAL is no longer waited for");
+    }
+    fetched
+}
+
+async fn fetch_once(
+    place: &Place,
+    file: &str,
+    path: &Path,
+    until: Option<PgLsn>,
+) -> Result<Fetched, ArchiveError> {
     if let Some(until) = until {
-        let segment_bytes = newest::segment_bytes(&place).await?;
+        let segment_bytes = newest::segment_bytes(place).await?;
         if is_behind(file, segment_bytes, until) {
             info!(segment = file, %until, "WAL behind the target is left");
-            return Ok(Fetched::NeverProduced);
+            return Ok(Fetched::Left);
         }
     }
-    match fetch_from(&place, file, path, until).await {
-        Err(ArchiveError::Wal(WalError::Repository(error)))
-            if error.is_transient() && is_standby() =>
-        {
-            // A standby does not promote at the end of its archive: it goes on to stream, and
-            // comes back. Ending its recovery would take it down with the store.
-            warn!(error = %chain(&error), "repository not reached; left to streaming");
-            Ok(Fetched::NeverProduced)
-        }
-        Err(error) if error.is_full() && is_standby() => {
-            warn!(error = %chain(&error), "no room for WAL; left to streaming");
-            Ok(Fetched::NeverProduced)
-        }
-        Err(ArchiveError::Missing { file, reason }) if is_standby() => {
-            warn!(segment = file, reason, "WAL file is missing; left to streaming");
-            Ok(Fetched::NeverProduced)
-        }
-        result => result,
-    }
+    fetch_from(place, file, path, until).await
 }
 
 /// Whether a file is a segment that begins at a position or after it.
@@ -206,10 +296,23 @@ async fn fetch_from(
         warn!(segment = file, error = %chain(&error), "damaged WAL segment put together from its pieces");
         return Ok(Fetched::Done);
     }
+    if let Err(error) = require_same(place, file, &provisional).await {
+        fs::remove_file(&provisional).map_err(failed)?;
+        return Err(error);
+    }
     fs::rename(&provisional, path)
         .map_err(|source| ArchiveError::Write { path: path.to_owned(), source })?;
     debug!(segment = file, "WAL file fetched");
     Ok(Fetched::Done)
+}
+
+/// Refuses a segment from which a piece that is stored of it differs: `path` has its content.
+async fn require_same(place: &Place, file: &str, path: &Path) -> Result<(), ArchiveError> {
+    let read = |source| ArchiveError::Read { path: path.to_owned(), source };
+    let content = fs::File::open(path).map_err(read)?;
+    let segment_bytes = content.metadata().map_err(read)?.len();
+    let pieces = conflict::pieces_of(place, file, segment_bytes).await?;
+    Ok(conflict::require_same(file, content, &pieces)?)
 }
 
 /// Fetches a segment of which only pieces are stored, because it was still growing; or only the
@@ -350,7 +453,7 @@ async fn absent(place: &Place, file: &str, segment_bytes: u64) -> Result<Fetched
 pub fn exit_code(fetched: &Result<Fetched, ArchiveError>) -> u8 {
     match fetched {
         Ok(Fetched::Done) => 0,
-        Ok(Fetched::NeverProduced) => NEVER_PRODUCED,
+        Ok(Fetched::NeverProduced | Fetched::Left) => NOT_THERE,
         Err(failure) => {
             error!(error = %chain(failure), "WAL file not fetched; recovery must not go on");
             GIVE_UP
@@ -376,10 +479,6 @@ pub fn system_identifier() -> Result<u64, ArchiveError> {
             source: io::ErrorKind::UnexpectedEof.into(),
         }),
     }
-}
-
-fn is_standby() -> bool {
-    Path::new("standby.signal").exists()
 }
 
 #[cfg(test)]

@@ -9,10 +9,11 @@ use std::time::Duration;
 
 use chrono::{TimeDelta, Utc};
 use futures_util::{TryStreamExt, stream};
-use shared::etcd::Etcd;
+use shared::activity;
+use shared::etcd::{Etcd, EtcdError};
 use shared::pg::connect::connect;
 use shared::pg::{ConnectError, Node, QueryError, Settings};
-use shared::store::StoreErrorKind;
+use shared::store::{StoreErrorKind, Unfinished};
 use shared::telemetry::chain;
 use shared::topology::{self, Group, Topology, TopologyError};
 use thiserror::Error;
@@ -20,6 +21,7 @@ use tracing::{info, warn};
 
 use crate::arrival::Way;
 use crate::catalog::Catalog;
+use crate::clocks;
 use crate::config::{BackupConfig, Config};
 use crate::container::{ContainerError, Kind};
 use crate::copy::copy;
@@ -256,6 +258,17 @@ impl Context {
     }
 }
 
+/// Whether a group is to be emptied. Then none takes a backup of it unasked: it would hold the moves up. If
+/// nobody can tell, a backup is worth more.
+pub async fn is_drained(context: &Context, group: u32) -> bool {
+    let Some(etcd) = &context.etcd else { return false };
+    let asked = activity::is_drained(etcd, &context.config.cluster, group).await;
+    let unknown = |error: &EtcdError| {
+        warn!(group, error = %chain(error), "nobody knows whether the group is being drained");
+    };
+    asked.inspect_err(unknown).unwrap_or(false)
+}
+
 /// Takes one base backup of a group and returns what was committed.
 ///
 /// Dropping the future stops the run; nothing is committed then.
@@ -268,19 +281,37 @@ pub async fn take_backup(
     group: u32,
     progress: &Progress,
 ) -> Result<Commit, BackupError> {
-    let Context { config, settings, repository, topology, .. } = context;
-    let config = &config.backup;
-
+    let Context { config, settings, topology, .. } = context;
     progress.begin("asking the servers", 0);
     let observed = observe(settings, &topology.nodes().await?, group).await;
-    let mut source = source::choose(&observed, config, &[])?;
-    let place = repository.place(group, source.state.system_identifier).pinned().await?;
+    let source = source::choose(&observed, &config.backup, &[])?;
     let lock = RunLock::take(connect(settings, &source.primary).await?)
         .await?
         .ok_or(BackupError::OtherRun { group })?;
+    let taken = Box::pin(take(context, &observed, source, &lock, progress));
+    // Whoever moves shards keeps away from the group. Only the holder of the lock tells: the key is one.
+    match &context.etcd {
+        Some(etcd) => {
+            Box::pin(activity::during(etcd, &config.cluster, "backup", group, taken)).await
+        }
+        None => taken.await,
+    }
+}
+
+/// Takes a base backup of a group on which the lock is held.
+async fn take(
+    context: &Context,
+    observed: &Group,
+    mut source: Source,
+    lock: &RunLock,
+    progress: &Progress,
+) -> Result<Commit, BackupError> {
+    let Context { config, settings, repository, .. } = context;
+    let (group, config) = (observed.number, &config.backup);
+    let place = repository.place(group, source.state.system_identifier).pinned().await?;
     // Before what follows from it: nothing takes the WAL of a server with another key.
     same_key::require(&place).await?;
-    let way = Way { place: &place, lock: &lock, slot: &context.config.wal.slot };
+    let way = Way { place: &place, lock, slot: &context.config.wal.slot };
     progress.begin("looking for the WAL receiver", 0);
     way.require(&source, context.config.wal.ship_interval).await?;
     let catalog = Catalog::read(&place).await?;
@@ -289,7 +320,7 @@ pub async fn take_backup(
 
     progress.begin("checkpoint", 0);
     let started_at = Utc::now();
-    let stream = start(settings, &observed, config, &mut source, way).await?;
+    let stream = start(settings, observed, config, &mut source, way).await?;
     let backup_id = BackupId::new(started_at, stream.timeline, stream.start_lsn);
     let total_bytes = stream.tablespaces.iter().map(|tablespace| tablespace.bytes).sum();
     info!(
@@ -304,7 +335,7 @@ pub async fn take_backup(
     };
     let copied = tokio::select! {
         copied = Box::pin(copy(&place, &backup_id, stream, config, progress)) => {
-            or_clear_away(&place, &lock, copied).await?
+            or_clear_away(&place, lock, copied).await?
         }
         () = lock.lost() => return Err(lock_lost()),
     };
@@ -341,7 +372,7 @@ pub async fn take_backup(
 
     progress.begin("waiting for WAL", 0);
     let waited = way.wait(&commit, &source, config.wal_timeout).await;
-    or_clear_away(&place, &lock, waited).await?;
+    or_clear_away(&place, lock, waited).await?;
 
     // From here on only a single put is left. Whoever lost the lock must not make it.
     if !lock.is_held().await.unwrap_or(false) {
@@ -481,29 +512,40 @@ async fn remove_leftovers(place: &Place, catalog: &Catalog) -> Result<(), Reposi
         }
         info!(%backup_id, objects = objects.len(), "leftovers of a stopped backup removed");
     }
-    match place.store().unfinished(&place.key("")).await {
-        Ok(uploads) => {
-            let (base, old) = (place.key("base/"), Utc::now() - FOREIGN_UPLOAD_AGE);
-            for upload in uploads {
-                // The lock is about base backups; a `wal-push` may be under way.
-                let is_old = upload.started_at.is_some_and(|at| at < old);
-                if !upload.key.starts_with(&base) && !is_old {
-                    continue;
-                }
-                place.store().abort(&upload).await?;
-                info!(key = upload.key, "unfinished upload removed");
-            }
-            Ok(())
-        }
+    let uploads = match place.store().unfinished(&place.key("")).await {
+        Ok(uploads) => uploads,
         Err(error) if error.kind == StoreErrorKind::Unsupported => {
             warn!(
                 error = %chain(&error),
                 "unfinished uploads cannot be listed; let a bucket lifecycle rule abort them"
             );
-            Ok(())
+            return Ok(());
         }
-        Err(error) => Err(error.into()),
+        Err(error) => return Err(error.into()),
+    };
+    let base = place.key("base/");
+    let (ours, others): (Vec<_>, Vec<_>) =
+        uploads.into_iter().partition(|upload| upload.key.starts_with(&base));
+    abort(place, ours).await?;
+    // The lock is about base backups; a `wal-push` may be under way.
+    if !others.is_empty() {
+        // They have their times from the store: this host's clock may be ahead.
+        let old = clocks::stored_now(place).await? - FOREIGN_UPLOAD_AGE;
+        let is_old = |upload: &Unfinished| upload.started_at.is_some_and(|at| at < old);
+        abort(place, others.into_iter().filter(is_old)).await?;
     }
+    Ok(())
+}
+
+async fn abort(
+    place: &Place,
+    uploads: impl IntoIterator<Item = Unfinished>,
+) -> Result<(), RepositoryError> {
+    for upload in uploads {
+        place.store().abort(&upload).await?;
+        info!(key = upload.key, "unfinished upload removed");
+    }
+    Ok(())
 }
 
 /// What a step that failed leaves takes room that WAL may need: it is removed at once, as far as it

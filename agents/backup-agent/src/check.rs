@@ -12,10 +12,16 @@ use tokio_postgres::types::PgLsn;
 use crate::arrival;
 use crate::backup::Context;
 use crate::container::{Identity, Kind, open_whole, seal_whole};
+use crate::follow::{self, FollowError};
+use crate::keys::EXPOSED;
 use crate::listing::Listing;
+use crate::quantities::time;
 use crate::replication::Replication;
 use crate::repository::Repository;
-use crate::wal::{self, WalError};
+use crate::rival::{Line, Rival, rivals};
+use crate::slots;
+use crate::wal::{self, WalError, WalMap};
+use crate::wal_commands;
 
 /// How far two clocks may be apart.
 const CLOCK_TOLERANCE: TimeDelta = TimeDelta::seconds(30);
@@ -56,9 +62,12 @@ impl Steps {
 /// Tries everything; one step that fails does not keep the others from being tried.
 pub async fn check(context: &Context) -> Vec<Step> {
     let mut steps = Steps::default();
-    let keys = context.config.encryption.keys.len();
-    let write_key = &context.config.encryption.write_key;
-    steps.add("keys", Outcome::Ok, format!("{keys} can be read, {write_key} writes"));
+    let encryption = &context.config.encryption;
+    let (keys, write_key) = (encryption.keys.len(), &encryption.write_key);
+    match encryption.exposed() {
+        Some(files) => steps.add("keys", Outcome::Warning, format!("{EXPOSED} {files}")),
+        None => steps.add("keys", Outcome::Ok, format!("{keys} can be read, {write_key} writes")),
+    }
     check_repository(&context.repository, &context.config.cluster, &mut steps).await;
     if !context.config.has_servers() {
         let detail = "neither [[nodes]] nor [patroni] is configured: no base backups";
@@ -177,6 +186,8 @@ async fn check_group(context: &Context, nodes: &[Node], number: u32, steps: &mut
         }
     }
     check_backups(context, number, steps).await;
+    check_timelines(context, &group, steps).await;
+    check_wal(context, number, steps).await;
     if let Err(error) = check_archiving(context, &group, steps).await {
         steps.add(format!("group {number}: archiving"), Outcome::Failed, error);
     }
@@ -215,6 +226,85 @@ async fn check_backups(context: &Context, group: u32, steps: &mut Steps) {
     }
 }
 
+/// Whether anything is stored of a timeline that is not the primary's.
+async fn check_timelines(context: &Context, group: &Group, steps: &mut Steps) {
+    // That there is none is told where archiving is looked at.
+    let Ok((node, state)) = group.primary() else { return };
+    let place = context.repository.place(group.number, state.system_identifier);
+    let read = async {
+        let (timeline, history) = follow::line(&context.settings, node).await?;
+        let stored = WalMap::read_newest(&place, state.wal_segment_bytes).await?;
+        let line = Line { timeline, history: &history };
+        Ok::<_, FollowError>((timeline, rivals(&stored, line)))
+    };
+    let (outcome, detail) = match read.await {
+        Ok((timeline, rivals)) => beside(&node.name, group.number, timeline, &rivals),
+        Err(error) => (Outcome::Failed, chain(&error).to_string()),
+    };
+    steps.add(format!("group {}: timelines", group.number), outcome, detail);
+}
+
+/// Whether the stored WAL can be replayed from one end to the other.
+async fn check_wal(context: &Context, group: u32, steps: &mut Steps) {
+    let read = async {
+        let (mut conflicts, mut gaps) = (Vec::new(), Vec::new());
+        for place in context.repository.places(group).await? {
+            let broken = wal_commands::broken(&place, &context.config.retention).await?;
+            conflicts.extend(broken.conflicts);
+            gaps.extend(broken.gaps);
+        }
+        Ok::<_, WalError>((conflicts, gaps))
+    };
+    let (outcome, detail) = match read.await {
+        Ok((conflicts, gaps)) => replayable(&conflicts, &gaps),
+        Err(error) => (Outcome::Failed, chain(&error).to_string()),
+    };
+    steps.add(format!("group {group}: WAL"), outcome, detail);
+}
+
+/// What it means that segments have two contents, or are missing.
+fn replayable(conflicts: &[String], gaps: &[String]) -> (Outcome, String) {
+    if !conflicts.is_empty() {
+        return (Outcome::Failed, conflicts.join("; "));
+    }
+    match gaps.first() {
+        None => (Outcome::Ok, "without a gap".to_owned()),
+        Some(first) => {
+            let detail = format!(
+                "{} missing, and no recovery goes across that: {first}; see `backup-agent list --wal`",
+                gaps.len()
+            );
+            (Outcome::Warning, detail)
+        }
+    }
+}
+
+/// What it means that other timelines are stored beside the one that a server writes.
+fn beside(node: &str, group: u32, timeline: u32, rivals: &[Rival]) -> (Outcome, String) {
+    if rivals.is_empty() {
+        return (Outcome::Ok, format!("none is stored beside timeline {timeline} of {node}"));
+    }
+    let blocks = rivals.iter().any(|rival| rival.blocks);
+    let outcome = if blocks { Outcome::Failed } else { Outcome::Warning };
+    let others = rivals.iter().map(|Rival { timeline, left, since, .. }| {
+        let left = left.map(|(before, lsn)| format!(", which left timeline {before} at {lsn},"));
+        let since = since.map(|at| format!(" since {}", time(at)));
+        let (left, since) = (left.unwrap_or_default(), since.unwrap_or_default());
+        format!("timeline {timeline}{left} is stored{since}")
+    });
+    let others = others.collect::<Vec<_>>().join("; ");
+    // Another may have come from an earlier one.
+    let newest = rivals.iter().map(|rival| rival.timeline).max().unwrap_or(0);
+    let refused = if blocks { ", which is refused when the receiver starts again" } else { "" };
+    let detail = format!(
+        "{others}; {node} writes timeline {timeline}{refused}. If {node} is the database, a copy was \
+         promoted with --archive-mode preserve: stop that, then `backup-agent expire --timeline {newest} \
+         --group {group}`. If not, {node} is an old primary that came back: stop it, or make it a standby \
+         (pg_rewind)"
+    );
+    (outcome, detail)
+}
+
 async fn check_replication(context: &Context, node: &Node, steps: &mut Steps) {
     let step = format!("group {}: replication login at {}", node.group, node.name);
     let limit = context.config.backup.stall_timeout;
@@ -236,7 +326,8 @@ const ARCHIVER: &str = "
            last_archived_wal AS archived, last_failed_wal AS failed,
            coalesce(last_failed_time > last_archived_time, last_failed_time IS NOT NULL) AS failing,
            restart_lsn AS acknowledged,
-           pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::bigint AS behind
+           pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::bigint AS behind,
+           current_setting('max_slot_wal_keep_size') = '-1' AS unbounded
       FROM pg_stat_archiver
       LEFT JOIN pg_replication_slots ON slot_name = $1 AND active";
 
@@ -254,6 +345,10 @@ async fn check_archiving(
     let row =
         connection.query_one(ARCHIVER, &[slot]).await.map_err(|error| chain(&error).to_string())?;
     check_clock(&format!("group {}: the primary's clock", group.number), row.get("now"), steps);
+    let wal = &context.config.wal;
+    if wal.receive && wal.pg_wal_bytes_max.is_none() && row.get("unbounded") {
+        steps.add(format!("group {}: pg_wal", group.number), Outcome::Warning, slots::UNBOUNDED);
+    }
     let place = context.repository.place(group.number, state.system_identifier);
     let (mode, acknowledged): (String, Option<PgLsn>) = (row.get("mode"), row.get("acknowledged"));
     let mut is_received = false;
@@ -364,6 +459,26 @@ mod tests {
                 receiving("connected".to_owned(), mode, is_here, "v1/c/0/7/ of s3://b");
             assert_eq!(outcome, expected, "{mode}, {is_here}: {detail}");
             assert_eq!(detail.contains("in v1/c/0/7/ of s3://b:"), !is_here, "{detail}");
+        }
+    }
+
+    #[test]
+    fn a_timeline_beside_the_primarys_is_named_with_what_to_do() {
+        let rival = |timeline, blocks| {
+            let (left, since) = (Some((1, PgLsn::from(0x500_0060))), Some(DateTime::UNIX_EPOCH));
+            Rival { timeline, left, since, blocks }
+        };
+        for (rivals, expected, command) in [
+            (vec![], Outcome::Ok, ""),
+            (vec![rival(2, true)], Outcome::Failed, "expire --timeline 2 --group 7"),
+            (vec![rival(2, true), rival(3, true)], Outcome::Failed, "--timeline 3 --group 7"),
+            (vec![rival(2, false)], Outcome::Warning, "expire --timeline 2 --group 7"),
+        ] {
+            let (outcome, detail) = beside("postgres-1", 7, 1, &rivals);
+            assert_eq!(outcome, expected, "{detail}");
+            assert!(detail.contains(command), "{detail}");
+            let named = "timeline 2, which left timeline 1 at 0/5000060, is stored since 1970-01-01T00:00:00Z";
+            assert_eq!(detail.contains(named), !rivals.is_empty(), "{detail}");
         }
     }
 

@@ -62,6 +62,10 @@ pub enum Command {
     /// Ages count until the newest WAL or backup that is stored: where nothing new comes, nothing goes.
     /// --apply changes nothing while this host's clock is more than 15 min from the repository's or the
     /// primary's.
+    ///
+    /// With --timeline instead: what a copy that was promoted beside its server has stored, WAL, history and
+    /// backups. The primary is asked what is the database's. Stop the copy first. A bucket with versions, as
+    /// under Object Lock, keeps them until their retention ends.
     Expire(ExpireArgs),
     /// Try the whole chain now: keys, repository, clocks, servers, archiving
     Check(JsonArgs),
@@ -176,6 +180,12 @@ pub struct ExpireArgs {
     /// Do it; without this, only show the plan
     #[arg(long)]
     pub apply: bool,
+    /// All that is stored of a timeline which is not the database's, whatever its age
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub timeline: Option<u32>,
+    /// The primary is the database, and no old one that came back, though nothing that is stored shows it
+    #[arg(long, requires = "timeline")]
+    pub force: bool,
     /// The group [default: all of them]
     #[arg(long)]
     pub group: Option<u32>,
@@ -211,7 +221,7 @@ impl Action {
 pub enum ArchiveMode {
     /// As the server that was backed up: right for a replacement
     Preserve,
-    /// Not at all: right for a copy beside a server that lives
+    /// Not at all, and its subscriptions do not run: right for a copy beside a server that lives
     Off,
 }
 
@@ -308,11 +318,17 @@ fn parse_lsn(text: &str) -> Result<PgLsn, String> {
     text.parse().map_err(|_| "an LSN looks like 0/16B9188".to_owned())
 }
 
+/// The zones that are UTC to PostgreSQL, however they are written. Source: `timezonesets/Default`.
+const UTC: [&str; 6] = ["UTC", "UCT", "UT", "GMT", "ZULU", "Z"];
+
 /// Reads a time with a zone, as PostgreSQL prints it or as ISO 8601 has it.
 fn parse_time(text: &str) -> Result<DateTime<Utc>, String> {
     let text = text.trim();
-    let utc = text.strip_suffix("UTC").map(|time| format!("{}Z", time.trim_end()));
-    let iso = utc.as_deref().unwrap_or(text).replacen(' ', "T", 1);
+    let (time, zone) =
+        text.split_at(text.trim_end_matches(|it: char| it.is_ascii_alphabetic()).len());
+    let is_utc = UTC.iter().any(|it| it.eq_ignore_ascii_case(zone));
+    let utc = is_utc.then(|| format!("{}Z", time.trim_end()));
+    let iso = utc.as_deref().unwrap_or(text).replacen([' ', 't'], "T", 1);
     ["%Y-%m-%dT%H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M%#z"]
         .iter()
         .find_map(|format| DateTime::parse_from_str(&iso, format).ok())
@@ -324,12 +340,15 @@ fn parse_time(text: &str) -> Result<DateTime<Utc>, String> {
         })
 }
 
+/// As `pg_basebackup --tablespace-mapping` takes it.
 fn parse_tablespace(text: &str) -> Result<(PathBuf, PathBuf), String> {
-    match text.split_once('=') {
-        Some((old, new)) if old.starts_with('/') && new.starts_with('/') => {
-            Ok((old.into(), new.into()))
+    // No path of an argument has a zero byte.
+    let text = text.replace(r"\=", "\0");
+    match text.split('=').map(|it| it.replace('\0', "=")).collect::<Vec<_>>().as_slice() {
+        [old, new] if old.starts_with('/') && new.starts_with('/') => Ok((old.into(), new.into())),
+        _ => {
+            Err(r"must be OLD=NEW with two absolute paths; write = in one of them as \=".to_owned())
         }
-        _ => Err("must be OLD=NEW with two absolute paths".to_owned()),
     }
 }
 
@@ -363,6 +382,11 @@ mod tests {
             ("2026-03-01 14:30+02", Some("2026-03-01T12:30:00Z")),
             ("2026-03-01 14:30:00 UTC", Some("2026-03-01T14:30:00Z")),
             ("2026-03-01 14:30 UTC", Some("2026-03-01T14:30:00Z")),
+            ("2026-03-01 14:30:00utc", Some("2026-03-01T14:30:00Z")),
+            ("2026-03-01 14:30:00 GMT", Some("2026-03-01T14:30:00Z")),
+            ("2026-03-01t14:30:00z", Some("2026-03-01T14:30:00Z")),
+            ("2026-03-01 14:30:00 Zulu", Some("2026-03-01T14:30:00Z")),
+            ("2026-03-01 14:30:00 m", None),
             ("2026-03-01 14:30:00 CET", None),
             ("2026-03-01 14:30:00", None),
             ("yesterday", None),
@@ -370,6 +394,24 @@ mod tests {
         for (text, expected) in cases {
             let expected = expected.map(|text| text.parse::<DateTime<Utc>>().unwrap());
             assert_eq!(parse_time(text).ok(), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_tablespace_is_mapped_as_pg_basebackup_does() {
+        for (text, expected) in [
+            ("/a=/b", Some(("/a", "/b"))),
+            (r"/a\=1=/b\=2", Some(("/a=1", "/b=2"))),
+            (r"/a\b=/c", Some((r"/a\b", "/c"))),
+            ("/a=1=/b", None),
+            ("/a=/b=2", None),
+            (r"/a\=/b", None),
+            ("a=/b", None),
+            ("/a=b", None),
+            ("/a", None),
+        ] {
+            let expected = expected.map(|(old, new)| (old.into(), new.into()));
+            assert_eq!(parse_tablespace(text).ok(), expected, "{text}");
         }
     }
 

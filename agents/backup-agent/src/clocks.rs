@@ -71,7 +71,11 @@ pub async fn require(place: &Place, context: Option<&Context>) -> Result<(), Clo
 }
 
 /// When the repository says that an object was stored, which is stored now.
-async fn stored_now(place: &Place) -> Result<DateTime<Utc>, RepositoryError> {
+///
+/// # Errors
+///
+/// The repository could not be asked.
+pub(crate) async fn stored_now(place: &Place) -> Result<DateTime<Utc>, RepositoryError> {
     let name = format!("probe/{}", Utc::now().format("%Y%m%dT%H%M%S%.9fZ"));
     place.put(Kind::Probe, &name, b"clock", 1).await?;
     let key = place.key(&name);

@@ -14,7 +14,7 @@ use shared::telemetry::chain;
 use shared::topology::{groups, observe_group};
 
 use crate::archive;
-use crate::backup::{Context, take_backup};
+use crate::backup::{Context, is_drained, take_backup};
 use crate::check::{Outcome, check};
 use crate::cli::{
     Action, ArchiveMode, Cli, Command, ExpireArgs, GroupArgs, JsonArgs, ListArgs, RestoreArgs,
@@ -22,9 +22,10 @@ use crate::cli::{
 };
 use crate::clocks::APART_MAX;
 use crate::config::Config;
+use crate::expire::timeline::{self, Removal};
 use crate::expire::{self, Plan, Spare};
-use crate::follow::begun;
-use crate::keys::{new_key, new_key_file};
+use crate::follow::{self, begun};
+use crate::keys::{EXPOSED, new_key, new_key_file};
 use crate::listing::{self, Listing, heading};
 use crate::prefetch;
 use crate::progress::{Progress, drawn};
@@ -32,6 +33,7 @@ use crate::quantities::{bytes, span, time};
 use crate::recovery::{Target, Window};
 use crate::repository::{Place, Repository};
 use crate::restore::{RestoreOptions, restore};
+use crate::rival::Line;
 use crate::service;
 use crate::unpack::STATE_FILE;
 use crate::verify::verify;
@@ -53,7 +55,12 @@ pub async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::List(args) => list(&load(&path)?, &args).await,
         Command::Restore(args) => restore_command(&path, &args).await,
         Command::Verify(args) => verify_command(&load(&path)?, &args).await,
-        Command::Expire(args) => Box::pin(expire_command(&load(&path)?, &args)).await,
+        Command::Expire(args) => match args.timeline {
+            Some(timeline) => {
+                Box::pin(expire_timeline(&context(&path).await?, &args, timeline)).await
+            }
+            None => Box::pin(expire_command(&load(&path)?, &args)).await,
+        },
         Command::Check(args) => check_command(&context(&path).await?, &args).await,
         Command::WalPush { path: file } => {
             archive::push(&load(&path)?, &file).await?;
@@ -138,6 +145,13 @@ async fn backup(context: &Context, args: &GroupArgs) -> anyhow::Result<()> {
     let groups = with_servers(context, args.group).await?;
     let (mut suspect, mut values, mut failed) = (Vec::new(), Vec::new(), Vec::new());
     for group in groups {
+        if args.group.is_none() && is_drained(context, group).await {
+            tracing::warn!(
+                group,
+                "no backup: the group is being drained; --group takes one all the same"
+            );
+            continue;
+        }
         let progress = Progress::default();
         let taken = drawn(&progress, Box::pin(take_backup(context, group, &progress))).await;
         let commit = match taken.with_context(|| format!("backup of group {group} failed")) {
@@ -279,6 +293,10 @@ async fn restore_command(config_path: &Path, args: &RestoreArgs) -> anyhow::Resu
     ))
 }
 
+/// The server sends a `pg_wal` that is a link as the directory that it leads to, and does not say so.
+const PG_WAL: &str = "pg_wal is a directory in the data directory, also where the server's was a link to another \
+     disk: to have it there, move it and make the link before the start.\n";
+
 /// What happens when the server has come to its target.
 fn afterwards(options: &RestoreOptions, action: Action) -> String {
     let end = match (&options.target, action) {
@@ -310,12 +328,16 @@ fn afterwards(options: &RestoreOptions, action: Action) -> String {
              first, and do not start it beside the living server that has it.\n"
         }
     };
-    let archiving = if options.archive_off {
-        "It does not archive: archive_mode is off in its postgresql.auto.conf.\n"
+    let copy = if options.archive_off {
+        "It does not archive, and its subscriptions do not run, which would take the living server's \
+         changes: archive_mode is off and max_logical_replication_workers is 0 in its \
+         postgresql.auto.conf. For subscriptions of its own, first on each that it has: ALTER SUBSCRIPTION \
+         … DISABLE, then … SET (slot_name = NONE); then ALTER SYSTEM RESET \
+         max_logical_replication_workers, and restart it.\n"
     } else {
         ""
     };
-    format!("{end}{limits}{time}{tablespaces}{archiving}")
+    format!("{end}{limits}{time}{tablespaces}{PG_WAL}{copy}")
 }
 
 /// The `restore_command` of the restored server: this very program with this configuration.
@@ -435,6 +457,74 @@ async fn expire_command(config: &Config, args: &ExpireArgs) -> anyhow::Result<()
     none_of(&problems)
 }
 
+/// `expire --timeline`: the timeline of a copy beside the primary's.
+async fn expire_timeline(
+    context: &Context,
+    args: &ExpireArgs,
+    timeline: u32,
+) -> anyhow::Result<()> {
+    let groups = with_servers(context, args.group).await?;
+    let Some(group) = groups.first().copied().filter(|_| groups.len() == 1) else {
+        let problem = "each group has timelines of its own: say with --group which is meant";
+        bail!(WrongUse(problem.to_owned()));
+    };
+    let nodes = context.topology.nodes().await?;
+    let observed = observe_group(&context.settings, &nodes, group).await;
+    let (node, state) = observed.primary().map_err(|reason| {
+        anyhow!("only the primary tells which timeline is the database's, and {reason}")
+    })?;
+    let (primary, history) = follow::line(&context.settings, node).await?;
+    let line = Line { timeline: primary, history: &history };
+    let place = context.repository.place(group, state.system_identifier).pinned().await?;
+    let stays =
+        || format!("timeline {timeline} is not removed; {} writes timeline {primary}", node.name);
+    let segment_bytes = state.wal_segment_bytes;
+    let removal = Removal::read(&place, segment_bytes, line, timeline).await.with_context(stays)?;
+    removal.require(&place, line, args.apply, args.force).await.with_context(stays)?;
+
+    let mut table = Table::new(&["WHAT", "ACTION", "WHY"]);
+    let mut values = Vec::new();
+    for id in removal.backups() {
+        values.push(json!({ "backup_id": id, "action": "delete" }));
+        table.row([id.to_string(), "delete".to_owned(), timeline::WHY.to_owned()]);
+    }
+    for Spare { count, object_bytes, name, key, why } in removal.spare() {
+        values.push(json!({ key: count, "bytes": object_bytes, "action": "delete", "why": why }));
+        let what = format!("{count} {name}, {}", bytes(object_bytes));
+        table.row([what, "delete".to_owned(), why.to_owned()]);
+    }
+    let Removal { from_lsn, until_lsn, first_stored_at, last_stored_at, .. } = removal;
+    for value in &mut values {
+        value["group"] = json!(group);
+        value["system_identifier"] = json!(place.system_identifier.to_string());
+        value["timeline"] = json!(timeline);
+        value["from_lsn"] = json!(from_lsn.map(|lsn| lsn.to_string()));
+        value["until_lsn"] = json!(until_lsn.map(|lsn| lsn.to_string()));
+        value["stored_from"] = json!(first_stored_at);
+        value["stored_until"] = json!(last_stored_at);
+    }
+    let removed = if args.apply { removal.apply(&place).await } else { Ok(()) };
+    if args.json {
+        print_json(&json!(values))?;
+    } else {
+        let heading = heading(group, place.system_identifier);
+        let range = from_lsn.zip(until_lsn);
+        let range = range.map_or("no WAL".to_owned(), |(from, until)| format!("{from} to {until}"));
+        let (from, until) = (time(first_stored_at), time(last_stored_at));
+        let done = match (args.apply, &removed) {
+            (false, _) => "nothing was changed; stop the copy, then do it with --apply",
+            (true, Ok(())) => "done",
+            (true, Err(_)) => "NOT DONE, or not all of it",
+        };
+        print(format!(
+            "{heading}\n{} writes timeline {primary}; of timeline {timeline} is stored: {range}, from \
+             {from} to {until}\n{table}{done}\n",
+            node.name
+        ))?;
+    }
+    removed.with_context(|| format!("remove timeline {timeline}"))
+}
+
 /// What it takes to ask the primary for its time, if one is configured.
 async fn with_clock(config: &Config) -> Option<Context> {
     if !config.has_servers() {
@@ -523,6 +613,9 @@ async fn check_config(path: &Path) -> anyhow::Result<()> {
         Etcd::new(etcd)?;
     }
     let memory = bytes(config.backup.upload().memory_bytes() as u64);
+    if let Some(files) = config.encryption.exposed() {
+        print(format!("WARNING: {EXPOSED} {files}\n"))?;
+    }
     print(format!("{} is fine; a base backup takes up to {memory} of memory\n", path.display()))
 }
 

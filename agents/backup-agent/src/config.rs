@@ -24,6 +24,11 @@ use crate::upload::UploadSettings;
 const PART_BYTES_MIN: usize = 5 << 20;
 /// S3 refuses a multipart upload of more parts than this. Same source.
 const PARTS_MAX: u64 = 10_000;
+/// 15 requests at once fill 10 Gb/s, so these fill 100 Gb/s; each takes a part of memory.
+/// Source: Amazon S3 User Guide, "Performance design patterns for Amazon S3".
+const UPLOADS_MAX: usize = 150;
+/// No more chunks are sealed at once, whatever is set. Source: tokio, `max_blocking_threads`.
+const WORKERS_MAX: usize = 512;
 /// What `MAX_RATE` of `BASE_BACKUP` allows, in kilobytes a second.
 /// Source: `MAX_RATE_LOWER` and `MAX_RATE_UPPER` in `src/backend/backup/basebackup.c`.
 const RATE_KILOBYTES: std::ops::RangeInclusive<u64> = 32..=1_048_576;
@@ -186,7 +191,8 @@ pub struct WalConfig {
     /// if it is 0.
     #[serde(with = "humantime_serde")]
     pub heartbeat: Duration,
-    /// The room that there is for `pg_wal` on each server, in bytes; not watched if left out.
+    /// The room that there is for `pg_wal` on each server, in bytes. If it is left out, and nothing else
+    /// bounds it, three times `max_wal_size` is told.
     pub pg_wal_bytes_max: Option<u64>,
     /// How many segments are fetched ahead of a recovery; none if it is 0. Fewer if they are large.
     pub prefetch_segments: u32,
@@ -272,6 +278,14 @@ impl BackupConfig {
             let problem =
                 format!("{} is below the S3 minimum of {PART_BYTES_MIN}", self.part_bytes);
             problems.add("part_bytes", problem);
+        }
+        for (key, value, most) in [
+            ("uploads", self.uploads.get(), UPLOADS_MAX),
+            ("workers", self.workers.map_or(1, NonZeroUsize::get), WORKERS_MAX),
+        ] {
+            if value > most {
+                problems.add(key, format!("must be 1 to {most}"));
+            }
         }
         if self.object_bytes < u64::from(CHUNK_BYTES_MAX) {
             problems.add("object_bytes", format!("must be at least {CHUNK_BYTES_MAX}"));

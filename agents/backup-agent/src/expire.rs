@@ -4,6 +4,8 @@
 //! A tombstone comes first, and only later does anything go. So a restore that is under way
 //! finishes, and a mistake can be undone by deleting the tombstone.
 
+pub mod timeline;
+
 use std::collections::BTreeSet;
 
 use chrono::{DateTime, Utc};
@@ -250,7 +252,7 @@ pub async fn apply(
     }
     clocks::require(place, context).await?;
     // What makes room comes first: a full repository takes no mark.
-    delete_marked(place, plan).await?;
+    delete_marked(place, &plan.delete, &plan.named).await?;
     let names = plan.wal.iter().map(|wal| &wal.name);
     let names = names.chain(plan.pieces.iter().map(|piece| &piece.name));
     for name in names.chain(plan.remnants.iter().map(|remnant| &remnant.name)) {
@@ -260,16 +262,20 @@ pub async fn apply(
     if segments + pieces + others > 0 {
         info!(segments, pieces, others, bytes = plan.spare_bytes(), "WAL deleted");
     }
-    Ok(mark(place, plan).await?)
+    Ok(mark(place, plan.mark(), "retention").await?)
 }
 
 /// Marks backups as deleted.
-async fn mark(place: &Place, plan: &Plan) -> Result<(), RepositoryError> {
-    for backup_id in plan.mark() {
+async fn mark(
+    place: &Place,
+    backups: impl Iterator<Item = &BackupId>,
+    reason: &str,
+) -> Result<(), RepositoryError> {
+    for backup_id in backups {
         let tombstone = Tombstone {
             backup_id: backup_id.clone(),
             deleted_at: Utc::now(),
-            reason: "retention".to_owned(),
+            reason: reason.to_owned(),
         };
         let name = format!("tombstone/{backup_id}");
         let text = serde_json::to_vec(&tombstone)
@@ -283,9 +289,15 @@ async fn mark(place: &Place, plan: &Plan) -> Result<(), RepositoryError> {
     Ok(())
 }
 
-/// Deletes the backups that were marked long enough ago.
-async fn delete_marked(place: &Place, plan: &Plan) -> Result<(), RepositoryError> {
-    for backup_id in &plan.delete {
+/// Deletes backups that were marked; false if the store does not let all of them. The tombstones of those
+/// that a later one has `named` stay.
+async fn delete_marked(
+    place: &Place,
+    backups: &[BackupId],
+    named: &BTreeSet<BackupId>,
+) -> Result<bool, RepositoryError> {
+    let mut is_done = true;
+    for backup_id in backups {
         let mut all = true;
         // The commit object first: what is left is then no backup, whatever happens.
         all &= delete(place, &backup_id.object("commit")).await?;
@@ -293,15 +305,16 @@ async fn delete_marked(place: &Place, plan: &Plan) -> Result<(), RepositoryError
             all &= delete(place, &object.key).await?;
         }
         if all {
-            if !plan.named.contains(backup_id) {
+            if !named.contains(backup_id) {
                 delete(place, &format!("tombstone/{backup_id}")).await?;
             }
             info!(%backup_id, "backup deleted");
         } else {
             warn!(%backup_id, "backup not deleted: the store does not allow it yet");
         }
+        is_done &= all;
     }
-    Ok(())
+    Ok(is_done)
 }
 
 /// Deletes an object; false if the store does not let it.

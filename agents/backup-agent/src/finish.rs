@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 
 use tracing::warn;
 
-use crate::archive::NEVER_PRODUCED;
+use crate::archive::NOT_THERE;
 use crate::layout::{CONTROL_FILE, CONTROL_FILE_UNTIL_DONE, Layout, create, sync};
 use crate::manifest::BackupId;
 use crate::restore::{RestoreError, RestoreOptions, file_error};
@@ -82,7 +82,7 @@ fn fetch_problem(data: &Path, restore_command: &str, owner: Option<(u32, u32)>) 
         command.uid(user).gid(group);
     }
     match command.output() {
-        Ok(output) if output.status.code() == Some(NEVER_PRODUCED.into()) => None,
+        Ok(output) if output.status.code() == Some(NOT_THERE.into()) => None,
         Ok(output) => Some(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
         Err(error) => Some(error.to_string()),
     }

@@ -5,10 +5,11 @@
 
 pub(crate) mod begun;
 mod held_up;
+mod no_primary;
 mod servers;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -19,7 +20,7 @@ use shared::pg::connect::connect;
 use shared::pg::wal::{HistoryEntry, parse_history};
 use shared::pg::{ConnectError, Node, QueryError, Settings};
 use shared::telemetry::chain;
-use shared::topology::{Group, NodeState, Role};
+use shared::topology::{Group, GroupError, NodeState, Role};
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep};
@@ -30,17 +31,18 @@ use tracing::{debug, error, info, warn};
 use crate::backup::Context;
 use crate::config::WalConfig;
 use crate::heartbeat;
-use crate::receive::{self, ReceiveError, Received, Receiver, Shipping};
+use crate::quantities;
+use crate::receive::{self, Beginning, ReceiveError, Received, Receiver, Shipping};
 use crate::replication::{Replication, ReplicationError};
 use crate::repository::{Place, RepositoryError};
 use crate::resume::{self, Position, Refusal, Server, Start};
 use crate::same_key;
 use crate::slots::{self, Alarm, Burden, Slot};
-use crate::wal::{self, Gap, Packed, WalError, WalMap, piece};
+use crate::wal::piece::{self, Piece};
+use crate::wal::{self, Gap, Packed, WalError, WalMap, newest};
+use no_primary::NoPrimary;
 use servers::Servers;
 
-/// How often the servers are asked while nothing fails.
-const WATCH_EVERY: Duration = Duration::from_secs(10);
 /// The first wait after a failure; each further one doubles it.
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 /// The longest wait between two attempts.
@@ -113,6 +115,21 @@ pub enum FollowError {
     /// The etcd that tells whether WAL was stored before did not answer.
     #[error(transparent)]
     Etcd(#[from] EtcdError),
+    /// `pg_resetwal` changed the size of segments.
+    #[error(
+        "the segment size changed from {} to {}: `pg_resetwal --wal-segsize` was run on {node}. Names of \
+         WAL mean other positions now, so nothing is stored beside what is there. Give the new WAL another \
+         place (`cluster` or `repository.prefix`), and take a backup there: what is stored here stays \
+         restorable", quantities::bytes(*.stored), quantities::bytes(*.found)
+    )]
+    SegmentSize {
+        /// The server.
+        node: String,
+        /// What is stored.
+        stored: u64,
+        /// What the server has.
+        found: u64,
+    },
     /// The server removed WAL that the slot should have held back.
     #[error(
         "{node} no longer has the WAL from {at} on timeline {timeline}, which its slot held back"
@@ -147,6 +164,14 @@ pub struct SlotState {
     pub burden: Burden,
     /// What an operator must know.
     pub alarms: Vec<Alarm>,
+}
+
+impl FollowError {
+    /// Tells whether the server ended the stream because it shuts down, and everything is stored.
+    fn is_shutdown(&self) -> bool {
+        let Self::Receive(ReceiveError::Replication(failure)) = self else { return false };
+        matches!(failure, ReplicationError::ShuttingDown { .. })
+    }
 }
 
 /// What is known about receiving the WAL of a group.
@@ -231,6 +256,10 @@ pub struct Follower {
     has_got_on: AtomicBool,
     /// It was said that the store does not let pieces be deleted.
     said_kept: AtomicBool,
+    /// It was said that nothing bounds what the slot holds back.
+    said_unbounded: AtomicBool,
+    /// The size of segments that was compared with what is stored.
+    segment_bytes: AtomicU64,
 }
 
 impl Follower {
@@ -238,7 +267,18 @@ impl Follower {
     pub fn new(context: Context, group: u32, needs_backup: mpsc::Sender<u32>) -> Self {
         let (state, look) = (watch::Sender::default(), Notify::new());
         let (has_got_on, said_kept) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self { context, group, state, needs_backup, look, has_got_on, said_kept }
+        let (said_unbounded, segment_bytes) = (AtomicBool::new(false), AtomicU64::new(0));
+        Self {
+            context,
+            group,
+            state,
+            needs_backup,
+            look,
+            has_got_on,
+            said_kept,
+            said_unbounded,
+            segment_bytes,
+        }
     }
 
     /// Follows until `shutdown`, or until the claim on the group is over.
@@ -267,6 +307,7 @@ impl Follower {
     /// Asks the servers every few seconds.
     async fn watch(&self) {
         let (mut servers, mut told) = (Servers::default(), BTreeMap::new());
+        let mut absence = NoPrimary::default();
         loop {
             let began_at = Instant::now();
             let nodes = match self.context.topology.nodes().await {
@@ -275,14 +316,21 @@ impl Follower {
                     let reason = chain(&failure).to_string();
                     warn!(error = reason, "servers unknown");
                     self.state.send_modify(|state| state.no_primary = Some(reason));
-                    self.pause(began_at).await;
+                    self.pause(began_at, NoPrimary::default().look_every()).await;
                     continue;
                 }
             };
             let observed = servers.look(&self.context.settings, &nodes, self.group).await;
             let (primary, no_primary) = match leading(&observed) {
-                Ok((node, state)) => (Some(Primary::new(node, state)), None),
-                Err(reason) => (None, Some(reason)),
+                Ok((node, state)) => {
+                    absence.is_over(&node.name);
+                    (Some(Primary::new(node, state)), None)
+                }
+                Err(reason) => {
+                    let is_received = self.state.borrow().received.is_some();
+                    absence.goes_on(&observed, &reason, is_received);
+                    (None, Some(reason.to_string()))
+                }
             };
             self.state.send_if_modified(|state| {
                 let changed = state.primary != primary || state.no_primary != no_primary;
@@ -292,15 +340,15 @@ impl Follower {
             if let Some(primary) = primary {
                 self.watch_slots(&servers, &observed, &primary, &mut told).await;
             }
-            self.pause(began_at).await;
+            self.pause(began_at, absence.look_every()).await;
         }
     }
 
     /// Waits until the servers are to be asked again.
-    async fn pause(&self, began_at: Instant) {
-        let every = WATCH_EVERY.saturating_sub(began_at.elapsed());
+    async fn pause(&self, began_at: Instant, every: Duration) {
+        let rest = every.saturating_sub(began_at.elapsed()).max(NoPrimary::at_least());
         tokio::select! {
-            () = sleep(every) => {}
+            () = sleep(rest) => {}
             () = self.look.notified() => {}
         }
     }
@@ -422,7 +470,6 @@ impl Follower {
     async fn stream(&self, may_write: &(dyn Fn() -> bool + Sync)) {
         let mut changes = self.state.subscribe();
         let mut wait = RETRY_FIRST;
-        let mut said = String::new();
         while may_write() {
             let primary = changes.borrow_and_update().primary.clone();
             let Some(primary) = primary else {
@@ -446,15 +493,15 @@ impl Follower {
             };
             let Err(failure) = outcome;
             let text = chain(&failure).to_string();
-            // The same trouble again is told once.
-            if text != said {
+            if failure.is_shutdown() {
+                info!(node = primary.node.name, "the server is shutting down");
+            } else {
                 error!(node = primary.node.name, error = text, "WAL is not being received");
-                said.clone_from(&text);
             }
             self.stopped(Some(text));
             // Commits may be waiting: who got on does not wait longer each time.
             if self.has_got_on.swap(false, Ordering::Relaxed) {
-                (wait, said) = (RETRY_FIRST, String::new());
+                wait = RETRY_FIRST;
             }
             sleep(wait).await;
             wait = (wait * 2).min(RETRY_LONGEST);
@@ -481,18 +528,7 @@ impl Follower {
         same_key::require(&place).await?;
         require(&place, may_write)?;
         wal::rekey(&place).await?;
-        let connection = connect(&self.context.settings, &primary.node).await?;
-        // The lease says that nobody but we may use it.
-        if self.context.etcd.is_some() && slots::free(&connection, slot_name).await? {
-            warn!(node = primary.node.name, slot = slot_name, "another connection had the slot");
-        }
-        begun::require(&self.context, &place, (&connection, primary), may_write).await?;
-        let slot = slots::ensure(&connection, slot_name).await?;
-        self.made(&primary.node, slot);
-        // Whether commits wait is asked before the first of them does.
-        let burden = slots::burden(&connection, slot_name).await?;
-        self.state.send_modify(|state| state.burden = Some(burden));
-        drop(connection);
+        let slot = self.begin(primary, &place, may_write).await?;
         let receiver = Receiver {
             place: &place,
             segment_bytes: primary.segment_bytes,
@@ -503,7 +539,7 @@ impl Follower {
         };
         let mut replication = Replication::connect(&settings, &primary.node, STALL_LIMIT).await?;
         let mut slot_lsn = slot.restart_lsn;
-        let mut after_gap = None;
+        let (mut after_gap, mut has_begun) = (None, false);
         loop {
             let identity = replication.identify_system().await?;
             if identity.system_identifier != primary.system_identifier {
@@ -514,10 +550,10 @@ impl Follower {
                 });
             }
             let (files, history) = histories(&mut replication, identity.timeline).await?;
-            let mut stored =
+            let stored =
                 WalMap::read_from(&place, primary.segment_bytes, slot_lsn, &history).await?;
             require(&place, may_write)?;
-            self.remove_superseded(&place, &mut stored).await?;
+            let mut stored = without_damaged(&place, stored).await?;
             // Once more, so that the position is not older than what was stored by others meanwhile.
             let flush_lsn = replication.identify_system().await?.lsn;
             let timeline = identity.timeline;
@@ -535,23 +571,35 @@ impl Follower {
                 );
             }
             require(&place, may_write)?;
+            self.remove_superseded(&place, &mut stored).await?;
             for (name, text) in files {
                 wal::store(&place, Packed::read(&name, text.as_bytes(), 1)?).await?;
             }
             let at = after_gap.take().unwrap_or(start.at);
-            let segment = at.segment(primary.segment_bytes);
+            // What was received in this run is the server's.
+            let again = resume::to_compare(&stored, &server, at).filter(|_| !has_begun);
+            has_begun = true;
+            let segment = again.unwrap_or(at.segment(primary.segment_bytes));
             let lsn = PgLsn::from(segment.number * primary.segment_bytes);
-            let pieces = stored.pieces.get(&segment).cloned().unwrap_or_default();
+            let beginning = if again.is_some() {
+                Beginning::Whole
+            } else {
+                Beginning::Pieces(stored.pieces.get(&segment).cloned().unwrap_or_default())
+            };
             info!(
                 node = primary.node.name, timeline = at.timeline, stored_lsn = %at.lsn,
                 memory_bytes_max = receive::memory_bytes_max(primary.segment_bytes), "receiving WAL"
             );
-            let mut stream = replication.start_replication(slot_name, at.timeline, lsn).await?;
-            match receiver.run(&mut stream, segment, pieces).await {
+            let timeline = segment.timeline;
+            let mut stream = replication.start_replication(slot_name, timeline, lsn).await?;
+            match receiver.run(&mut stream, segment, beginning).await {
                 Ok(()) => {}
                 Err(ReceiveError::Replication(failure)) if failure.is_removed() => {
-                    let after = self.gap(primary, &place, &start, at, &failure).await?;
-                    after_gap = Some(after);
+                    // Nothing can be compared with it any more.
+                    if again.is_none() {
+                        let after = self.gap(primary, &place, (&start, at, &server), &failure);
+                        after_gap = Some(after.await?);
+                    }
                     replication =
                         Replication::connect(&settings, &primary.node, STALL_LIMIT).await?;
                     continue;
@@ -560,11 +608,58 @@ impl Follower {
             }
             let (connection, ended) = stream.finish().await?;
             info!(
-                timeline = at.timeline, next_timeline = ended.next_timeline,
+                timeline, next_timeline = ended.next_timeline,
                 switch_lsn = %ended.switch_lsn, "timeline ended"
             );
             (replication, slot_lsn) = (connection, ended.switch_lsn);
         }
+    }
+
+    /// Makes sure that the place and the slot are there and are ours.
+    async fn begin(
+        &self,
+        primary: &Primary,
+        place: &Place,
+        may_write: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Slot, FollowError> {
+        let slot_name = &self.wal().slot;
+        let connection = connect(&self.context.settings, &primary.node).await?;
+        // The lease says that nobody but we may use it.
+        if self.context.etcd.is_some() && slots::free(&connection, slot_name).await? {
+            warn!(node = primary.node.name, slot = slot_name, "another connection had the slot");
+        }
+        begun::require(&self.context, place, (&connection, primary), may_write).await?;
+        self.require_size(place, primary).await?;
+        let slot = slots::ensure(&connection, slot_name).await?;
+        self.made(&primary.node, slot);
+        // Whether commits wait is asked before the first of them does.
+        let burden = slots::burden(&connection, slot_name).await?;
+        if burden.is_unbounded(self.wal().pg_wal_bytes_max)
+            && !self.said_unbounded.swap(true, Ordering::Relaxed)
+        {
+            warn!(node = primary.node.name, "{}", slots::UNBOUNDED);
+        }
+        self.state.send_modify(|state| state.burden = Some(burden));
+        Ok(slot)
+    }
+
+    /// Refuses a server whose segments have another size than those that are stored. Asked once.
+    async fn require_size(&self, place: &Place, primary: &Primary) -> Result<(), FollowError> {
+        let found = primary.segment_bytes;
+        if self.segment_bytes.load(Ordering::Relaxed) == found {
+            return Ok(());
+        }
+        let stored = newest::of_wal(place).await;
+        let stored = match stored {
+            Err(failure) if failure.is_damage() => None,
+            stored => stored?,
+        };
+        if let Some(stored) = stored.filter(|stored| *stored != found) {
+            let node = primary.node.to_string();
+            return Err(FollowError::SegmentSize { node, stored, found });
+        }
+        self.segment_bytes.store(found, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Records that the server has removed WAL before it was stored; returns where it goes on.
@@ -572,11 +667,17 @@ impl Follower {
         &self,
         primary: &Primary,
         place: &Place,
-        start: &Start,
-        at: Position,
+        (start, at, server): (&Start, Position, &Server),
         removed: &ReplicationError,
     ) -> Result<Position, FollowError> {
-        let Some(after) = start.or_else.filter(|_| at == start.at) else {
+        let mut after = start.or_else.filter(|_| at == start.at);
+        if after.is_none() {
+            // Somebody has removed it, not the server, or the slot was made anew in the same segment.
+            let connection = connect(&self.context.settings, &primary.node).await?;
+            let there = slots::segments(&connection, primary.segment_bytes).await?;
+            after = resume::oldest_after(there, server, at, primary.segment_bytes);
+        }
+        let Some(after) = after else {
             let (node, timeline) = (primary.node.to_string(), at.timeline);
             return Err(FollowError::Removed { node, timeline, at: at.lsn });
         };
@@ -599,30 +700,27 @@ impl Follower {
     }
 
     /// Removes the pieces of segments that are complete: whoever stored them was stopped before. If a
-    /// complete one cannot be read back, its pieces are what there is.
+    /// complete one cannot be read back, its pieces are what there is; if it has other content, nobody
+    /// knows which is right.
     async fn remove_superseded(&self, place: &Place, stored: &mut WalMap) -> Result<(), WalError> {
         for segment in stored.superseded().collect::<Vec<_>>() {
-            let mut is_good = true;
-            for object in stored.objects(segment) {
-                match wal::read(place, object, |_| Ok(())).await {
-                    Ok(()) => {}
-                    Err(WalError::Repository(failure)) if failure.is_transient() => {
-                        return Err(failure.into());
-                    }
-                    Err(failure) => {
-                        error!(
-                            segment = object.name, error = %chain(&failure),
-                            "a complete WAL segment is damaged; its pieces stand for it"
-                        );
-                        is_good = false;
-                    }
+            match stored.compare_one(place, segment).await {
+                Ok(()) => {}
+                Err(WalError::Repository(failure)) if failure.is_transient() => {
+                    return Err(failure.into());
+                }
+                Err(failure) => {
+                    let segment = segment.name(stored.segment_bytes);
+                    warn!(segment, error = %chain(&failure), "complete WAL segment not read back");
+                    continue;
                 }
             }
-            if !is_good {
-                stored.disregard(segment);
-                continue;
+            if let Some(found) = stored.conflict(segment) {
+                let name = segment.name(stored.segment_bytes);
+                return Err(WalError::Conflict { name, found });
             }
-            match piece::remove(place, segment, stored.segment_bytes).await {
+            let known: Vec<_> = stored.pieces[&segment].iter().map(Piece::mark).collect();
+            match piece::remove(place, segment, stored.segment_bytes, &known).await {
                 Ok(()) => {}
                 Err(failure) if failure.is_denied() => {
                     self.kept(&failure);
@@ -686,17 +784,14 @@ impl Primary {
 }
 
 /// The primary to follow: after a failover an old one may be back, on a lower timeline.
-fn leading(group: &Group) -> Result<(&Node, &NodeState), String> {
+fn leading(group: &Group) -> Result<(&Node, &NodeState), GroupError> {
     let primaries = group.nodes.iter().filter_map(|it| Some((&it.node, it.state.as_ref().ok()?)));
     let primaries = primaries.filter(|(_, state)| state.role == Role::Primary);
     let newest = primaries.clone().map(|(_, state)| state.timeline).max();
     let mut newest = primaries.filter(|(_, state)| Some(state.timeline) == newest);
     match (newest.next(), newest.next()) {
         (Some(primary), None) => Ok(primary),
-        _ => match group.primary() {
-            Err(reason) => Err(reason.to_string()),
-            Ok(primary) => Ok(primary),
-        },
+        _ => group.primary(),
     }
 }
 
@@ -723,6 +818,29 @@ async fn other_primary(mut changes: watch::Receiver<Following>, primary: &Primar
 /// Nothing is written or removed without a claim.
 fn require(place: &Place, may_write: &(dyn Fn() -> bool + Sync)) -> Result<(), ReceiveError> {
     if may_write() { Ok(()) } else { Err(ReceiveError::LeaseLost { group: place.group }) }
+}
+
+/// The timeline that a primary writes, and those before it, as it says itself.
+pub(crate) async fn line(
+    settings: &Settings,
+    node: &Node,
+) -> Result<(u32, Vec<HistoryEntry>), FollowError> {
+    let mut replication = Replication::connect(settings, node, STALL_LIMIT).await?;
+    let timeline = replication.identify_system().await?.timeline;
+    let (_, history) = histories(&mut replication, timeline).await?;
+    Ok((timeline, history))
+}
+
+/// Compares complete segments with their pieces; those that are damaged are as if they were not there.
+async fn without_damaged(place: &Place, mut stored: WalMap) -> Result<WalMap, FollowError> {
+    for (segment, failure) in stored.compare(place).await? {
+        error!(
+            segment = segment.name(stored.segment_bytes), error = %chain(&failure),
+            "a complete WAL segment is damaged; its pieces stand for it"
+        );
+        stored.disregard(segment);
+    }
+    Ok(stored)
 }
 
 /// Fetches the histories of a timeline and of those before it: the file of each, and the history
@@ -781,6 +899,13 @@ fn tell(alarms: &[Alarm], told: &mut Vec<Alarm>, burden: &Burden, node: &str) {
                 node,
                 pg_wal_bytes = burden.pg_wal_bytes,
                 "three quarters of the room for pg_wal are used: when it is full, PostgreSQL stops"
+            ),
+            Alarm::PgWalGrows => error!(
+                node,
+                pg_wal_bytes = burden.pg_wal_bytes,
+                usual_bytes = burden.usual_bytes,
+                "pg_wal takes more than three times max_wal_size, and nothing bounds it: when the disk is \
+                 full, PostgreSQL stops. Mend the way to the repository, or set max_slot_wal_keep_size"
             ),
             Alarm::CommitsWaitForUsAlone => warn!(
                 node,

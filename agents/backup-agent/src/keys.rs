@@ -1,9 +1,9 @@
 //! The encryption keys: several may be read with, one writes.
 
 use std::fmt;
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use base64::Engine;
@@ -99,6 +99,32 @@ impl EncryptionConfig {
             problems.add("encryption.write_key", problem);
         }
     }
+}
+
+/// Docker gives a secret as a file that all may read (0444), in a file system of this container alone.
+const SECRETS: &str = "/run/secrets";
+
+/// What is said of key files that everybody can read, and then their names.
+pub const EXPOSED: &str =
+    "everybody on this host can read the encryption key, and with it every backup: chmod o=";
+
+impl EncryptionConfig {
+    /// The key files that others than their owner and group can read, if there are any.
+    pub fn exposed(&self) -> Option<String> {
+        let files = self.keys.iter().map(|key| &key.file);
+        let exposed = files.filter(|file| !file.starts_with(SECRETS) && is_open(file));
+        let exposed: Vec<_> = exposed.map(|file| file.display().to_string()).collect();
+        (!exposed.is_empty()).then(|| exposed.join(" "))
+    }
+}
+
+/// Whether everybody can read a file: no directory above it keeps them out.
+fn is_open(file: &Path) -> bool {
+    let lets = |path: &Path, bits: u32| {
+        fs::metadata(path).is_ok_and(|about| about.permissions().mode() & bits != 0)
+    };
+    let Ok(file) = file.canonicalize() else { return false };
+    lets(&file, 0o004) && file.ancestors().skip(1).all(|above| lets(above, 0o001))
 }
 
 impl KeyRing {
@@ -228,9 +254,36 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("key");
         new_key_file(&path).unwrap();
-        assert!(parse(&std::fs::read_to_string(&path).unwrap()).is_some());
+        assert!(parse(&fs::read_to_string(&path).unwrap()).is_some());
         let again = new_key_file(&path).unwrap_err();
         assert_eq!(again.kind(), io::ErrorKind::AlreadyExists);
+    }
+
+    /// Nobody was told.
+    #[test]
+    fn a_key_that_everybody_can_read_is_named() {
+        let directory = tempfile::tempdir_in("/tmp").unwrap();
+        let path = directory.path().join("key");
+        new_key_file(&path).unwrap();
+        let config = |file: &Path| EncryptionConfig {
+            write_key: "a".to_owned(),
+            keys: vec![KeyConfig { id: "a".to_owned(), file: file.to_owned() }],
+        };
+        let mode = |path: &Path, mode| {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        };
+        for (case, above, file, is_told) in [
+            ("the owner alone", 0o755, 0o600, false),
+            ("and a group", 0o755, 0o640, false),
+            ("everybody", 0o755, 0o644, true),
+            ("everybody who comes so far", 0o750, 0o644, false),
+        ] {
+            mode(directory.path(), above);
+            mode(&path, file);
+            let expected = is_told.then(|| path.display().to_string());
+            assert_eq!(config(&path).exposed(), expected, "{case}");
+        }
+        assert_eq!(config(Path::new("/run/secrets/key")).exposed(), None);
     }
 
     #[test]

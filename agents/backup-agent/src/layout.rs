@@ -65,6 +65,7 @@ impl Layout {
         let (data, owner) = (options.to.clone(), owner(&options.to));
         let layout = Self { data, roots, links, disks: OnceLock::new(), owner };
         layout.refuse_overlap()?;
+        layout.refuse_inside()?;
         Ok(layout)
     }
 
@@ -80,6 +81,20 @@ impl Layout {
                     let (one, other) = ((*one).clone(), (*other).clone());
                     return Err(RestoreError::Overlap { one, other });
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// What lies in another server's data directory is in that server's backups, and in its way.
+    fn refuse_inside(&self) -> Result<(), RestoreError> {
+        let in_place = self.data.join("pg_tblspc");
+        for root in self.roots.iter().filter(|root| !root.starts_with(&in_place)) {
+            let real = resolved(root);
+            let mut above = real.ancestors().skip(1);
+            if let Some(data) = above.find(|above| above.join("PG_VERSION").exists()) {
+                let (path, data) = (root.clone(), data.to_owned());
+                return Err(RestoreError::Inside { path, data });
             }
         }
         Ok(())
@@ -216,14 +231,9 @@ fn names(path: &Path) -> Result<Vec<String>, RestoreError> {
     Ok(names)
 }
 
-/// Makes the roots, and refuses a disk without room for `needed_bytes`.
-///
-/// They are as open to the group as the directories in them: `initdb --allow-group-access`.
-pub(crate) fn make_roots(
-    layout: &Layout,
-    members: &Members,
-    needed_bytes: u64,
-) -> Result<(), RestoreError> {
+/// Makes the roots. They are as open to the group as the directories in them: `initdb
+/// --allow-group-access`.
+pub(crate) fn make_roots(layout: &Layout, members: &Members) -> Result<(), RestoreError> {
     let directory = members.iter().find(|it| it.kind == MemberKind::Directory);
     let mode = directory.map_or(0o700, |directory| directory.mode);
     for root in &layout.roots {
@@ -231,7 +241,7 @@ pub(crate) fn make_roots(
     }
     let disks = disks(layout).map_err(file_error("open", &layout.data))?;
     layout.disks.get_or_init(|| disks);
-    require_room(layout, needed_bytes)
+    Ok(())
 }
 
 /// Makes directories, links and empty files.
@@ -293,15 +303,26 @@ fn held(directory: &Path) -> (u64, u64) {
     })
 }
 
-fn require_room(layout: &Layout, needed_bytes: u64) -> Result<(), RestoreError> {
-    // Tablespaces may lie elsewhere; how large each is, is not known apart. This catches the
-    // usual case, and a full disk is an error all the same.
-    let path = &layout.data;
-    let room = rustix::fs::statvfs(path)
-        .map_err(|error| file_error("ask for room at", path)(error.into()))?;
-    let free_bytes = room.f_bavail * room.f_frsize;
-    if layout.links.is_empty() && free_bytes < needed_bytes {
-        return Err(RestoreError::NoRoom { path: path.clone(), free_bytes, needed_bytes });
+/// Refuses a file system without room for all that goes there.
+pub(crate) fn require_room(layout: &Layout, members: &Members) -> Result<(), RestoreError> {
+    let mut needed: BTreeMap<u32, u64> = BTreeMap::new();
+    for member in members.iter() {
+        let bytes = needed.entry(member.archive).or_default();
+        *bytes = bytes.saturating_add(member.size);
+    }
+    let mut disks: BTreeMap<u64, (&Path, u64)> = BTreeMap::new();
+    for (archive, root) in (0..).zip(&layout.roots) {
+        let device = fs::metadata(root).map_err(file_error("ask for room at", root))?.dev();
+        let (_, bytes) = disks.entry(device).or_insert((root, 0));
+        *bytes = bytes.saturating_add(needed.get(&archive).copied().unwrap_or(0));
+    }
+    for (path, needed_bytes) in disks.into_values() {
+        let room = rustix::fs::statvfs(path)
+            .map_err(|error| file_error("ask for room at", path)(error.into()))?;
+        let free_bytes = room.f_bavail * room.f_frsize;
+        if free_bytes < needed_bytes {
+            return Err(RestoreError::NoRoom { path: path.to_owned(), free_bytes, needed_bytes });
+        }
     }
     Ok(())
 }
@@ -481,23 +502,83 @@ mod tests {
         }
     }
 
+    /// It would be in the backups of the server there, and go with its directory.
+    #[test]
+    fn a_place_in_a_data_directory_is_none_to_restore_to() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut layout = layout(directory.path());
+        let living = directory.path().join("living");
+        fs::create_dir_all(living.join("base")).unwrap();
+        fs::write(living.join("PG_VERSION"), "17").unwrap();
+        symlink(&living, directory.path().join("alias")).unwrap();
+        for (place, is_apart) in [
+            ("copy", true),
+            ("living", true),
+            ("living/copy", false),
+            ("living/base/no/such", false),
+            ("alias/copy", false),
+            ("living/../copy", true),
+        ] {
+            for root in 0..2 {
+                let before = layout.roots[root].clone();
+                layout.roots[root] = directory.path().join(place);
+                assert_eq!(layout.refuse_inside().is_ok(), is_apart, "{place}");
+                layout.roots[root] = before;
+            }
+        }
+    }
+
+    /// Where there were tablespaces nobody looked whether there was room.
+    #[test]
+    fn all_that_goes_to_a_file_system_needs_room_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut layout = layout(directory.path());
+        let free = |path: &Path| {
+            let room = rustix::fs::statvfs(path).unwrap();
+            room.f_bavail * room.f_frsize
+        };
+        let most = free(directory.path()) / 10 * 6;
+        let says = |layout: &Layout, sizes: [u64; 2]| {
+            let mut members = Members::default();
+            members.extend((0..).zip(sizes).map(|(archive, size)| file(archive, size)));
+            match require_room(layout, &members) {
+                Err(RestoreError::NoRoom { path, needed_bytes, .. }) => Some((path, needed_bytes)),
+                refused => refused.map(|()| None).unwrap(),
+            }
+        };
+        let data = || layout.data.clone();
+        assert_eq!(says(&layout, [most, 0]), None);
+        assert_eq!(says(&layout, [0, most]), None);
+        assert_eq!(says(&layout, [most, most]), Some((data(), 2 * most)));
+        // Another file system, where this machine has one.
+        let Ok(other) = tempfile::tempdir_in("/dev/shm") else { return };
+        let device = |path: &Path| fs::metadata(path).unwrap().dev();
+        if device(other.path()) == device(directory.path()) {
+            return;
+        }
+        let room = free(other.path());
+        let data = data();
+        layout.roots[1] = other.path().to_owned();
+        assert_eq!(says(&layout, [most, room / 2]), None);
+        assert_eq!(
+            says(&layout, [1, room + (1 << 30)]),
+            Some((other.path().to_owned(), room + (1 << 30)))
+        );
+        assert_eq!(says(&layout, [2 * most, 1]), Some((data, 2 * most)));
+    }
+
+    fn file(archive: u32, size: u64) -> Member {
+        let (path, kind) = ("file".to_owned(), MemberKind::File);
+        Member { archive, path, kind, offset: 0, size, mode: 0o600, mtime: 0, crc32c: 0 }
+    }
+
     /// A restore that was killed after it had written its settings left more than the backup has.
     #[test]
     fn a_file_of_a_stopped_restore_is_as_long_as_in_the_backup() {
         let directory = tempfile::tempdir().unwrap();
         let layout = layout(directory.path());
         let path = layout.data.join("file");
-        let (kind, size) = (MemberKind::File, 4);
-        let member = Member {
-            archive: 0,
-            path: "file".to_owned(),
-            kind,
-            offset: 0,
-            size,
-            mode: 0o600,
-            mtime: 0,
-            crc32c: 0,
-        };
+        let member = file(0, 4);
         for before in ["", "1234", "12345678"] {
             fs::write(&path, before).unwrap();
             create_member(&layout, &path, &member).unwrap();

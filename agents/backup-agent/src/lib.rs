@@ -31,6 +31,7 @@ pub mod heartbeat;
 pub mod prefetch;
 pub mod receive;
 pub mod resume;
+pub mod rival;
 pub mod slots;
 pub mod wal;
 

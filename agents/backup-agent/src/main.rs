@@ -53,6 +53,10 @@ fn fetch() -> ExitCode {
     let Some(Command::WalFetch { file, path, until }) = cli.command else {
         return ExitCode::from(archive::GIVE_UP);
     };
+    // This before anything that can fail.
+    if archive::needs_nobody(&file, &path) {
+        return ExitCode::from(archive::NOT_THERE);
+    }
     // Before anything is read or set up: this is what a recovery waits for.
     if prefetch::take(&file, &path, until) {
         return ExitCode::SUCCESS;

@@ -42,7 +42,10 @@ pub fn outlook(backups: &[Commit], wal: &WalMap, gaps: &[Gap], primary: Option<u
         let needs_backup = !backups.is_empty() && primary.is_some() && primary == own;
         return Outlook { needs_backup, ..Outlook::default() };
     };
-    let timeline = wal.followed(newest, own);
+    // Another one that has begun is a copy's: the primary does not write it.
+    let written = own.filter(|own| primary == Some(*own));
+    let followed = |backup: &Commit| written.unwrap_or_else(|| wal.followed(backup, own));
+    let timeline = followed(newest);
     let history = wal.histories.get(&timeline).map_or(&[][..], Vec::as_slice);
     let is_on_the_way = |gap: &&Gap| {
         let left = history.iter().find(|entry| entry.timeline == gap.timeline);
@@ -50,7 +53,7 @@ pub fn outlook(backups: &[Commit], wal: &WalMap, gaps: &[Gap], primary: Option<u
     };
     let end_lsn = leading.iter().map(|backup| backup.end_lsn).max();
     let mut gaps = gaps.iter().filter(is_on_the_way);
-    let reach = |backup: &Commit| wal.reach(backup, wal.followed(backup, own));
+    let reach = |backup: &Commit| wal.reach(backup, followed(backup));
     let good = leading.iter().rfind(|backup| backup.suspect.is_none()).and_then(|it| reach(it));
     // The newest may be of a standby that was far behind.
     let is_gap = |reach: Reach| {
@@ -159,6 +162,8 @@ mod tests {
         let promoted = map(&timelines[..1], &[(2, &[(1, 4)])]);
         let found = outlook(&backups, &promoted, &[], Some(2));
         assert_eq!(found.reachable_until, Some(at(29)));
+        let beside = outlook(&backups[..1], &promoted, &[], Some(1));
+        assert_eq!(beside.reachable_until, Some(at(29)), "a copy was promoted");
     }
 
     /// A copy was promoted beside its server and thrown away; then the retention removed the backup that

@@ -25,7 +25,7 @@ use crate::replication::ReplicationError;
 use crate::replication::stream_wal::{WalEvent, WalStream};
 use crate::repository::{Place, RepositoryError};
 use crate::wal::growing::Growing;
-use crate::wal::piece::{self, Cut, Piece};
+use crate::wal::piece::{self, Cut, Mark, Piece};
 use crate::wal::{self, CHUNK_BYTES, Packed, WalError};
 
 /// Complete segments on their way to the store at once.
@@ -147,19 +147,28 @@ struct Uploaded {
     replaces: Replaces,
 }
 
+/// What the repository has of the segment with which receiving begins.
+#[derive(Debug)]
+pub enum Beginning {
+    /// These pieces, or none.
+    Pieces(Vec<Piece>),
+    /// All of it: the server sends it again to be compared.
+    Whole,
+}
+
 /// Which pieces may go, now that something larger was read back.
 #[derive(Debug)]
 enum Replaces {
     Nothing,
     /// Those within a larger one, which has this content.
     Within(Piece, Vec<u8>),
-    /// All of the segment.
-    All,
+    /// Those of the segment that are known to be of it.
+    Of(Vec<Mark>),
 }
 
 impl Receiver<'_> {
-    /// Receives from the start of `segment`, of which the repository has `pieces`, until the server
-    /// has no more on its timeline. Everything received is stored when this returns.
+    /// Receives from the start of `segment`, of which the repository has what `beginning` says, until the
+    /// server has no more on its timeline. Everything received is stored when this returns.
     ///
     /// Dropping the future stops it; what was not stored is sent again next time.
     ///
@@ -170,10 +179,13 @@ impl Receiver<'_> {
         &self,
         stream: &mut WalStream,
         segment: Segment,
-        pieces: Vec<Piece>,
+        beginning: Beginning,
     ) -> Result<(), ReceiveError> {
         let level = (self.shipping)().level;
-        let growing = Growing::new(segment, self.segment_bytes, level, pieces)?;
+        let growing = match beginning {
+            Beginning::Pieces(pieces) => Growing::new(segment, self.segment_bytes, level, pieces)?,
+            Beginning::Whole => Growing::again(segment, self.segment_bytes, level)?,
+        };
         let mut state = State {
             stored_lsn: PgLsn::from(0),
             server_lsn: PgLsn::from(0),
@@ -190,13 +202,13 @@ impl Receiver<'_> {
         loop {
             self.digest(&mut state, &mut unread, &mut uploads)?;
             if uploads.is_empty()
-                && let Some(cut) = self.due(&state)?
+                && let Some(cut) = self.due(&mut state)?
             {
                 uploads.push_back(Box::pin(self.ship(state.growing.segment(), cut)));
             }
             let all_taken = state.ended && unread.is_empty();
             if all_taken && uploads.is_empty() && state.growing.waiting() == 0 {
-                stream.report(self.received_lsn(&state), state.stored_lsn, false).await?;
+                stream.report(state.stored_lsn, false).await?;
                 return Ok(());
             }
             let may_read = unread.is_empty() && !state.ended;
@@ -213,7 +225,7 @@ impl Receiver<'_> {
                     let uploaded = uploaded?;
                     self.stored(&mut state, &uploaded);
                     removals.push(self.remove(uploaded));
-                    stream.report(self.received_lsn(&state), state.stored_lsn, false).await?;
+                    stream.report(state.stored_lsn, false).await?;
                 }
                 Some(()) = removals.next() => {}
                 event = gathered(stream, read_at), if may_read => {
@@ -237,7 +249,7 @@ impl Receiver<'_> {
                         return Err(stream.silent(SILENCE_MAX).into());
                     }
                     let ask = !state.ended;
-                    stream.report(self.received_lsn(&state), state.stored_lsn, ask).await?;
+                    stream.report(state.stored_lsn, ask).await?;
                     report_at = Instant::now() + REPORT_EVERY;
                 }
                 () = sleep_until(ship_at.unwrap_or_else(Instant::now)),
@@ -301,7 +313,8 @@ impl Receiver<'_> {
                 let empty = Growing::new(next, self.segment_bytes, level, Vec::new())?;
                 let complete = std::mem::replace(&mut state.growing, empty);
                 let segment = complete.segment();
-                uploads.push_back(Box::pin(self.store(segment, complete.pack()?)));
+                let (packed, known) = complete.pack()?;
+                uploads.push_back(Box::pin(self.store(segment, packed, known)));
                 state.waiting_since = None;
             }
             let Some(data) = unread.front_mut() else { return Ok(()) };
@@ -322,7 +335,7 @@ impl Receiver<'_> {
     }
 
     /// The piece that is due, if one is.
-    fn due(&self, state: &State) -> Result<Option<Cut>, ReceiveError> {
+    fn due(&self, state: &mut State) -> Result<Option<Cut>, ReceiveError> {
         let Shipping { interval, bytes, .. } = (self.shipping)();
         let waited = state.waiting_since.is_some_and(|since| since.elapsed() >= interval);
         let much = state.growing.waiting() >= bytes;
@@ -352,13 +365,18 @@ impl Receiver<'_> {
     }
 
     /// Stores a complete segment and reads it back: its pieces are removed on the strength of it.
-    async fn store(&self, segment: Segment, packed: Packed) -> Result<Uploaded, ReceiveError> {
+    async fn store(
+        &self,
+        segment: Segment,
+        packed: Packed,
+        known: Vec<Mark>,
+    ) -> Result<Uploaded, ReceiveError> {
         self.require_lease()?;
         let began_at = Instant::now();
         wal::store_and_compare(self.place, packed).await?;
         info!(segment = segment.name(self.segment_bytes), "WAL segment stored");
         let (from, to) = (0, self.segment_bytes);
-        Ok(Uploaded { segment, from, to, began_at, replaces: Replaces::All })
+        Ok(Uploaded { segment, from, to, began_at, replaces: Replaces::Of(known) })
     }
 
     /// Removes what an upload replaces.
@@ -369,7 +387,7 @@ impl Receiver<'_> {
             Replaces::Within(piece, content) => {
                 piece::remove_within(self.place, bytes, &piece, &content).await
             }
-            Replaces::All => piece::remove(self.place, segment, bytes).await,
+            Replaces::Of(known) => piece::remove(self.place, segment, bytes, &known).await,
         };
         if let Err(failure) = removed {
             if failure.is_denied() {

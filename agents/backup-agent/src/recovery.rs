@@ -441,6 +441,7 @@ pub(crate) mod tests {
             history_times: BTreeMap::new(),
             strange: Vec::new(),
             unopened: Vec::new(),
+            different: BTreeMap::new(),
         }
     }
 

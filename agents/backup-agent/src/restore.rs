@@ -21,7 +21,7 @@ use crate::catalog::Catalog;
 use crate::config::Config;
 use crate::container::{ContainerError, Kind};
 use crate::finish::{finish, warn_of_server};
-use crate::layout::{Layout, clear, create, lock, make_members, make_roots};
+use crate::layout::{Layout, clear, create, lock, make_members, make_roots, require_room};
 use crate::lines::Lines;
 use crate::manifest::{BackupId, Commit, ObjectRecord, part_name};
 use crate::members::Members;
@@ -120,7 +120,7 @@ pub enum RestoreError {
     /// A tablespace's own place is not empty, and nobody said that it may be used.
     #[error(
         "the backup has a tablespace at {}, which holds {found}: perhaps a living server's. \
-         Put it elsewhere with --tablespace {}=NEW", path.display(), path.display()
+         Put it elsewhere with --tablespace {}=NEW", path.display(), escaped(path)
     )]
     TablespaceInUse {
         /// The location.
@@ -184,6 +184,17 @@ pub enum RestoreError {
         /// The other.
         other: PathBuf,
     },
+    /// It lies in another server's data directory.
+    #[error(
+        "{} lies in {}, which is a server's data directory: choose a place beside it",
+        path.display(), data.display()
+    )]
+    Inside {
+        /// Where the restore would go.
+        path: PathBuf,
+        /// The data directory.
+        data: PathBuf,
+    },
     /// A server may be running there.
     #[error(
         "{} has a postmaster.pid: a server may be running there. Stop it; if none runs, delete \
@@ -232,11 +243,11 @@ pub enum RestoreError {
     },
     /// Not enough room.
     #[error(
-        "{} has room for {free_bytes} bytes, the backup needs {needed_bytes}; \
+        "{} has room for {free_bytes} bytes, what goes to its file system needs {needed_bytes}; \
          make room or restore elsewhere", path.display()
     )]
     NoRoom {
-        /// The directory.
+        /// A directory of the file system.
         path: PathBuf,
         /// What is free there.
         free_bytes: u64,
@@ -293,6 +304,11 @@ impl From<ContainerError> for RestoreError {
     fn from(error: ContainerError) -> Self {
         Self::Repository(error.into())
     }
+}
+
+/// A location as `--tablespace` takes it.
+fn escaped(path: &Path) -> String {
+    path.display().to_string().replace('=', r"\=")
 }
 
 fn list<T: ToString>(found: &[T]) -> String {
@@ -365,11 +381,11 @@ pub async fn restore(
         clear(&layout, options)?;
         BTreeSet::new()
     };
-    // What a stopped restore has on disk takes its room already.
-    let needed_bytes = if options.resume { 0 } else { backup.plain_bytes() };
-    make_roots(&layout, &members, needed_bytes)?;
+    make_roots(&layout, &members)?;
     lock(&layout, &mut locks)?;
+    // What a stopped restore has on disk takes its room already.
     if !options.resume {
+        require_room(&layout, &members)?;
         begin_state(&layout, &backup.backup_id)?;
     }
     make_members(&layout, backup, &members)?;

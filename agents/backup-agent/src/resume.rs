@@ -9,7 +9,8 @@ use shared::pg::wal::{HistoryEntry, Segment, segment_number};
 use thiserror::Error;
 use tokio_postgres::types::PgLsn;
 
-use crate::wal::WalMap;
+use crate::rival::Line;
+use crate::wal::{WalMap, conflict};
 
 /// What is done about a primary that lacks WAL which is stored: an asynchronous standby that was
 /// promoted before it had received everything.
@@ -88,7 +89,7 @@ pub enum Refusal {
     /// The repository knows a later timeline.
     #[error(
         "it writes timeline {found}, and the repository holds timeline {stored}: an old primary \
-         that came back, or the wrong server. Stop it, or make it a standby (pg_rewind)"
+         that came back, or a copy was promoted with --archive-mode preserve. {}", remedy(*.stored)
     )]
     OldTimeline {
         /// What the server writes.
@@ -96,18 +97,46 @@ pub enum Refusal {
         /// The newest in the repository.
         stored: u32,
     },
-    /// The server lost WAL.
+    /// The repository knows another timeline of that number.
     #[error(
-        "its WAL ends at {found} on timeline {timeline}, and the repository holds {stored}: it \
-         lost what was on its disk. Restore it from the repository"
+        "its timeline {timeline} began at {}, and the timeline {timeline} that the repository holds at {}: \
+         two servers were promoted. {}", place(*.found), place(*.stored), remedy(*.timeline)
+    )]
+    OtherTimeline {
+        /// The number.
+        timeline: u32,
+        /// Where it began, by the server's history.
+        found: Option<PgLsn>,
+        /// Where it began, by the stored history.
+        stored: Option<PgLsn>,
+    },
+    /// The server lost WAL, or another one wrote the same timeline.
+    #[error(
+        "its WAL ends at {found} on timeline {timeline}, and the repository holds {stored}. Was it \
+         put back from a copy, or did its disk lose writes? Then it lost what was on its disk, and the \
+         repository has it: restore it. Did it lose nothing? Then another server wrote the same timeline \
+         and has stored {segment}. {}", conflict::remedy(.segment)
     )]
     Behind {
+        /// The segment in which the repository's WAL ends.
+        segment: String,
         /// The timeline.
         timeline: u32,
         /// Where the server's WAL ends.
         found: PgLsn,
         /// Where the repository's ends.
         stored: PgLsn,
+    },
+    /// A segment on its way is stored with two contents.
+    #[error(
+        "CONFLICT: WAL segment {segment} is stored with two contents ({found}): two servers wrote the \
+         same timeline, and nothing is received past it. {}", conflict::remedy(.segment)
+    )]
+    Conflict {
+        /// The segment.
+        segment: String,
+        /// The objects.
+        found: String,
     },
     /// The server's history leaves out what is stored.
     #[error(
@@ -117,6 +146,19 @@ pub enum Refusal {
         .0.from_lsn, .0.timeline, .0.until_lsn, .0.bytes(), .0.timeline
     )]
     Diverged(Divergence),
+}
+
+/// What to do where either of two servers may be the database.
+fn remedy(stored: u32) -> String {
+    format!(
+        "Do the applications write to another server? Then stop this one, make it a standby \
+         (pg_rewind), or take it out of the configuration. Do they write to this one? Then stop the copy, \
+         and remove what it has stored: `backup-agent expire --timeline {stored}`"
+    )
+}
+
+fn place(lsn: Option<PgLsn>) -> String {
+    lsn.map_or("an unknown place".to_owned(), |lsn| lsn.to_string())
 }
 
 /// Decides where receiving from `server` goes on.
@@ -133,6 +175,10 @@ pub fn start(
     if newest > server.timeline {
         return Err(Refusal::OldTimeline { found: server.timeline, stored: newest });
     }
+    let line = Line { timeline: server.timeline, history: &server.history };
+    if let Some((timeline, stored, found)) = line.contradicted(stored) {
+        return Err(Refusal::OtherTimeline { timeline, found, stored });
+    }
     // A history alone, which the new primary's archiver may have stored before us, is no WAL.
     let newest = stored.newest_with_wal().unwrap_or(0);
     let end = stored.end_of(newest);
@@ -141,7 +187,9 @@ pub fn start(
         && end > server.flush_lsn
     {
         let (timeline, found) = (newest, server.flush_lsn);
-        return Err(Refusal::Behind { timeline, found, stored: end });
+        let number = segment_number(PgLsn::from(u64::from(end) - 1), stored.segment_bytes);
+        let segment = Segment { timeline, number }.name(stored.segment_bytes);
+        return Err(Refusal::Behind { segment, timeline, found, stored: end });
     }
     let diverged = end.filter(|_| newest < server.timeline).and_then(|until_lsn| {
         let from_lsn = left_at(stored, server, newest);
@@ -152,7 +200,7 @@ pub fn start(
     }
 
     let at_slot = segment_start(stored, server.slot_lsn);
-    let from_slot = walk(stored, server, at_slot);
+    let from_slot = walk(stored, server, at_slot)?;
     if from_slot.lsn > at_slot {
         return Ok(Start { at: from_slot, or_else: None, diverged });
     }
@@ -160,10 +208,40 @@ pub fn start(
     let slot = Position { timeline: on(server, at_slot), lsn: at_slot };
     match last_before(stored, server, at_slot) {
         Some(before) => {
-            Ok(Start { at: walk(stored, server, before), or_else: Some(slot), diverged })
+            Ok(Start { at: walk(stored, server, before)?, or_else: Some(slot), diverged })
         }
         None => Ok(Start { at: slot, or_else: None, diverged }),
     }
+}
+
+/// The complete segment after which receiving goes on, if what is stored ends there: another server may
+/// have stored it, or this one before it was put back from a copy.
+pub fn to_compare(stored: &WalMap, server: &Server, at: Position) -> Option<Segment> {
+    let before =
+        u64::from(at.lsn).checked_sub(1).filter(|_| at.lsn == segment_start(stored, at.lsn))?;
+    let before = PgLsn::from(before);
+    let position = Position { timeline: on(server, before), lsn: before };
+    let segment = position.segment(stored.segment_bytes);
+    (stored.objects(segment).len() == 1).then_some(segment)
+}
+
+/// The first segment after a position that is on the server's way, of those that it has.
+pub fn oldest_after(
+    there: impl IntoIterator<Item = Segment>,
+    server: &Server,
+    at: Position,
+    segment_bytes: u64,
+) -> Option<Position> {
+    let begins = |segment: Segment| PgLsn::from(segment.number * segment_bytes);
+    let is_there = |segment: &Segment| {
+        let lsn = begins(*segment);
+        let last = PgLsn::from(u64::from(lsn) + segment_bytes - 1);
+        // What is renamed to be written again is beyond. A timeline that ends in a segment is sent from
+        // the copy that the next one begins with.
+        at.lsn < lsn && lsn <= server.flush_lsn && on(server, last) == segment.timeline
+    };
+    let lsn = there.into_iter().filter(is_there).map(begins).min()?;
+    Some(Position { timeline: on(server, lsn), lsn })
 }
 
 /// The timeline that the server's history has at a position.
@@ -182,17 +260,21 @@ fn left_at(stored: &WalMap, server: &Server, timeline: u32) -> PgLsn {
     common.map_or(PgLsn::from(0), |entry| entry.switch_lsn)
 }
 
-/// Goes from `lsn` along the server's history to the first byte that is not stored.
-fn walk(stored: &WalMap, server: &Server, mut lsn: PgLsn) -> Position {
+/// Goes from `lsn` along the server's history to the first byte that is not stored; not past a segment with
+/// two contents.
+fn walk(stored: &WalMap, server: &Server, mut lsn: PgLsn) -> Result<Position, Refusal> {
     loop {
         let timeline = on(server, lsn);
         let number = segment_number(lsn, stored.segment_bytes);
         let segment = Segment { timeline, number };
+        if let Some(found) = stored.conflict(segment) {
+            return Err(Refusal::Conflict { segment: segment.name(stored.segment_bytes), found });
+        }
         let end = number * stored.segment_bytes + stored.covered(segment);
         let left = server.history.iter().find(|entry| entry.timeline == timeline);
         let next = left.map_or(end, |entry| end.min(entry.switch_lsn.into()));
         if next <= u64::from(lsn) {
-            return Position { timeline, lsn };
+            return Ok(Position { timeline, lsn });
         }
         lsn = next.into();
     }
@@ -320,6 +402,63 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_received_past_a_segment_with_two_contents() {
+        let segment = Segment { timeline: 1, number: 4 };
+        let mut differs = stored(&[(1, 3), (1, 4), (1, 5)], &[(1, 4, 700)], &[]);
+        differs.different.insert(segment, vec!["a piece".to_owned()]);
+        let mut twice = stored(&[(1, 3), (1, 4), (1, 5)], &[], &[]);
+        let objects = twice.segments.get_mut(&1).unwrap().get_mut(&4).unwrap();
+        objects.push(objects[0].clone());
+        for stored in [differs, twice] {
+            for slot in [lsn(3, 0), lsn(4, 100)] {
+                let refused = start(&stored, &server(1, slot), OnDivergence::Follow).unwrap_err();
+                let text = refused.to_string();
+                assert!(matches!(refused, Refusal::Conflict { .. }), "{text}");
+                assert!(text.contains("wal-push pg_wal/000000010000000000000004"), "{text}");
+            }
+            let beyond = start(&stored, &server(1, lsn(5, 0)), OnDivergence::Follow);
+            assert_eq!(beyond.unwrap().at, at(1, lsn(6, 0)), "the slot is beyond it");
+        }
+    }
+
+    #[test]
+    fn what_ends_with_a_complete_segment_is_compared_with_the_server() {
+        let segment = |timeline, number| Some(Segment { timeline, number });
+        let whole = |numbers: &[(u32, u64)]| stored(numbers, &[], &[2]);
+        for (case, stored, timeline, at, expected) in [
+            ("at a boundary", whole(&[(1, 3), (1, 4)]), 1, at(1, lsn(5, 0)), segment(1, 4)),
+            ("in a segment", whole(&[(1, 4)]), 1, at(1, lsn(5, 700)), None),
+            ("after a gap", whole(&[(1, 3)]), 1, at(1, lsn(5, 0)), None),
+            ("nothing is stored", whole(&[]), 1, at(1, lsn(0, 0)), None),
+            ("on a later timeline", whole(&[(1, 4), (2, 5)]), 2, at(2, lsn(6, 0)), segment(2, 5)),
+        ] {
+            let server = server(timeline, lsn(4, 0));
+            assert_eq!(to_compare(&stored, &server, at), expected, "{case}");
+        }
+    }
+
+    #[test]
+    fn after_a_gap_receiving_goes_on_with_the_oldest_segment_that_the_server_has() {
+        let there = |timelines: &[(u32, u64)]| {
+            let segment =
+                |(timeline, number): &(u32, u64)| Segment { timeline: *timeline, number: *number };
+            timelines.iter().map(segment).collect::<Vec<_>>()
+        };
+        for (case, numbers, timeline, expected) in [
+            ("some were removed", &[(1, 7), (1, 6), (1, 8)][..], 1, Some(at(1, lsn(6, 0)))),
+            ("those before are no help", &[(1, 2), (1, 3), (1, 7)], 1, Some(at(1, lsn(7, 0)))),
+            ("those of later use are none", &[(1, 10), (1, 11)], 1, None),
+            ("of a timeline that was left", &[(1, 6), (2, 7)], 2, Some(at(2, lsn(7, 0)))),
+            ("where the timeline ends", &[(2, 5), (2, 6)], 2, Some(at(1, lsn(5, 0)))),
+            ("none", &[], 1, None),
+        ] {
+            let server = server(timeline, lsn(3, 0));
+            let found = oldest_after(there(numbers), &server, at(1, lsn(3, 100)), SEGMENT);
+            assert_eq!(found, expected, "{case}");
+        }
+    }
+
+    #[test]
     fn what_is_stored_and_not_on_the_primary_is_said_or_refused() {
         let ahead = stored(&[(1, 4)], &[(1, 5, 1800)], &[]);
         let divergence =
@@ -384,6 +523,31 @@ mod tests {
         let lost = Server { flush_lsn: lsn(5, 10), ..server(2, lsn(4, 0)) };
         let behind = start(&two, &lost, OnDivergence::Follow);
         let (found, stored) = (lsn(5, 10), lsn(6, 0));
-        assert_eq!(behind, Err(Refusal::Behind { timeline: 2, found, stored }));
+        let segment = "000000020000000000000005".to_owned();
+        assert_eq!(behind, Err(Refusal::Behind { segment, timeline: 2, found, stored }));
+
+        // Both were promoted: which of the two is the database, a person knows.
+        let branched = HistoryEntry { switch_lsn: lsn(6, 10), ..history().remove(0) };
+        let next = HistoryEntry { timeline: 2, switch_lsn: lsn(8, 0), ..branched.clone() };
+        for (timeline, history) in [(2, vec![branched.clone()]), (3, vec![branched, next])] {
+            let other = Server { timeline, history, ..server(2, lsn(4, 0)) };
+            let (found, stored) = (Some(lsn(6, 10)), Some(lsn(5, 1000)));
+            let refused = start(&two, &other, OnDivergence::Follow);
+            assert_eq!(refused, Err(Refusal::OtherTimeline { timeline: 2, found, stored }));
+        }
+    }
+
+    #[test]
+    fn who_is_refused_for_another_timeline_reads_what_to_do_in_either_case() {
+        let (found, stored) = (Some(lsn(6, 10)), Some(lsn(5, 1000)));
+        for refusal in [
+            Refusal::OldTimeline { found: 1, stored: 2 },
+            Refusal::OtherTimeline { timeline: 2, found, stored },
+        ] {
+            let text = refusal.to_string();
+            for part in ["pg_rewind", "stop the copy", "`backup-agent expire --timeline 2`"] {
+                assert!(text.contains(part), "{text}");
+            }
+        }
     }
 }

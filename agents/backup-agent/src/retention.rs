@@ -2,6 +2,7 @@
 //! backup needs. Pure.
 
 use std::collections::BTreeSet;
+use std::iter::successors;
 use std::time::Duration;
 
 use chrono::{DateTime, Datelike, TimeDelta, Utc};
@@ -140,9 +141,10 @@ pub fn decide(
         newest_of_each(all(), retention.weekly, |at| (at.iso_week().year(), at.iso_week().week()));
     let monthly = newest_of_each(all(), retention.monthly, |at| (at.year(), at.month()));
     let anchors = anchors(&good, wal, primary, window_start);
-    let starts = |id: &BackupId, is_own: bool| {
-        let starts = |(timeline, backup): &(u32, &Commit)| {
-            backup.backup_id == *id && (own.is_empty() || own.contains(timeline)) == is_own
+    let starts = |id: &BackupId, is_own: bool, after_gap: bool| {
+        let starts = |it: &Anchor<'_>| {
+            let of_own = own.is_empty() || own.contains(&it.timeline);
+            it.backup.backup_id == *id && of_own == is_own && it.after_gap == after_gap
         };
         anchors.iter().any(starts)
     };
@@ -153,8 +155,12 @@ pub fn decide(
         let is_good = good.iter().any(|it| it.backup_id == *id);
         let reasons = [
             (newest.contains(&id), "newest"),
-            (starts(id, true), "start of the WAL window"),
-            (starts(id, false), "start of the WAL of a timeline that was left"),
+            (starts(id, true, false), "start of the WAL window"),
+            (starts(id, true, true), "start of the WAL after a gap"),
+            (
+                starts(id, false, false) || starts(id, false, true),
+                "start of the WAL of a timeline that was left",
+            ),
             (good.is_empty(), "nothing better than suspect backups"),
             (backup.suspect.is_some() && young, "suspect, kept for a look"),
             (
@@ -196,7 +202,7 @@ impl<'a> Needs<'a> {
         // The backup that began the window until a moment ago can be brought back.
         let window_start = ago(retention.wal.saturating_add(retention.delete_after), as_of);
         let anchors = anchors(&good(kept, wal), wal, primary, window_start);
-        let anchors = anchors.iter().map(|(_, backup)| backup);
+        let anchors = anchors.iter().map(|it| it.backup);
         let floor = anchors.clone().map(|it| segment_number(it.start_lsn, wal.segment_bytes)).min();
         // What branched off later may lead to moments in the window from elsewhere.
         let timeline = anchors.map(|backup| backup.timeline).min();
@@ -254,28 +260,55 @@ fn good<'a>(backups: &'a [Commit], wal: &WalMap) -> Vec<&'a Commit> {
     if consistent.is_empty() { good } else { consistent }
 }
 
-/// The backups from which the moments of the window are reached, each with the timeline to whose WAL it
-/// leads: the cluster's own, and every other of which WAL was stored in the window. One of all, if none
-/// leads anywhere.
+/// A backup from which moments of the window are reached.
+#[derive(Clone, Copy, Debug)]
+struct Anchor<'a> {
+    /// The timeline to whose WAL it leads.
+    timeline: u32,
+    backup: &'a Commit,
+    /// Whether the way from the one before does not go so far.
+    after_gap: bool,
+}
+
+/// The backups from which the moments of the window are reached: on the way to the cluster's own timeline,
+/// and to every other of which WAL was stored in the window. One of all, if none leads anywhere.
 fn anchors<'a>(
     good: &[&'a Commit],
     wal: &WalMap,
     primary: Option<u32>,
     window_start: DateTime<Utc>,
-) -> Vec<(u32, &'a Commit)> {
+) -> Vec<Anchor<'a>> {
     let own = wal.candidates(primary).first().and_then(|own| wal.last_stored(*own));
     let since = own.map_or(window_start, |own| own.min(window_start));
     // Until a backup is as old as the window, the oldest serves what there is of it.
     let anchor = |good: &[&'a Commit]| anchor(good, window_start).or(good.first().copied());
     let in_window = |timeline: &u32| wal.last_stored(*timeline) >= Some(since);
-    let timelines = wal.with_wal().into_iter().filter(in_window);
-    let anchors =
-        timelines.filter_map(|timeline| Some((timeline, anchor(&leading(good, wal, timeline))?)));
-    let anchors: Vec<_> = anchors.collect();
+    let mut anchors = Vec::new();
+    for timeline in wal.with_wal().into_iter().filter(in_window) {
+        let leading = leading(good, wal, timeline);
+        let Some(first) = anchor(&leading) else { continue };
+        anchors.push(Anchor { timeline, backup: first, after_gap: false });
+        let next = |before: &&'a Commit| after_gap(&leading, wal, timeline, before);
+        let after_gaps = successors(next(&first), next);
+        anchors.extend(after_gaps.map(|backup| Anchor { timeline, backup, after_gap: true }));
+    }
     if anchors.is_empty() {
-        return anchor(good).map(|backup| (backup.timeline, backup)).into_iter().collect();
+        let only =
+            |backup: &'a Commit| Anchor { timeline: backup.timeline, backup, after_gap: false };
+        return anchor(good).map(only).into_iter().collect();
     }
     anchors
+}
+
+/// The first backup beyond where the WAL after `before` ends without a gap: no other leads to what follows.
+fn after_gap<'a>(
+    leading: &[&'a Commit],
+    wal: &WalMap,
+    timeline: u32,
+    before: &Commit,
+) -> Option<&'a Commit> {
+    let until_lsn = wal.reach(before, timeline)?.until_lsn.max(before.end_lsn);
+    leading.iter().copied().find(|backup| until_lsn < backup.end_lsn)
 }
 
 /// The backups that lead to a timeline, in the order of their places on the way there: a time of one may
@@ -544,7 +577,7 @@ mod tests {
         let needs = Needs::new(kept, wal, retention, primary, now());
         let good: Vec<&Commit> = kept.iter().collect();
         let anchors = anchors(&good, wal, primary, ago(retention.wal, now()));
-        let mut ways = anchors.into_iter().flat_map(|(timeline, backup)| {
+        let mut ways = anchors.into_iter().flat_map(|Anchor { timeline, backup, .. }| {
             let first = segment_number(backup.start_lsn, SEGMENT);
             (first..first + 2000).map(move |number| {
                 let lsn = PgLsn::from(number * SEGMENT);
@@ -693,6 +726,57 @@ mod tests {
         assert_eq!(kept(&wal, 0), [vec![], all.to_vec(), vec![]], "it is as old as the window");
         wal.segments.clear();
         assert!(!kept(&wal, 0)[2].is_empty(), "none has its WAL");
+    }
+
+    /// It was the only start for what follows the gap, and went because an older one begins the window.
+    #[test]
+    fn the_first_backup_after_a_gap_stays_as_long_as_what_follows_is_in_the_window() {
+        // How long ago the gaps were, and which backups stay of those 50, 40, 19, 18, 8, 7 and 1 days ago.
+        let days = [50, 40, 19, 18, 8, 7, 1];
+        let backups = days.map(|days| backup(days, false));
+        let lost = "start of the WAL after a gap";
+        for (case, gaps, expected) in [
+            ("none", &[][..], vec![(40, "start of the WAL window"), (1, "newest, daily")]),
+            (
+                "one in the window",
+                &[20],
+                vec![(40, "start of the WAL window"), (19, lost), (1, "newest, daily")],
+            ),
+            (
+                "two",
+                &[20, 9],
+                vec![(40, "start of the WAL window"), (19, lost), (8, lost), (1, "newest, daily")],
+            ),
+            (
+                "one before the window",
+                &[45],
+                vec![(40, "start of the WAL window"), (1, "newest, daily")],
+            ),
+            (
+                "the newest begins what follows",
+                &[4],
+                vec![
+                    (40, "start of the WAL window"),
+                    (1, "newest, start of the WAL after a gap, daily"),
+                ],
+            ),
+            (
+                "no backup after it",
+                &[0],
+                vec![(40, "start of the WAL window"), (1, "newest, daily")],
+            ),
+        ] {
+            let mut wal = map(&[(1, segment(50)..segment(0) + 5)], day(0));
+            for days in gaps {
+                wal.segments.get_mut(&1).unwrap().remove(&(segment(*days) + 3));
+            }
+            let decided = decide(&backups, &wal, &retention(1, 0, 0, 30), None, now());
+            let keeps = days.iter().zip(&decided).filter(|(_, it)| !it.keep.is_empty());
+            let keeps: Vec<_> = keeps.map(|(days, it)| (*days, it.keep.join(", "))).collect();
+            let expected: Vec<_> =
+                expected.into_iter().map(|(days, why)| (days, why.to_owned())).collect();
+            assert_eq!(keeps, expected, "{case}");
+        }
     }
 
     fn spare(kept: &[Commit], map: &WalMap) -> Vec<u64> {

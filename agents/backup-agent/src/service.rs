@@ -17,12 +17,13 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, error, info, info_span, warn};
 
-use crate::backup::{BackupError, Context, take_backup};
+use crate::backup::{BackupError, Context, is_drained, take_backup};
 use crate::catalog::Catalog;
 use crate::commands::AGENT;
 use crate::config::Config;
 use crate::expire;
 use crate::groups;
+use crate::keys::EXPOSED;
 use crate::manifest::Commit;
 use crate::metrics::{RepositoryState, State};
 use crate::outlook::{leading, outlook};
@@ -59,6 +60,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     info!(?config, memory_bytes_max, "agent started");
     let context = Context::new(config, &format!("pgmesh/{AGENT}")).await?;
     let config = &context.config;
+    if let Some(files) = config.encryption.exposed() {
+        warn!(files, "{EXPOSED}");
+    }
 
     let state = State::new(&config.cluster);
     let mut registry = metrics::registry();
@@ -137,9 +141,9 @@ async fn schedule(
         if let Some(due) = due {
             info!(%due, "next backup");
         }
-        let groups = tokio::select! {
+        let (groups, is_asked_for) = tokio::select! {
             () = shutdown.cancelled() => return Ok(()),
-            () = sleep_until_some(due) => shares.held().into_keys().collect(),
+            () = sleep_until_some(due) => (shares.held().into_keys().collect(), false),
             Some(group) = wanted.recv() => {
                 if !needs_backup(&context, &state, group).await {
                     continue;
@@ -149,12 +153,16 @@ async fn schedule(
                     "WAL is missing after the newest backup, or no backup leads to the newest \
                      timeline: a new one is taken now"
                 );
-                vec![group]
+                (vec![group], true)
             }
         };
         for group in groups {
             // Two replicas that both believe so are kept apart by the lock on the primary.
             if shares.claim(group).is_none() {
+                continue;
+            }
+            if !is_asked_for && is_drained(&context, group).await {
+                info!(group, "no scheduled backup: the group is being drained");
                 continue;
             }
             let span = info_span!("backup", group);

@@ -116,6 +116,9 @@ fn recovery_settings(reach: &Reach, options: &RestoreOptions) -> Vec<(&'static s
     }
     if options.archive_off {
         settings.push(("archive_mode", "off".to_owned()));
+        // A subscription is in the backup with the name of its slot at the publisher: the copy would take
+        // the changes that are for the server that lives on.
+        settings.push(("max_logical_replication_workers", "0".to_owned()));
     }
     settings
 }
@@ -173,6 +176,9 @@ recovery_target_name = 'a\\b''c'
 recovery_target_action = 'pause'
 ";
 
+    /// What stays of them in a copy.
+    const COPY: &str = "archive_mode = 'off'\nmax_logical_replication_workers = '0'\n";
+
     #[test]
     fn the_settings_hold_the_target_and_no_other() {
         assert_eq!(written("", &to_name(), Then::End), OURS);
@@ -187,7 +193,7 @@ recovery_target_action = 'pause'
             assert!(text.contains(&format!("\nrecovery_target{name} = ''\n")), "{name}: {text}");
         }
         assert!(!text.contains("recovery_target_action"), "{text}");
-        assert!(text.ends_with("archive_mode = 'off'\n"), "{text}");
+        assert!(text.ends_with(COPY), "{text}");
     }
 
     #[test]
@@ -222,9 +228,7 @@ recovery_target_action = 'pause'
         std::fs::write(&file, &text).unwrap();
         run();
         let (marker, _) = OURS.split_once('\n').unwrap();
-        let left = format!(
-            "hot_standby_feedback = 'on'\nwork_mem = '5MB'\n{marker}\narchive_mode = 'off'\n"
-        );
+        let left = format!("hot_standby_feedback = 'on'\nwork_mem = '5MB'\n{marker}\n{COPY}");
         assert_eq!(std::fs::read_to_string(&file).unwrap(), left);
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
     }

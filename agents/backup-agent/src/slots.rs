@@ -2,6 +2,7 @@
 //! each standby it waits for the day that standby is promoted. PostgreSQL 17 does not copy
 //! physical slots to standbys.
 
+use shared::pg::wal::{Segment, WalFile};
 use shared::pg::{Connection, QueryError};
 use tokio_postgres::types::PgLsn;
 
@@ -28,10 +29,29 @@ pub struct Burden {
     pub is_lost: bool,
     /// What all files in `pg_wal` take, in bytes.
     pub pg_wal_bytes: u64,
+    /// What they take as a rule, in bytes: [`USUAL_TIMES`] `max_wal_size`, and `wal_keep_size`.
+    pub usual_bytes: u64,
     /// Commits wait for what the slot's user reports.
     pub commits_wait: bool,
     /// How many other standbys are streaming for which commits may wait.
     pub other_synchronous: u64,
+}
+
+/// PostgreSQL keeps `pg_wal` near `max_wal_size` if nothing holds WAL back, and may take more while it is
+/// busy. Where nothing else bounds it, more than so many times that is told.
+pub const USUAL_TIMES: u64 = 3;
+
+/// What is said where nothing bounds the WAL that the slot holds back.
+pub const UNBOUNDED: &str = "max_slot_wal_keep_size is -1: a repository that is away for long fills the \
+    server's disk with WAL, and PostgreSQL stops. Set it to what the disk can bear (ALTER SYSTEM SET \
+    max_slot_wal_keep_size = '…'), or wal.pg_wal_bytes_max here to the room there is, for an alarm in time";
+
+impl Burden {
+    /// Tells whether WAL may be held back until the disk is full: by the server for ever, and nobody said
+    /// how much room there is.
+    pub fn is_unbounded(&self, room_bytes: Option<u64>) -> bool {
+        self.limit_bytes.is_none() && room_bytes.is_none()
+    }
 }
 
 /// Makes sure that a server has the slot and that WAL is held back by it. One that the server gave
@@ -106,6 +126,23 @@ pub async fn advance(
     Ok(())
 }
 
+/// The WAL segments that a server has, in no order.
+///
+/// # Errors
+///
+/// The server did not answer or refused (`pg_monitor` is needed).
+pub async fn segments(
+    connection: &Connection,
+    segment_bytes: u64,
+) -> Result<Vec<Segment>, QueryError> {
+    let rows = connection.query("SELECT name FROM pg_ls_waldir()", &[]).await?;
+    let segment = |name: &str| match WalFile::parse(name, segment_bytes) {
+        Ok(WalFile::Segment(segment)) => Some(segment),
+        _ => None,
+    };
+    Ok(rows.iter().filter_map(|row| segment(row.get(0))).collect())
+}
+
 /// Asks a server what the slot costs it. `slot` is also the name of the receiver's connection.
 ///
 /// # Errors
@@ -126,8 +163,10 @@ pub async fn burden(connection: &Connection, slot: &str) -> Result<Burden, Query
                EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = $1 \
                        AND wal_status = 'lost'), \
                CASE WHEN pg_is_in_recovery() THEN '' \
-               ELSE current_setting('synchronous_standby_names') END";
-    let row = connection.query_one(ask, &[&slot]).await?;
+               ELSE current_setting('synchronous_standby_names') END, \
+               (SELECT sum(setting::bigint * CASE name WHEN 'max_wal_size' THEN $2::bigint ELSE 1 END)::bigint \
+                << 20 FROM pg_settings WHERE name IN ('max_wal_size', 'wal_keep_size'))";
+    let row = connection.query_one(ask, &[&slot, &USUAL_TIMES.cast_signed()]).await?;
     let bytes = |column| row.get::<_, Option<i64>>(column).map(|it| u64::try_from(it).unwrap_or(0));
     // Who is not streaming has no state there; commits may be waiting for it all the more.
     let (waits, names): (Option<bool>, &str) = (row.get(3), row.get(6));
@@ -135,6 +174,7 @@ pub async fn burden(connection: &Connection, slot: &str) -> Result<Burden, Query
         retained_bytes: bytes(0),
         limit_bytes: bytes(1),
         pg_wal_bytes: bytes(2).unwrap_or(0),
+        usual_bytes: bytes(7).unwrap_or(u64::MAX),
         commits_wait: waits.unwrap_or_else(|| is_named(names, slot)),
         other_synchronous: bytes(4).unwrap_or(0),
         is_lost: row.get(5),
@@ -165,6 +205,8 @@ pub enum Alarm {
     SlotLost,
     /// Three quarters of the room for `pg_wal` are used.
     DiskNearlyFull,
+    /// `pg_wal` takes more than as a rule, and nothing bounds it.
+    PgWalGrows,
     /// Commits wait for the repository and for nobody else.
     CommitsWaitForUsAlone,
 }
@@ -182,9 +224,11 @@ pub fn alarms(burden: &Burden, room_bytes: Option<u64>) -> Vec<Alarm> {
         });
     let slot = if burden.is_lost { Some(Alarm::SlotLost) } else { slot };
     let disk = room_bytes.filter(|room| quarters(burden.pg_wal_bytes, *room) >= 3);
+    let grows = burden.is_unbounded(room_bytes) && burden.pg_wal_bytes > burden.usual_bytes;
     let alone = burden.commits_wait && burden.other_synchronous == 0;
     slot.into_iter()
         .chain(disk.map(|_| Alarm::DiskNearlyFull))
+        .chain(grows.then_some(Alarm::PgWalGrows))
         .chain(alone.then_some(Alarm::CommitsWaitForUsAlone))
         .collect()
 }
@@ -219,11 +263,13 @@ mod tests {
             limit_bytes: Some(100),
             is_lost: false,
             pg_wal_bytes: 10,
+            usual_bytes: 10,
             commits_wait: false,
             other_synchronous: 0,
         };
         let retained = |bytes| Burden { retained_bytes: Some(bytes), ..calm };
         let waits = Burden { commits_wait: true, ..calm };
+        let unbounded = Burden { limit_bytes: None, pg_wal_bytes: 11, ..calm };
         let cases = [
             ("nothing held back", calm, None, vec![]),
             ("nothing known", Burden { retained_bytes: None, ..calm }, None, vec![]),
@@ -238,6 +284,9 @@ mod tests {
                 vec![Alarm::SlotLost],
             ),
             ("no limit", Burden { limit_bytes: None, ..retained(1 << 40) }, None, vec![]),
+            ("nothing bounds it, and it grows", unbounded, None, vec![Alarm::PgWalGrows]),
+            ("it grows, and there is room", unbounded, Some(100), vec![]),
+            ("it grows to a limit", Burden { limit_bytes: Some(100), ..unbounded }, None, vec![]),
             ("room on the disk", calm, Some(14), vec![]),
             ("the disk fills", calm, Some(13), vec![Alarm::DiskNearlyFull]),
             (

@@ -1,6 +1,8 @@
 //! WAL in the repository: what is there, what may be stored, and what a restore can reach.
 
 mod absence;
+mod branch;
+pub(crate) mod conflict;
 mod contents;
 #[cfg(test)]
 pub(crate) mod example;
@@ -92,6 +94,16 @@ pub enum WalError {
         /// What it has.
         found: u64,
     },
+    /// A segment begins on another timeline than its name says, and nothing says that this is right.
+    #[error("refuse {name}: it begins with WAL of timeline {found}, and {reason}")]
+    Branch {
+        /// The file.
+        name: String,
+        /// The timeline in its header.
+        found: u32,
+        /// What the stored history says.
+        reason: String,
+    },
     /// The server is not the one whose WAL this is.
     #[error(
         "refuse {name}: it is of system identifier {found}, this server's pg_control says {expected}"
@@ -107,8 +119,9 @@ pub enum WalError {
     /// Two contents under one name: two servers wrote the same timeline.
     #[error(
         "CONFLICT: {name} is in the repository with other content ({found}); \
-         two servers wrote the same timeline. Nothing was overwritten. Stop the one that should \
-         not write, or give it another cluster name"
+         two servers wrote the same timeline. Nothing was overwritten. {}. If what is stored is a \
+         copy's, which was promoted beside its server, `backup-agent expire --timeline` removes it",
+        conflict::remedy(.name)
     )]
     Conflict {
         /// The file.
@@ -282,8 +295,8 @@ impl Checked {
         Ok(())
     }
 
-    /// Returns the system identifier of a segment.
-    fn finish(self) -> Result<Option<u64>, WalError> {
+    /// Returns the header of a segment.
+    fn finish(self) -> Result<Option<WalHeader>, WalError> {
         let name = self.file;
         if self.is_segment {
             let Some(header) = self.header else {
@@ -297,7 +310,7 @@ impl Checked {
         } else if name.ends_with(".history") {
             read_history(&name, &self.text)?;
         }
-        Ok(self.header.map(|header| header.system_identifier))
+        Ok(self.header)
     }
 }
 
@@ -306,6 +319,17 @@ fn read_history(name: &str, text: &[u8]) -> Result<Vec<HistoryEntry>, WalError> 
     let wrong = |reason: String| WalError::History { name: name.to_owned(), reason };
     let text = std::str::from_utf8(text).map_err(|error| wrong(error.to_string()))?;
     parse_history(text).map_err(|error| wrong(error.to_string()))
+}
+
+/// Fetches a timeline history.
+async fn fetch_history(place: &Place, wal: &WalObject) -> Result<Vec<HistoryEntry>, WalError> {
+    let mut text = Vec::new();
+    let take = |chunk: &[u8]| {
+        text.extend_from_slice(chunk);
+        Ok(())
+    };
+    read(place, wal, take).await?;
+    read_history(&wal.name, &text)
 }
 
 /// Whether that is the hash of a content as it stands in names.
@@ -416,8 +440,9 @@ pub async fn read(
         take(chunk)
     })?;
     match checked.finish().map_err(wrong)? {
-        Some(found) if found != place.system_identifier => {
-            let (name, expected) = (wal.file.clone(), place.system_identifier);
+        Some(header) if header.system_identifier != place.system_identifier => {
+            let (found, expected) = (header.system_identifier, place.system_identifier);
+            let name = wal.file.clone();
             Err(wrong(WalError::OtherServer { name, expected, found }))
         }
         _ => Ok(()),

@@ -4,51 +4,109 @@ use anyhow::{Context as _, bail};
 use chrono::Utc;
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
+use shared::pg::wal::Segment;
 use shared::table::Table;
 use shared::telemetry::chain;
 
 use crate::catalog::Catalog;
 use crate::commands::none_of;
 use crate::listing::heading;
+use crate::manifest::{BackupId, Commit};
 use crate::progress::Progress;
 use crate::quantities::{bytes, time};
+use crate::recovery::Window;
 use crate::repository::{Place, RepositoryError};
 use crate::retention::{Needs, Retention, as_of};
 use crate::wal::piece::{self, Piece};
 use crate::wal::ranges::{Next, Range, ranges};
-use crate::wal::{self, WalError, WalMap, WalObject, newest, remnant};
+use crate::wal::{self, Then, WalError, WalMap, WalObject, newest, remnant};
 
 /// Objects that are read at once.
 const AT_ONCE: usize = 4;
 /// What is said of an object whose name is none of WAL, as far as this cluster's segments go.
 const NOT_WAL: &str = "has no name of WAL with this cluster's wal_segment_size";
 
-async fn read(place: &Place, retention: &Retention) -> Result<(WalMap, Vec<Range>), WalError> {
+/// The WAL of a place.
+struct Stored {
+    map: WalMap,
+    ranges: Vec<Range>,
+    /// The backups that lack WAL of their own, and which.
+    lacking: Vec<(BackupId, String)>,
+}
+
+async fn read(place: &Place, retention: &Retention) -> Result<Stored, WalError> {
     let catalog = Catalog::read(place).await?;
     let segment_bytes = match catalog.backups.last() {
         Some(newest) => newest.wal_segment_bytes,
         None => newest::segment_bytes(place).await?,
     };
+    let mut map = WalMap::read(place, segment_bytes).await?;
+    let lacks = |backup: &Commit| Some((backup.backup_id.clone(), lacks(backup, &map)?));
+    let lacking = catalog.backups.iter().filter_map(lacks).collect();
     // Nobody knows what a backup needs whose commit object is damaged.
     let backups = if catalog.unreadable.is_empty() { catalog.backups } else { Vec::new() };
-    let mut map = WalMap::read(place, segment_bytes).await?;
     map.strange.extend(remnant::strange(place, segment_bytes).await?);
     let as_of = as_of(&backups, &map, None, Utc::now());
     let needs = Needs::new(&backups, &map, retention, None, as_of);
     let ranges = ranges(&map, &wal::gaps(place).await?, |segment| !needs.has(segment));
-    Ok((map, ranges))
+    Ok(Stored { map, ranges, lacking })
 }
 
-/// Lists the stored WAL of some places as ranges without a gap; fails if there is a gap. What nothing
-/// needs by the retention may be missing.
+/// What no recovery goes across.
+#[derive(Debug)]
+pub struct Broken {
+    /// Segments with two contents.
+    pub conflicts: Vec<String>,
+    /// Where WAL is missing.
+    pub gaps: Vec<String>,
+}
+
+/// What no recovery goes across in the WAL of a place.
 ///
 /// # Errors
 ///
-/// There is a gap; or the repository could not be read.
+/// The repository could not be read.
+pub async fn broken(place: &Place, retention: &Retention) -> Result<Broken, WalError> {
+    let Stored { map, ranges, .. } = read(place, retention).await?;
+    let gaps = ranges.iter().filter(|range| matches!(range.next, Next::Gap { .. }));
+    let gaps = gaps.map(|it| {
+        format!("after {} of timeline {}: {}", it.until_lsn, it.timeline, then(&it.next))
+    });
+    let conflicts = conflicting(&map).map(|(_, conflict)| conflict.to_string());
+    Ok(Broken { conflicts: conflicts.collect(), gaps: gaps.collect() })
+}
+
+/// What a backup lacks of its own WAL, if it does: it may be the last that is stored, and no gap then.
+fn lacks(backup: &Commit, map: &WalMap) -> Option<String> {
+    let followed = map.followed(backup, map.own(None).ok().flatten());
+    let window = Window::of(backup, map, followed);
+    let reach = window.reach.as_ref().filter(|_| !window.is_consistent())?;
+    Some(match &reach.then {
+        Then::Conflict { segment } => {
+            format!("cannot be restored: it needs WAL segment {segment}, which has two contents")
+        }
+        Then::End | Then::Gap { .. } => {
+            let (from, until) = (reach.until_lsn, backup.end_lsn);
+            format!(
+                "cannot be restored: it needs WAL until {until}, and what is after {from} is missing"
+            )
+        }
+    })
+}
+
+/// Lists the stored WAL of some places as ranges without a gap; fails if there is a gap, or a backup
+/// lacks WAL. What nothing needs by the retention may be missing.
+///
+/// # Errors
+///
+/// Something is missing; or the repository could not be read.
 pub async fn list(places: &[Place], retention: &Retention, as_json: bool) -> anyhow::Result<()> {
     let (mut values, mut texts, mut gaps, mut strange) = (Vec::new(), Vec::new(), 0, Vec::new());
+    let mut lost = Vec::new();
     for place in places {
-        let (map, ranges) = read(place, retention).await?;
+        let Stored { map, ranges, lacking } = read(place, retention).await?;
+        lost.extend(lacking.into_iter().map(|(id, what)| format!("backup {id} {what}")));
+        lost.extend(conflicting(&map).map(|(_, conflict)| conflict.to_string()));
         strange.extend(map.strange.iter().map(|name| place.key(name)));
         gaps += ranges.iter().filter(|range| matches!(range.next, Next::Gap { .. })).count();
         values.extend(ranges.iter().map(|range| to_json(place, range)));
@@ -65,7 +123,7 @@ pub async fn list(places: &[Place], retention: &Retention, as_json: bool) -> any
         let count = strange.len();
         format!("{count} object{} among the WAL that {NOT_WAL}: {first}", plural(count))
     });
-    none_of(&gaps.into_iter().chain(strange).collect::<Vec<_>>())
+    none_of(&gaps.into_iter().chain(lost).chain(strange).collect::<Vec<_>>())
 }
 
 /// The ranges of one database cluster, and below each what is after it.
@@ -96,6 +154,9 @@ fn then(next: &Next) -> String {
         }
         Next::Gap { until_lsn, reason: Some(reason) } => format!("GAP until {until_lsn}: {reason}"),
         Next::Gap { until_lsn, reason: None } => format!("GAP until {until_lsn}"),
+        Next::Conflict { segment, .. } => {
+            format!("CONFLICT: WAL segment {segment} is there with two contents")
+        }
         Next::Expired { until_lsn } => {
             format!("nothing until {until_lsn}: removed by the retention, no backup needs it")
         }
@@ -120,6 +181,9 @@ fn to_json(place: &Place, range: &Range) -> Value {
             }),
             Next::Gap { until_lsn, reason } => json!({
                 "reason": "gap", "until_lsn": until_lsn.to_string(), "recorded": reason,
+            }),
+            Next::Conflict { segment, until_lsn } => json!({
+                "reason": "conflict", "segment": segment, "until_lsn": until_lsn.to_string(),
             }),
             Next::Expired { until_lsn } => json!({
                 "reason": "expired", "until_lsn": until_lsn.to_string(),
@@ -173,16 +237,29 @@ pub async fn verify(
     let mut table = Table::new(&["GROUP", "WHAT IS WRONG"]);
     let (mut values, mut read_back, mut bad) = (Vec::new(), 0, 0);
     for place in places {
-        let (map, ranges) = read(place, retention).await?;
-        let segments = map.segments.values().flat_map(|timeline| timeline.values());
-        for several in segments.clone().filter(|several| several.len() > 1) {
-            let problem = "is there with two contents: two servers wrote the same timeline";
-            complain(&mut table, &mut values, place, &several[0].file, problem);
+        let Stored { mut map, ranges, lacking } = read(place, retention).await?;
+        for segment in map.superseded().collect::<Vec<_>>() {
+            match map.compare_one(place, segment).await {
+                Err(WalError::Repository(error)) if error.is_transient() => {
+                    return Err(error).context("read the repository");
+                }
+                // One that cannot be read is named below.
+                Ok(()) | Err(_) => {}
+            }
+        }
+        for (segment, conflict) in conflicting(&map) {
+            let file = segment.name(map.segment_bytes);
+            complain(&mut table, &mut values, place, &file, &conflict.to_string());
             bad += 1;
         }
+        let segments = map.segments.values().flat_map(|timeline| timeline.values());
         for range in ranges.iter().filter(|range| matches!(range.next, Next::Gap { .. })) {
             let after = format!("timeline {} after {}", range.timeline, range.until_lsn);
             complain(&mut table, &mut values, place, &after, &then(&range.next));
+            bad += 1;
+        }
+        for (backup_id, what) in &lacking {
+            complain(&mut table, &mut values, place, backup_id.as_str(), what);
             bad += 1;
         }
         for name in &map.strange {
@@ -233,6 +310,14 @@ pub async fn verify(
     Ok(())
 }
 
+/// Segments with two contents, as far as they were compared.
+fn conflicting(map: &WalMap) -> impl Iterator<Item = (Segment, WalError)> {
+    map.conflicts().map(|(segment, found)| {
+        let name = segment.name(map.segment_bytes);
+        (segment, WalError::Conflict { name, found })
+    })
+}
+
 /// Segments of which pieces overlap and differ. What else there may be to pieces is found, and named,
 /// when each is read.
 async fn conflicts(place: &Place, map: &WalMap) -> Vec<(String, WalError)> {
@@ -259,4 +344,26 @@ fn print(as_json: bool, values: &[Value], text: String) -> anyhow::Result<()> {
 
 fn plural(count: usize) -> &'static str {
     if count == 1 { "" } else { "s" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recovery::tests::{backup, map};
+
+    /// A backup that starts in segment 10 needs two segments.
+    #[test]
+    fn a_backup_that_lacks_wal_of_its_own_is_named_with_it() {
+        let needs = "cannot be restored: it needs WAL until 0/C000000, and what is after";
+        for (case, numbers, expected) in [
+            ("all is there", vec![10, 11], None),
+            ("the last is missing, and no gap then", vec![10], Some("0/B000000")),
+            ("the first", vec![11, 12], Some("0/A000000")),
+            ("all", vec![], Some("0/A000000")),
+        ] {
+            let found = lacks(&backup(1, 10, false), &map(&[(1, numbers)], &[]));
+            let expected = expected.map(|from| format!("{needs} {from} is missing"));
+            assert_eq!(found, expected, "{case}");
+        }
+    }
 }

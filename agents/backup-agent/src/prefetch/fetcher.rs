@@ -19,7 +19,7 @@ use super::{Ahead, PART, POLL, Wanted};
 use crate::archive;
 use crate::config::Config;
 use crate::repository::{Place, Repository};
-use crate::wal::{self, WalError, WalObject};
+use crate::wal::{self, WalError, WalObject, conflict};
 
 /// A recovery that takes nothing for so long pauses, or goes on by streaming.
 const IDLE: Duration = Duration::from_mins(1);
@@ -218,8 +218,18 @@ async fn fetch(
     mut target: File,
 ) -> Result<(), WalError> {
     let failed = |source| WalError::Write { name: part.display().to_string(), source };
-    let read = wal::read(&place, &object, |chunk| target.write_all(chunk).map_err(failed)).await;
-    let whole = read.and_then(|()| fs::rename(&part, part.with_extension("")).map_err(failed));
+    let whole = async {
+        let (mut segment_bytes, file) = (0, &object.file);
+        let take = |chunk: &[u8]| {
+            segment_bytes += chunk.len() as u64;
+            target.write_all(chunk).map_err(failed)
+        };
+        wal::read(&place, &object, take).await?;
+        let pieces = conflict::pieces_of(&place, file, segment_bytes).await?;
+        conflict::require_same(file, File::open(&part).map_err(failed)?, &pieces)?;
+        fs::rename(&part, part.with_extension("")).map_err(failed)
+    };
+    let whole = whole.await;
     if whole.is_err() {
         fs::remove_file(&part).ok();
     }

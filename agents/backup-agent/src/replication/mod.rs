@@ -83,6 +83,12 @@ pub enum ReplicationError {
         /// Its words.
         message: Box<ServerMessage>,
     },
+    /// The server ended the stream.
+    #[error("{node} is shutting down")]
+    ShuttingDown {
+        /// The server.
+        node: String,
+    },
     /// The server does not keep to the protocol.
     #[error("{node} sent an unexpected answer: {what}")]
     Protocol {
@@ -97,7 +103,10 @@ impl ReplicationError {
     /// Tells whether the same may succeed if tried again soon.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Connect { .. } | Self::Broken { .. } | Self::Stalled { .. } => true,
+            Self::Connect { .. }
+            | Self::Broken { .. }
+            | Self::Stalled { .. }
+            | Self::ShuttingDown { .. } => true,
             Self::Server { message, .. } => {
                 // Too many connections, shutting down, starting up; the rest needs a person.
                 ["53300", "57P01", "57P02", "57P03"].contains(&message.code.as_str())

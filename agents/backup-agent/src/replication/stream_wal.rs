@@ -165,7 +165,8 @@ impl WalStream {
             Message::CopyData(body) => body.into_bytes(),
             Message::CopyDone => return Ok(WalEvent::Ended),
             Message::CommandComplete(_) => {
-                return Err(connection.unexpected("the end of the stream: it is shutting down"));
+                // As soon as we have confirmed everything. Source: `WalSndDone` in `walsender.c`.
+                return Err(ReplicationError::ShuttingDown { node: connection.node.clone() });
             }
             _ => return Err(connection.unexpected("a message within the stream")),
         };
@@ -184,24 +185,21 @@ impl WalStream {
         }
     }
 
-    /// Reports how far WAL was received and how far it is safe; the slot moves to the latter, and
-    /// commits that wait for this standby go on up to it. Nothing is reported as applied.
+    /// Reports how far WAL is safe: the slot moves there, and commits that wait for this standby go on
+    /// up to it. Nothing else is reported as written, for which `synchronous_commit = remote_write` waits,
+    /// and nothing as applied.
     ///
     /// With `ask`, the server answers with a keepalive.
     ///
     /// # Errors
     ///
     /// The connection broke, or the server takes nothing for too long.
-    pub async fn report(
-        &mut self,
-        received: PgLsn,
-        safe: PgLsn,
-        ask: bool,
-    ) -> Result<(), ReplicationError> {
+    pub async fn report(&mut self, safe: PgLsn, ask: bool) -> Result<(), ReplicationError> {
         let connection = &mut self.connection;
         let mut status = BytesMut::with_capacity(34);
         status.put_u8(b'r');
-        status.put_u64(received.into());
+        // Written, and flushed.
+        status.put_u64(safe.into());
         status.put_u64(safe.into());
         status.put_u64(0);
         status.put_i64(postgres_micros(Utc::now()));

@@ -10,7 +10,7 @@
 
 use shared::pg::wal::Segment;
 
-use super::piece::{Cut, Piece, cover, hash, index, stretch_hash, widened};
+use super::piece::{Cut, Mark, Piece, cover, hash, index, stretch_hash, widened};
 use super::{CHUNK_BYTES, Checked, ContentHash, Packed, WalError};
 use crate::container::Compressed;
 
@@ -35,6 +35,10 @@ pub struct Growing {
     pieces: Vec<u64>,
     /// What the repository has and the server sends again, until the two have been compared.
     resumed: Option<Resumed>,
+    /// The pieces that were compared or cut: what they have is in this segment.
+    known: Vec<Mark>,
+    /// The repository has it as a whole, and the server sends it again to be compared.
+    is_again: bool,
 }
 
 #[derive(Debug)]
@@ -72,7 +76,19 @@ impl Growing {
             shipped,
             pieces: starts,
             resumed,
+            known: Vec::new(),
+            is_again: false,
         })
+    }
+
+    /// Begins a segment that the repository has as a whole: to be compared.
+    ///
+    /// # Errors
+    ///
+    /// As [`Growing::new`].
+    pub fn again(segment: Segment, segment_bytes: u64, level: i32) -> Result<Self, WalError> {
+        let new = Self::new(segment, segment_bytes, level, Vec::new())?;
+        Ok(Self { shipped: segment_bytes, is_again: true, ..new })
     }
 
     /// The segment.
@@ -92,7 +108,7 @@ impl Growing {
 
     /// Whether what the repository had at the start is what the server has.
     pub fn is_compared(&self) -> bool {
-        self.resumed.is_none()
+        self.resumed.is_none() && !self.is_again
     }
 
     /// Bytes received that the repository has not.
@@ -155,6 +171,8 @@ impl Growing {
             let name = self.segment.name(self.segment_bytes);
             return Err(WalError::Conflict { name, found: piece.name.clone() });
         }
+        let compared = resumed.pieces.iter().filter(|it| it.to <= resumed.content.len() as u64);
+        self.known.extend(compared.map(Piece::mark));
         self.resumed = None;
         Ok(())
     }
@@ -166,18 +184,21 @@ impl Growing {
     /// # Errors
     ///
     /// What zstd said.
-    pub fn cut(&self, all: bool) -> Result<Option<Cut>, WalError> {
+    pub fn cut(&mut self, all: bool) -> Result<Option<Cut>, WalError> {
         let full = self.hashes.len() as u64 * CHUNK;
         let to = if all { self.at() } else { full };
         if self.shipped >= to || self.resumed.is_some() {
             return Ok(None);
         }
         let wide = widened(&self.pieces, to, self.segment_bytes);
-        if wide.is_none() && self.shipped >= full {
-            return self.cut_tail(index(self.shipped - full)).map(Some);
-        }
-        let from = wide.unwrap_or(self.shipped - self.shipped % CHUNK);
-        self.cut_chunks(from, to, wide.is_some()).map(Some)
+        let cut = if wide.is_none() && self.shipped >= full {
+            self.cut_tail(index(self.shipped - full))?
+        } else {
+            let from = wide.unwrap_or(self.shipped - self.shipped % CHUNK);
+            self.cut_chunks(from, to, wide.is_some())?
+        };
+        self.known.push((cut.from, cut.to, cut.hash.clone()));
+        Ok(Some(cut))
     }
 
     /// A piece that begins with a full chunk and ends after one, or with all there is.
@@ -212,17 +233,17 @@ impl Growing {
         self.shipped = self.shipped.max(to);
     }
 
-    /// Packs the complete segment.
+    /// Packs the complete segment; returns the pieces that are known to be of it, too.
     ///
     /// # Errors
     ///
     /// It is not complete, or its header and its name differ.
-    pub fn pack(self) -> Result<Packed, WalError> {
+    pub fn pack(self) -> Result<(Packed, Vec<Mark>), WalError> {
         let file = self.segment.name(self.segment_bytes);
         let mut hash = ContentHash::default();
         self.hashes.iter().for_each(|of_chunk| hash.update(of_chunk));
-        let (hash, system_identifier) = (hash.in_name(), self.checked.finish()?);
-        Ok(Packed { file, hash, content: self.chunks, system_identifier })
+        let (hash, header) = (hash.in_name(), self.checked.finish()?);
+        Ok((Packed { file, hash, content: self.chunks, header }, self.known))
     }
 
     fn failed(&self, reason: String) -> WalError {
@@ -285,7 +306,7 @@ mod tests {
     }
 
     fn name_of(growing: Growing) -> String {
-        growing.pack().unwrap().hash
+        growing.pack().unwrap().0.hash
     }
 
     #[test]
@@ -305,7 +326,7 @@ mod tests {
             }
             assert_eq!(at, SEGMENT_BYTES, "step {step}, all {all}");
             assert!(growing.is_complete() && growing.waiting() == 0);
-            assert_eq!(growing.pack().unwrap(), expected, "step {step}, all {all}");
+            assert_eq!(growing.pack().unwrap().0, expected, "step {step}, all {all}");
         }
     }
 

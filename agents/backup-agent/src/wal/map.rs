@@ -10,7 +10,7 @@ use tracing::warn;
 
 use super::piece::{self, Pieces};
 use super::times;
-use super::{WalError, WalObject, find, list_some, object, read, read_history, stem};
+use super::{WalError, WalObject, fetch_history, find, list_some, object, stem};
 use crate::manifest::Commit;
 use crate::repository::{Place, RepositoryError};
 
@@ -31,6 +31,8 @@ pub struct WalMap {
     pub strange: Vec<String>,
     /// Objects that do not open, of segments of which another one does.
     pub unopened: Vec<WalObject>,
+    /// Pieces that differ from the complete segment beside them, as far as they were compared.
+    pub different: BTreeMap<Segment, Vec<String>>,
 }
 
 /// Where a recovery from a backup would stop, and why.
@@ -81,6 +83,8 @@ impl WalMap {
             }
         }
         map.leave_out_unopened(place).await?;
+        // What cannot be read is told by whoever reads it.
+        drop(map.compare(place).await?);
         map.histories = histories(place).await?;
         let backups = times::backups(place).await?;
         map.ask_ends(place, &backups).await?;
@@ -148,7 +152,20 @@ impl WalMap {
         lsn: PgLsn,
     ) -> Result<Self, WalError> {
         let mut map = Self::read_from(place, segment_bytes, lsn, &[]).await?;
+        drop(map.compare(place).await?);
         map.ask_ends(place, &times::backups(place).await?).await?;
+        Ok(map)
+    }
+
+    /// Lists the newest WAL of each timeline, and all histories with their times.
+    ///
+    /// # Errors
+    ///
+    /// As [`WalMap::read`].
+    pub async fn read_newest(place: &Place, segment_bytes: u64) -> Result<Self, WalError> {
+        let last = PgLsn::from(u64::MAX);
+        let mut map = Self::read_from(place, segment_bytes, last, &[]).await?;
+        map.ask_histories(place, &times::backups(place).await?).await?;
         Ok(map)
     }
 
@@ -323,6 +340,7 @@ impl WalMap {
             let pieces = self.pieces.get(&segment).map_or(&[][..], Vec::as_slice);
             let cover = piece::cover(pieces);
             let then = match found.map(Vec::as_slice) {
+                Some([_]) if self.conflict(segment).is_some() => Then::Conflict { segment: name() },
                 Some([wal]) => {
                     until = Some(wal.stored_at);
                     number += 1;
@@ -333,8 +351,10 @@ impl WalMap {
                 Some([]) | None if self.is_beyond(target, history, segment) => Then::End,
                 Some([]) | None => Then::Gap { segment: name() },
             };
-            until = cover.chain.last().map(|piece| piece.stored_at).or(until);
             let conflict = matches!(then, Then::Conflict { .. });
+            if !conflict {
+                until = cover.chain.last().map(|piece| piece.stored_at).or(until);
+            }
             let more = if conflict { 0 } else { self.within_reach(segment) };
             let until_lsn = PgLsn::from(number * self.segment_bytes + more);
             return Some(Reach { timeline: target, until_lsn, until, then });
@@ -378,21 +398,13 @@ pub(super) async fn histories(place: &Place) -> Result<BTreeMap<u32, Vec<History
         if known.contains(&(timeline, wal.hash.clone())) {
             continue;
         }
-        let mut text = Vec::new();
-        let take = |chunk: &[u8]| {
-            text.extend_from_slice(chunk);
-            Ok(())
-        };
-        match read(place, &wal, take).await {
-            Err(error) if error.is_locked() => {
-                locked.insert(timeline, error);
-                continue;
+        match fetch_history(place, &wal).await {
+            Err(error) if error.is_locked() => drop(locked.insert(timeline, error)),
+            history => {
+                histories.insert(timeline, history?);
+                known.insert((timeline, wal.hash));
             }
-            read => read?,
         }
-        let history = read_history(&wal.name, &text)?;
-        histories.insert(timeline, history);
-        known.insert((timeline, wal.hash));
     }
     for (timeline, error) in locked.iter().filter(|(it, _)| !histories.contains_key(it)) {
         warn!(timeline, error = %chain(error), "history left out: what is on its timeline leads nowhere");

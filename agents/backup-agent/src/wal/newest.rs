@@ -49,21 +49,30 @@ pub async fn pieces(place: &Place, segments: &[String]) -> Result<Vec<String>, R
 ///
 /// There is WAL and it cannot be read, or the store could not be asked.
 pub async fn segment_bytes(place: &Place) -> Result<u64, WalError> {
-    if let Some(segment_bytes) = catalog::wal_segment_bytes(place).await? {
-        return Ok(segment_bytes);
+    match catalog::wal_segment_bytes(place).await? {
+        Some(segment_bytes) => Ok(segment_bytes),
+        None => Ok(of_wal(place).await?.unwrap_or(SEGMENT_BYTES)),
     }
+}
+
+/// The size of segments as the newest WAL itself says it; `None` if there is none.
+///
+/// # Errors
+///
+/// As [`segment_bytes`].
+pub async fn of_wal(place: &Place) -> Result<Option<u64>, WalError> {
     let mut names = segments(place).await?;
     let first_pieces = pieces(place, &names).await?.into_iter();
     names.extend(first_pieces.filter(|name| name.contains(".00000000-")));
     let mut unread = None;
     for name in names.iter().rev().take(READ_MAX) {
         match header(place, name).await {
-            Ok(header) => return Ok(header.segment_bytes),
+            Ok(header) => return Ok(Some(header.segment_bytes)),
             Err(WalError::Repository(error)) if error.is_transient() => return Err(error.into()),
             Err(error) => unread = unread.or(Some(error)),
         }
     }
-    unread.map_or(Ok(SEGMENT_BYTES), Err)
+    unread.map_or(Ok(None), Err)
 }
 
 /// Reads the header of a segment, or of a piece from its beginning.

@@ -8,7 +8,9 @@ use std::panic::resume_unwind;
 use std::sync::{Mutex, PoisonError};
 use std::thread::{self, available_parallelism};
 
-use super::{CHUNK_BYTES, Checked, ContentHash, WalError, piece};
+use shared::pg::wal::WalHeader;
+
+use super::{CHUNK_BYTES, Checked, ContentHash, WalError, branch, piece};
 use crate::container::Compressed;
 
 /// Threads that hash and compress one file. A server waits for it, but has work of its own.
@@ -21,8 +23,8 @@ pub struct Packed {
     pub(super) file: String,
     pub(super) hash: String,
     pub(super) content: Compressed,
-    /// The system identifier in its header; history files have none.
-    pub system_identifier: Option<u64>,
+    /// The header of a segment.
+    pub header: Option<WalHeader>,
 }
 
 impl Packed {
@@ -49,11 +51,12 @@ impl Packed {
         }
         let chunks: Vec<_> = parts.into_iter().map(|part| (part.numbers, part.chunks)).collect();
         let source = source.into_inner().unwrap_or_else(PoisonError::into_inner);
+        branch::require_parent(file, &source.checked.text)?;
         Ok(Self {
             file: file.to_owned(),
             hash: hash.in_name(),
             content: Compressed::join(&chunks),
-            system_identifier: source.checked.finish()?,
+            header: source.checked.finish()?,
         })
     }
 }

@@ -50,6 +50,27 @@ pub struct Piece {
     pub stored_at: DateTime<Utc>,
 }
 
+impl Piece {
+    /// Whether it is what a whole segment has in its place.
+    pub fn is_of(&self, segment: &[u8]) -> bool {
+        let stretch = segment.get(index(self.from)..index(self.to));
+        stretch.is_some_and(|stretch| self.is_stretch(stretch))
+    }
+
+    /// Whether that is its content.
+    pub(super) fn is_stretch(&self, content: &[u8]) -> bool {
+        content.len() as u64 == self.to - self.from && hash(self.from, content) == self.hash
+    }
+
+    /// What tells it from others of its segment.
+    pub fn mark(&self) -> Mark {
+        (self.from, self.to, self.hash.clone())
+    }
+}
+
+/// A piece of a known segment: where it begins, where it ends, and its hash.
+pub type Mark = (u64, u64, String);
+
 /// The pieces of each segment that has any.
 pub type Pieces = BTreeMap<Segment, Vec<Piece>>;
 
@@ -242,6 +263,20 @@ pub async fn list_of(
     Ok(listed.into_iter().filter_map(|info| parse(info, segment_bytes)).collect())
 }
 
+/// Lists the pieces of one segment beside a complete one: those that vanish meanwhile were of it.
+///
+/// # Errors
+///
+/// The store could not be asked.
+pub async fn list_once(
+    place: &Place,
+    segment: Segment,
+    segment_bytes: u64,
+) -> Result<Vec<Piece>, RepositoryError> {
+    let listed = place.list(&stem(segment, segment_bytes), None, None).await?;
+    Ok(listed.into_iter().filter_map(|info| parse(info, segment_bytes)).collect())
+}
+
 /// Lists until nothing vanishes between two lists. A piece is stored before those that it replaces
 /// go; but a list that is past its place by then, and not yet at theirs, has neither.
 async fn settled(
@@ -423,7 +458,8 @@ pub async fn is_replaced(
     Ok(!complete.is_empty() || cover(&pieces).to >= piece.to)
 }
 
-/// Deletes the pieces of a segment that is stored as a whole.
+/// Deletes those pieces of a segment that is stored as a whole which are known to be of it. Another
+/// one stays: nobody knows which is right.
 ///
 /// # Errors
 ///
@@ -432,10 +468,11 @@ pub async fn remove(
     place: &Place,
     segment: Segment,
     segment_bytes: u64,
+    known: &[Mark],
 ) -> Result<(), RepositoryError> {
-    let listed = place.list(&stem(segment, segment_bytes), None, None).await?;
-    let pieces = listed.into_iter().filter_map(|info| parse(info, segment_bytes));
-    delete_each(place, pieces.collect()).await
+    let mut pieces = list_once(place, segment, segment_bytes).await?;
+    pieces.retain(|piece| known.contains(&piece.mark()));
+    delete_each(place, pieces).await
 }
 
 /// Deletes the pieces that `larger` stands for, whose `content` was read back. One that differs from

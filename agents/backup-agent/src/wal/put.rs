@@ -4,7 +4,9 @@ use bytes::Bytes;
 use shared::store::StoreErrorKind;
 
 use super::contents::contents;
-use super::{CHUNK_BYTES, Packed, WalError, WalObject, find, kind, object, read, rekey, stem};
+use super::{
+    CHUNK_BYTES, Packed, WalError, WalObject, branch, find, kind, object, read, rekey, stem,
+};
 use crate::container::{ContainerError, Kind};
 use crate::repository::{Place, RepositoryError};
 use crate::same_key;
@@ -114,7 +116,7 @@ async fn store_object(
     packed: Packed,
     before: &[WalObject],
 ) -> Result<(Stored, Option<(String, Bytes)>), WalError> {
-    let Packed { file, hash, content, system_identifier: _ } = packed;
+    let Packed { file, hash, content, header } = packed;
     let conflict = |found: &[WalObject]| -> Result<(), WalError> {
         let others: Vec<_> =
             found.iter().filter(|it| it.hash != hash).map(|it| it.name.as_str()).collect();
@@ -124,6 +126,9 @@ async fn store_object(
         Err(WalError::Conflict { name: file.clone(), found: others.join(", ") })
     };
     conflict(before)?;
+    if let Some(header) = header.filter(|_| before.is_empty()) {
+        branch::require_begun(place, &file, &header).await?;
+    }
     let kind = kind(&file);
     let mut name = format!("{}{hash}", stem(&file));
     for same in before {

@@ -47,6 +47,13 @@ pub enum Next {
         /// Why, if that was recorded.
         reason: Option<String>,
     },
+    /// A segment has two contents.
+    Conflict {
+        /// Its name.
+        segment: String,
+        /// Where it ends.
+        until_lsn: PgLsn,
+    },
     /// WAL is missing that nothing needs, and goes on later: the retention has removed it.
     Expired {
         /// Where it goes on.
@@ -63,11 +70,18 @@ pub fn ranges(map: &WalMap, gaps: &[Gap], is_spare: impl Fn(Segment) -> bool) ->
         let Next::Gap { until_lsn, .. } = range.next else { continue };
         let number = |lsn: PgLsn| u64::from(lsn) / map.segment_bytes;
         let mut missing = number(range.until_lsn)..number(until_lsn);
-        let segment = |number| Segment { timeline: range.timeline, number };
+        let across = across(map, range).filter(|(_, begins)| *begins == until_lsn);
+        let segment = |number| {
+            let lsn = PgLsn::from((number + 1) * map.segment_bytes - 1);
+            let timeline = across.map_or(range.timeline, |(child, _)| map.on_the_way(child, lsn));
+            Segment { timeline, number }
+        };
         if !missing.is_empty() && missing.all(|number| is_spare(segment(number))) {
             range.next = Next::Expired { until_lsn };
         }
     }
+    // What was removed before a timeline's first is nothing to tell.
+    ranges.retain(|range| range.from_lsn < range.until_lsn || range.is_broken());
     ranges
 }
 
@@ -77,7 +91,26 @@ fn of_timeline(map: &WalMap, timeline: u32, gaps: &[Gap]) -> Vec<Range> {
     numbers.dedup();
     let mut ranges: Vec<Range> = Vec::new();
     for number in numbers {
-        let stretch = stretch(map, Segment { timeline, number });
+        let segment = Segment { timeline, number };
+        let mut stretch = stretch(map, segment);
+        if map.conflict(segment).is_some() {
+            let (segment, until_lsn) = (segment.name(map.segment_bytes), stretch.until_lsn);
+            let next = Next::Conflict { segment, until_lsn };
+            stretch = Range { segments: 0, object_bytes: 0, ..stretch };
+            match ranges.last_mut() {
+                Some(last) if last.until_lsn == stretch.from_lsn => last.next = next,
+                last => {
+                    if let Some(last) = last {
+                        last.next = gap(last, stretch.from_lsn, gaps);
+                    }
+                    let until_lsn = stretch.from_lsn;
+                    ranges.push(Range { until_lsn, next, ..stretch.clone() });
+                }
+            }
+            // What goes on after it.
+            ranges.push(Range { from_lsn: until_lsn, ..stretch });
+            continue;
+        }
         match ranges.last_mut() {
             Some(last) if last.until_lsn == stretch.from_lsn => last.extend(&stretch),
             last => {
@@ -89,14 +122,54 @@ fn of_timeline(map: &WalMap, timeline: u32, gaps: &[Gap]) -> Vec<Range> {
         }
     }
     if let Some(last) = ranges.last_mut() {
-        last.next = match beyond(map, timeline, last.until_lsn) {
+        let missing = beyond(map, timeline, last.until_lsn);
+        last.next = match missing.or(across(map, last).map(|(_, begins)| begins)) {
             Some(until_lsn) => gap(last, until_lsn, gaps),
             None => branch(map, last).unwrap_or(Next::Newest),
         };
     }
-    let is_missing = |range: &Range| matches!(range.next, Next::Gap { .. });
-    ranges.retain(|range| range.from_lsn < range.until_lsn || is_missing(range));
+    if let Some(before) = before_first(map, timeline, ranges.first(), gaps) {
+        ranges.insert(0, before);
+    }
+    ranges.retain(|range| range.from_lsn < range.until_lsn || range.is_broken());
     ranges
+}
+
+/// Where a timeline's stored WAL begins, and the position at which it began if that is before.
+fn late(map: &WalMap, timeline: u32) -> Option<(PgLsn, Option<PgLsn>)> {
+    let first = PgLsn::from(map.numbers(timeline).min()? * map.segment_bytes);
+    let switch_lsn = map.began(timeline)?.switch_lsn;
+    Some((first, Some(switch_lsn).filter(|it| *it < first)))
+}
+
+/// The timeline that began after the end of a range, its timeline's last, and where its stored WAL begins:
+/// what is between is missing.
+fn across(map: &WalMap, range: &Range) -> Option<(u32, PgLsn)> {
+    map.histories.keys().find_map(|child| {
+        let left = map.began(*child).filter(|entry| entry.timeline == range.timeline)?;
+        let (first, _) = late(map, *child)?;
+        let is_missing = range.until_lsn < left.switch_lsn.min(first);
+        is_missing.then_some((*child, first))
+    })
+}
+
+/// An empty range where a timeline began, if what is stored of it begins later, and WAL up to there is
+/// stored: otherwise that of the timeline before says what is missing.
+fn before_first(map: &WalMap, timeline: u32, first: Option<&Range>, gaps: &[Gap]) -> Option<Range> {
+    let (begins, Some(switch_lsn)) = late(map, timeline)? else { return None };
+    let parent = map.began(timeline)?.timeline;
+    let is_told = map.end_of(parent).is_some_and(|end| end < switch_lsn);
+    let first = first.filter(|_| !is_told)?;
+    let mut range = Range {
+        from_lsn: switch_lsn,
+        until_lsn: switch_lsn,
+        segments: 0,
+        object_bytes: 0,
+        until: first.from,
+        ..first.clone()
+    };
+    range.next = gap(&range, begins, gaps);
+    Some(range)
 }
 
 /// Where a timeline's pieces go on after `until_lsn`, its end, if one is missing there.
@@ -129,7 +202,15 @@ fn stretch(map: &WalMap, segment: Segment) -> Range {
 }
 
 impl Range {
+    /// Whether something is wrong after it.
+    pub fn is_broken(&self) -> bool {
+        matches!(self.next, Next::Gap { .. } | Next::Conflict { .. })
+    }
+
     fn extend(&mut self, more: &Self) {
+        if self.from_lsn == self.until_lsn {
+            self.from = more.from;
+        }
         self.until_lsn = more.until_lsn;
         self.segments += more.segments;
         self.object_bytes += more.object_bytes;
@@ -256,5 +337,99 @@ mod tests {
         map.histories.insert(2, vec![entry]);
         let found: Vec<_> = ranges(&map, &[], |_| false).into_iter().map(|it| it.next).collect();
         assert_eq!(found, [Next::Timeline { timeline: 2, switch_lsn }, Next::Newest]);
+    }
+
+    /// Timeline 1 is stored up to offset 500 of segment 4; timeline 2 left it in segment 5.
+    #[test]
+    fn what_is_missing_where_a_timeline_began_is_a_gap() {
+        let gap = |until: u64| Next::Gap { until_lsn: until.into(), reason: None };
+        let switch = 5 * SEGMENT + 100;
+        let left = || Next::Timeline { timeline: 2, switch_lsn: switch.into() };
+        let first = |until, next| range(1, 3 * SEGMENT, until, next);
+        let second = |from: u64| range(2, from * SEGMENT, 7 * SEGMENT, Next::Newest);
+        for (case, complete, pieces, expected) in [
+            (
+                "nothing is missing",
+                &[(1, 3), (1, 4), (2, 5), (2, 6)][..],
+                &[][..],
+                vec![first(5 * SEGMENT, left()), second(5)],
+            ),
+            (
+                "before and after it began",
+                &[(1, 3), (2, 6)],
+                &[(1, 4, 500)],
+                vec![first(4 * SEGMENT + 500, gap(6 * SEGMENT)), second(6)],
+            ),
+            (
+                "before it began",
+                &[(1, 3), (2, 5), (2, 6)],
+                &[(1, 4, 500)],
+                vec![first(4 * SEGMENT + 500, gap(5 * SEGMENT)), second(5)],
+            ),
+            (
+                "after it began",
+                &[(1, 3), (1, 4), (2, 6)],
+                &[(1, 5, 100)],
+                vec![first(switch, left()), range(2, switch, switch, gap(6 * SEGMENT)), second(6)],
+            ),
+            (
+                "it has just begun",
+                &[(1, 3)],
+                &[(1, 4, 500)],
+                vec![first(4 * SEGMENT + 500, left())],
+            ),
+        ] {
+            let mut map = stored(complete, pieces);
+            let entry =
+                HistoryEntry { timeline: 1, switch_lsn: switch.into(), reason: String::new() };
+            map.histories.insert(2, vec![entry]);
+            let found = ranges(&map, &[], |_| false).into_iter();
+            let found: Vec<_> =
+                found.map(|it| (it.timeline, it.from_lsn, it.until_lsn, it.next)).collect();
+            assert_eq!(found, expected, "{case}");
+            let expired = ranges(&map, &[], |segment| segment.number < 6);
+            assert!(!expired.iter().any(Range::is_broken), "{case}");
+        }
+    }
+
+    #[test]
+    fn a_segment_with_two_contents_ends_a_range() {
+        let conflict = |number: u64| Next::Conflict {
+            segment: Segment { timeline: 1, number }.name(SEGMENT),
+            until_lsn: ((number + 1) * SEGMENT).into(),
+        };
+        for (case, complete, number, expected) in [
+            (
+                "between",
+                &[(1, 3), (1, 4), (1, 5)][..],
+                4,
+                vec![
+                    range(1, 3 * SEGMENT, 4 * SEGMENT, conflict(4)),
+                    range(1, 5 * SEGMENT, 6 * SEGMENT, Next::Newest),
+                ],
+            ),
+            (
+                "the last",
+                &[(1, 3), (1, 4)],
+                4,
+                vec![range(1, 3 * SEGMENT, 4 * SEGMENT, conflict(4))],
+            ),
+            (
+                "the first",
+                &[(1, 4), (1, 5)],
+                4,
+                vec![
+                    range(1, 4 * SEGMENT, 4 * SEGMENT, conflict(4)),
+                    range(1, 5 * SEGMENT, 6 * SEGMENT, Next::Newest),
+                ],
+            ),
+        ] {
+            let mut map = stored(complete, &[(1, number, 100)]);
+            map.different.insert(Segment { timeline: 1, number }, vec!["a piece".to_owned()]);
+            let found = ranges(&map, &[], |_| false).into_iter();
+            let found: Vec<_> =
+                found.map(|it| (it.timeline, it.from_lsn, it.until_lsn, it.next)).collect();
+            assert_eq!(found, expected, "{case}");
+        }
     }
 }

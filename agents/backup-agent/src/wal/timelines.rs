@@ -6,7 +6,11 @@
 //! is nobody's database any more; or it is a server's that lives on beside a copy of it.
 //!
 //! The cluster's own timeline is the one that its primary writes. Where no primary is known, it is the
-//! newest of which WAL is stored, unless WAL that is not on the way there was stored later.
+//! newest of which WAL is stored, unless WAL that is not on the way there was stored later. One of which
+//! only the history is stored may be it, too: its first WAL is on its way.
+
+use std::cmp::Reverse;
+use std::collections::BTreeSet;
 
 use chrono::{DateTime, Utc};
 use shared::pg::wal::{HistoryEntry, Segment, segment_number};
@@ -22,7 +26,8 @@ use crate::manifest::Commit;
 #[error(
     "timeline {newest} is the newest, and WAL of timeline {other}, which is not on the way there, was \
      stored later: a copy was promoted beside its server, or an old primary is back. Say which one is \
-     the database with --target-timeline {other} or --target-timeline {newest}"
+     the database with --target-timeline {other} or --target-timeline {newest}; what a copy has stored is \
+     removed by `backup-agent expire --timeline`"
 )]
 pub struct Rivals {
     /// The newest timeline.
@@ -54,8 +59,9 @@ pub enum Moment {
 }
 
 impl WalMap {
-    /// The timelines that may be the cluster's own, the newest first; `primary` is what its primary
-    /// writes. Of a timeline that has just begun no WAL is stored: then the one before counts.
+    /// The timelines that may be the cluster's own, first the newest of which WAL is stored; `primary` is
+    /// what its primary writes. Of a timeline that has just begun no WAL is stored: then the one before
+    /// counts.
     pub fn candidates(&self, primary: Option<u32>) -> Vec<u32> {
         if let Some(primary) = primary.filter(|it| self.end_of(*it).is_some()) {
             return vec![primary];
@@ -67,7 +73,18 @@ impl WalMap {
                 && self.end_of(*timeline) > self.left_at(newest, *timeline)
         };
         let rivals = self.with_wal().into_iter().rev().filter(is_rival);
-        [newest].into_iter().chain(rivals).collect()
+        let begun =
+            self.histories.keys().rev().copied().filter(|it| self.began_beside(*it, newest));
+        [newest].into_iter().chain(rivals).chain(begun).collect()
+    }
+
+    /// Whether a timeline of which only the history is stored has left another one that lived on: WAL of
+    /// that, beyond where it was left, was stored later.
+    fn began_beside(&self, timeline: u32, other: u32) -> bool {
+        let began_at = self.history_times.get(&timeline).copied();
+        self.end_of(timeline).is_none()
+            && self.left_at(timeline, other).is_some_and(|left| Some(left) < self.end_of(other))
+            && began_at.is_some_and(|at| Some(at) < self.last_stored(other))
     }
 
     /// The cluster's own timeline; `None` if no WAL is stored.
@@ -76,7 +93,9 @@ impl WalMap {
     ///
     /// More than one may be.
     pub fn own(&self, primary: Option<u32>) -> Result<Option<u32>, Rivals> {
-        match self.candidates(primary)[..] {
+        let mut candidates = self.candidates(primary);
+        candidates.sort_unstable_by_key(|timeline| Reverse(*timeline));
+        match candidates[..] {
             [] => Ok(None),
             [own] => Ok(Some(own)),
             [newest, other, ..] => Err(Rivals { newest, other }),
@@ -96,6 +115,11 @@ impl WalMap {
     /// The newest timeline of which WAL is stored.
     pub fn newest_with_wal(&self) -> Option<u32> {
         self.with_wal().last().copied()
+    }
+
+    /// The timelines of which WAL or a history is stored, oldest first.
+    pub fn timelines(&self) -> BTreeSet<u32> {
+        self.with_wal().into_iter().chain(self.histories.keys().copied()).collect()
     }
 
     /// The newest timeline of which WAL or a history is stored.
@@ -130,7 +154,9 @@ impl WalMap {
             return newest.unwrap_or(backup.timeline);
         };
         let has_begun = |timeline: &u32| {
-            self.end_of(*timeline).is_none() && self.left_at(*timeline, own).is_some()
+            self.end_of(*timeline).is_none()
+                && self.left_at(*timeline, own).is_some()
+                && !self.began_beside(*timeline, own)
         };
         let begun = self.histories.keys().copied().filter(|it| led_to(it) && has_begun(it));
         begun.max().unwrap_or(own)
@@ -155,7 +181,7 @@ impl WalMap {
     }
 
     /// Where the way to `timeline` left another; `None` if that is not on it at all.
-    fn left_at(&self, timeline: u32, other: u32) -> Option<PgLsn> {
+    pub fn left_at(&self, timeline: u32, other: u32) -> Option<PgLsn> {
         let entry = self.way(timeline).iter().find(|entry| entry.timeline == other);
         entry.map(|entry| entry.switch_lsn)
     }
@@ -200,7 +226,7 @@ impl WalMap {
     }
 
     /// When a timeline had begun: its history or its first WAL was stored.
-    fn began_by(&self, timeline: u32) -> Option<DateTime<Utc>> {
+    pub fn began_by(&self, timeline: u32) -> Option<DateTime<Utc>> {
         let number = self.numbers(timeline).min();
         let first = number.map(|number| Segment { timeline, number });
         let complete = first.and_then(|it| self.objects(it).first()).map(|wal| wal.stored_at);
@@ -259,6 +285,27 @@ mod tests {
             ("a copy that is the primary", copied(), Some(2), Ok(Some(2))),
         ] {
             assert_eq!(wal.own(primary), expected, "{case}");
+        }
+    }
+
+    /// A history is stored at once, the first WAL when there is some. Whoever followed the copy would be
+    /// without what the server has written since.
+    #[test]
+    fn a_timeline_of_which_only_the_history_is_stored_is_followed_unless_the_other_lives_on() {
+        let rivals = Err(Rivals { newest: 2, other: 1 });
+        let backup = backup(1, 2, false);
+        for (case, end, minute, own, followed) in [
+            ("a failover", 6, 5, Ok(Some(1)), 2),
+            ("a failover that lost WAL", 9, 12, Ok(Some(1)), 2),
+            ("a copy, while the server is idle", 6, 12, Ok(Some(1)), 2),
+            ("a copy beside its server", 9, 7, rivals, 1),
+        ] {
+            // Timeline 2 began in segment 6; each segment was stored in the minute of its number.
+            let mut wal = map(&[(1, (2..end).collect())], &[(2, &[(1, 6)])]);
+            wal.history_times.insert(2, at(minute));
+            assert_eq!(wal.own(None), own, "{case}");
+            assert_eq!(wal.followed(&backup, Some(1)), followed, "{case}");
+            assert_eq!(wal.own(Some(1)), Ok(Some(1)), "{case}");
         }
     }
 
