@@ -23,8 +23,9 @@ FROM (VALUES ('pgmesh_owner'), ('pgmesh_admin'), ('pgmesh_app'), ('pgmesh_readon
 WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name)
 \gexec
 
+-- Not pg_read_all_data: that reads everybody's password in pg_authid too.
 ALTER ROLE pgmesh_admin CREATEROLE CREATEDB;
-GRANT pgmesh_owner, pg_monitor, pg_signal_backend, pg_checkpoint, pg_read_all_data, pg_write_all_data TO pgmesh_admin;
+GRANT pgmesh_owner, pg_monitor, pg_signal_backend, pg_checkpoint TO pgmesh_admin;
 SELECT 'GRANT pg_maintain TO pgmesh_admin' FROM pg_roles WHERE rolname = 'pg_maintain'
 \gexec
 ALTER ROLE pgmesh_readonly SET default_transaction_read_only = on;

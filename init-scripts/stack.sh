@@ -180,7 +180,7 @@ render_patroni() {
         value="${prefix}_$name"
         printf -v "$name" '%s' "${!value}"
     done
-    SYNCHRONOUS_MODE='"off"'
+    SYNCHRONOUS_MODE=false
     [[ $kind != coordinator ]] || SYNCHRONOUS_MODE=quorum
     SUPERUSER_METHOD=reject
     [[ $CITUS != yes ]] || SUPERUSER_METHOD=scram-sha-256

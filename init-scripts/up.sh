@@ -189,7 +189,8 @@ spec_of_file() {
 
 # One member after the other, and a primary only once another one leads.
 update_member() {
-    local member=$1 group state
+    local member=$1 group deployed_at
+    deployed_at=$(date --utc +%Y-%m-%dT%H:%M:%S)
     if [[ $member == coordinator-* || $member == worker-* ]]; then
         group=$(group_of "$member")
         if [[ $(leader_of "$group") == "$member" && $(members_of "$group" | wc -l) -gt 1 ]]; then
@@ -201,8 +202,10 @@ update_member() {
     say "  updates $member"
     deploy "$member"
     wait_hint="init-scripts/status.sh" wait_for 300 "$member is updated" update_is_over "$member"
-    state=$(docker service inspect --format '{{if .UpdateStatus}}{{.UpdateStatus.State}}{{end}}' "${STACK}_$member")
-    [[ -z $state || $state == completed ]] || die "the update of $member ended as $state" "init-scripts/status.sh says why"
+    ! ended_badly "$member" || {
+        "$scripts/status.sh" "$member" >&2 || true
+        die "the update of $member did not start, and was rolled back" "see the lines above, mend it, start again"
+    }
     wait_hint="init-scripts/status.sh" wait_for 600 "$member serves" serves "$member"
 }
 
@@ -242,6 +245,7 @@ deploy_all() {
         for member in "${changed[@]}"; do update_member "$member"; done
     fi
     note_failed_tasks
+    deployed_at=$(date --utc +%Y-%m-%dT%H:%M:%S)
     say "deploys the stack: $(services | wc -l) services are there, $((${#names[@]} + $(grep -c '^    image:' "$RENDERED/stack.yml"))) are to be"
     deploy "${names[@]}"
 }
@@ -263,6 +267,29 @@ failures_since() {
     comm -13 <(printf '%s\n' "${failed_before[$1]:-}") <(failed_tasks "$1") | wc -l
 }
 
+# ended_badly SERVICE: its update since the deployment, if Swarm gave it up.
+ended_badly() {
+    docker service inspect --format '{{if .UpdateStatus}}{{.UpdateStatus.State}} {{.UpdateStatus.StartedAt.Format "2006-01-02T15:04:05"}}{{end}}' \
+        "${STACK}_$1" 2>/dev/null | awk -v since="$deployed_at" '$1 ~ /^(paused|rollback)/ && $2 >= since { found = 1 } END { exit !found }'
+}
+
+updating() {
+    docker service ls --quiet --filter "label=com.docker.stack.namespace=$STACK" |
+        xargs -r docker service inspect --format '{{if .UpdateStatus}}{{.UpdateStatus.State}}{{end}}' | grep -q '^updating'
+}
+
+# An update that does not start is rolled back by Swarm: the stack runs on, and is not what was asked for.
+check_updates() {
+    local service
+    while updating; do sleep 1; done
+    for service in $(services | cut -d ' ' -f 1); do
+        ! ended_badly "$service" || {
+            "$scripts/status.sh" "$service" >&2 || true
+            die "the update of $service did not start, and was rolled back" "see the lines above, mend it, start again"
+        }
+    done
+}
+
 # Until all tasks run. One that failed three times is looked at before the time is up.
 wait_until_running() {
     local missing last='' began=$SECONDS service
@@ -271,12 +298,12 @@ wait_until_running() {
         last=$missing
         for service in $missing; do
             (($(failures_since "$service") < 3)) || {
-                "$scripts/status.sh" "$service" >&2
+                "$scripts/status.sh" "$service" >&2 || true
                 die "$service does not start" "see the lines above, mend it, start again"
             }
         done
         ((SECONDS - began < start_limit_s)) || {
-            "$scripts/status.sh" >&2
+            "$scripts/status.sh" >&2 || true
             die "not everything runs within $start_limit_s s: ${missing//$'\n'/, }" "see the lines above, mend it, start again"
         }
         sleep 2
@@ -342,7 +369,7 @@ wait_until_well() {
         said=${found%%[0-9]*}
         ((SECONDS - began < $1)) || {
             cat "$cache/log/health.log" >&2
-            "$scripts/status.sh" >&2
+            "$scripts/status.sh" >&2 || true
             die "the health monitor does not find everything well within $1 s" "see what it says above, mend it, start again"
         }
         sleep 2
@@ -581,6 +608,7 @@ bring_up() {
     render_all
     deploy_all
     wait_until_running
+    check_updates
     prune
     say "everything runs; waits until it is well"
     [[ $CITUS == yes ]] || say "  no Citus in the database image: worker groups are plain PostgreSQL, and the rebalance agent idles"

@@ -79,7 +79,7 @@ in_service() {
 
 # A client of this machine, without anything of the stack but the authority and a password.
 start_client() {
-    docker rm --force pgmesh-test-client >/dev/null 2>&1 || true
+    docker rm --force --volumes pgmesh-test-client >/dev/null 2>&1 || true
     docker run --detach --init --name pgmesh-test-client --label "$stack_label=$STACK" --network host --user 0 \
         --entrypoint sleep --no-healthcheck --volume "$up/ca.crt:/ca.crt:ro" --volume "$secrets:/passwords:ro" \
         "$(docker service inspect --format '{{.Spec.TaskTemplate.ContainerSpec.Image}}' "${STACK}_coordinator-1")" infinity >/dev/null
@@ -160,7 +160,7 @@ initialise_again() {
 try_configurations() {
     local name
     for name in $(databases); do
-        try "patroni takes its configuration ($name)" in_service "$name" patroni --validate-config /etc/pgmesh/patroni.yml
+        try "patroni takes its configuration ($name)" patroni_takes "$name"
     done
     for name in $(haproxies); do
         try "haproxy takes its configuration ($name)" in_service "$name" haproxy -c -f /etc/pgmesh/haproxy.cfg
@@ -185,9 +185,18 @@ try_configurations() {
     fi
 }
 
+# Patroni 4.0 takes "quorum", and its validator does not know it.
+patroni_takes() {
+    local found
+    found=$(in_service "$1" patroni --validate-config --ignore-listen-port /etc/pgmesh/patroni.yml 2>&1 |
+        grep -v 'synchronous_mode quorum is not a boolean' || true)
+    [[ -z $found ]] || { echo "$found" && return 1; }
+}
+
 redis_is_set() {
-    in_service redis bash -c 'export REDISCLI_AUTH=$(</run/secrets/redis_password); redis-cli CONFIG GET maxmemory-policy | grep -q allkeys-lru' &&
-        refused NOAUTH in_service redis bash -c 'redis-cli PING | grep -v NOAUTH || { echo NOAUTH; false; }'
+    in_service redis bash -c '
+        [[ $(redis-cli PING) == NOAUTH* ]] && export REDISCLI_AUTH=$(</run/secrets/redis_password) &&
+            redis-cli CONFIG GET maxmemory-policy | grep -q allkeys-lru'
 }
 
 pgbouncer_setting() {
@@ -399,7 +408,7 @@ main() {
     try_configurations
     try_failover
     try_secrets
-    docker rm --force pgmesh-test-client >/dev/null
+    docker rm --force --volumes pgmesh-test-client >/dev/null
     rm -rf "$production"
     if [[ $full == yes ]]; then
         try "down.sh removes the stack" "$root/init-scripts/down.sh"
