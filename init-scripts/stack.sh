@@ -79,6 +79,10 @@ place_of() {
     echo $(((number - 1 + shift) % PLACES + 1))
 }
 
+patroni_scope() {
+    if [[ $CITUS == yes ]]; then echo "$STACK"; else echo "$1"; fi
+}
+
 # What needs a certificate of its own.
 certified() {
     etcd_members
@@ -222,9 +226,9 @@ render_database() {
     local kind=${1%%-*} memory cpus
     MEMBER=$1 GROUP=$(group_of "$1") PLACE=$(place_of "$1")
     # With Citus Patroni puts the group below the scope by itself.
-    PATRONI_NAMESPACE="/service/$STACK/" PATRONI_SCOPE=$GROUP CITUS_ENVIRONMENT=''
+    PATRONI_NAMESPACE="/service/$STACK/" PATRONI_SCOPE=$(patroni_scope "$GROUP") CITUS_ENVIRONMENT=''
     if [[ $CITUS == yes ]]; then
-        PATRONI_NAMESPACE=/service/ PATRONI_SCOPE=$STACK
+        PATRONI_NAMESPACE=/service/
         CITUS_ENVIRONMENT=$(printf 'PATRONI_CITUS_DATABASE: %s\n      PATRONI_CITUS_GROUP: "%s"' "$DATABASE" "$GROUP")
     fi
     memory=${kind^^}_MEMORY cpus=${kind^^}_CPUS
@@ -255,6 +259,8 @@ render_all() {
     for name in $(pgbouncers); do of_certificate "$name" && render_numbered pgbouncer "$name"; done
     [[ $S3_FOR_TESTS != yes ]] || render_service "$root/configs/stack/s3-for-tests.yml" s3-for-tests
     render "$root/stack.yml" >"$RENDERED/stack.yml"
+    # For deploying a member alone.
+    sed -n '/^version:/p; /^networks:/,/^$/p' "$RENDERED/stack.yml" >"$RENDERED/networks.yml"
 }
 
 # members: the services with a file of their own, in the order in which they are updated.

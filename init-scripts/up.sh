@@ -81,14 +81,14 @@ build() {
     local images
     [[ $build == no ]] || ensure_cargo
     ensure_docker
-    ensure_base_image
     if [[ $build == yes ]]; then
-        (ensure_stack_images) &
+        (ensure_base_image && ensure_stack_images) &
         images=$!
         build_programs
         wait "$images" || die "an image is not there" "see the message above"
     fi
     check_programs
+    ensure_base_image
     ensure_stack_images
     ensure_agent_images
     detect_citus
@@ -171,10 +171,10 @@ check_ports() {
 
 # --- deploying ------------------------------------------------------------------------------------
 
-# deploy MEMBER…: stack.yml with the files of these.
+# deploy FILE…: those of $RENDERED.
 deploy() {
-    local member files=(--compose-file "$RENDERED/stack.yml")
-    for member in "$@"; do files+=(--compose-file "$RENDERED/$member.yml"); done
+    local file files=()
+    for file in "$@"; do files+=(--compose-file "$RENDERED/$file.yml"); done
     docker stack deploy --with-registry-auth --resolve-image never "${files[@]}" "$STACK" >"$cache/log/deploy.log" 2>&1 ||
         die "docker stack deploy failed: $(tail -n 1 "$cache/log/deploy.log")" "see $cache/log/deploy.log and $RENDERED"
 }
@@ -200,7 +200,8 @@ update_member() {
         fi
     fi
     say "  updates $member"
-    deploy "$member"
+    # What stack.yml has, the agents above all, comes last: it may need what the servers have then.
+    deploy networks "$member"
     wait_hint="init-scripts/status.sh" wait_for 300 "$member is updated" update_is_over "$member"
     ! ended_badly "$member" || {
         "$scripts/status.sh" "$member" >&2 || true
@@ -232,6 +233,8 @@ serves() {
 
 deploy_all() {
     local member names changed=() missing
+    # Those that a run before this one began, if it was stopped.
+    while updating; do sleep 1; done
     mapfile -t names < <(members)
     mapfile -t missing < <(missing_services)
     # What does not run is made anew (its volumes stay): otherwise a mended service that takes its time would be
@@ -247,7 +250,7 @@ deploy_all() {
     note_failed_tasks
     deployed_at=$(date --utc +%Y-%m-%dT%H:%M:%S)
     say "deploys the stack: $(services | wc -l) services are there, $((${#names[@]} + $(grep -c '^    image:' "$RENDERED/stack.yml"))) are to be"
-    deploy "${names[@]}"
+    deploy stack "${names[@]}"
 }
 
 # failed_tasks SERVICE: the ids of its tasks that failed, as far back as Swarm knows.
@@ -328,6 +331,25 @@ bring_in_dynamic_settings() {
             python3 -c "import json, yaml; print(json.dumps(yaml.safe_load(open(\"/etc/pgmesh/patroni.yml\"))[\"bootstrap\"][\"dcs\"]))" |
                 patronictl edit-config --apply - --force "$@"' patronictl "${options[@]}" >"$cache/log/edit-config-$group.log" 2>&1 ||
             die "patronictl edit-config failed in group $group" "see $cache/log/edit-config-$group.log"
+        restart_where_pending "$group" "$member"
+    done
+}
+
+# restart_where_pending GROUP PRIMARY: some settings hold after a restart only; the primary is last.
+restart_where_pending() {
+    local member pending
+    # Patroni's next turn notices what has changed.
+    sleep 5
+    pending=$(docker exec "$(container_of "$2")" bash -c '
+        patronictl list --format json "$1" |
+            python3 -c "import json, sys; print(*[it[\"Member\"] for it in json.load(sys.stdin) if it.get(\"Pending restart\")])"' \
+        list "$(patroni_scope "$1")")
+    for member in $(members_of "$1" | grep -vx "$2") "$2"; do
+        [[ " $pending " == *" $member "* ]] || continue
+        say "  restarts PostgreSQL of $member, for settings that need it"
+        patronictl "$2" restart --force --pending "$(patroni_scope "$1")" "$member" >"$cache/log/restart-$member.log" 2>&1 ||
+            die "$member did not restart" "see $cache/log/restart-$member.log"
+        wait_hint="init-scripts/status.sh" wait_for 120 "$member serves" serves "$member"
     done
 }
 

@@ -14,7 +14,8 @@ Usage: tests/stack.sh [--full [UP OPTION…]]
 
 Tries the stack that init-scripts/up.sh brought up on this machine: clients by TLS and SCRAM through HAProxy and
 PgBouncer, who is refused, what each role may, that every configuration is taken by its program, that no secret
-is to be read, and that a coordinator primary whose container is killed is replaced, or back, without a lost commit.
+is to be read, and that a coordinator primary whose container is killed is replaced without a lost commit, and that each other
+part may be killed.
 
   --full   from init-scripts/up.sh with these options to init-scripts/down.sh, and that nothing is left then
 
@@ -323,7 +324,8 @@ no_password_in_statements() {
 # Writes through HAProxy, each time as a new client, and prints the time of each commit that was confirmed.
 start_writer() {
     client pgmesh_admin 5432 "$strict" "SET ROLE pgmesh_owner; DROP TABLE IF EXISTS confirmed;
-        CREATE TABLE confirmed (n bigint PRIMARY KEY); GRANT ALL ON confirmed TO pgmesh_app" >/dev/null
+        CREATE TABLE confirmed (n bigint PRIMARY KEY); GRANT ALL ON confirmed TO pgmesh_app" >/dev/null 2>&1
+    docker exec pgmesh-test-client rm -f /tmp/stop /tmp/confirmed
     docker exec --detach pgmesh-test-client bash -c '
         export PGPASSWORD=$(</passwords/pgmesh_app_password) PGCONNECT_TIMEOUT=2 n=0
         until [[ -e /tmp/stop ]]; do
@@ -331,6 +333,12 @@ start_writer() {
             timeout 5 psql --no-psqlrc --quiet "host=localhost port=5432 user=pgmesh_app dbname='"$DATABASE $strict"'" \
                 --command "INSERT INTO confirmed VALUES ($n)" 2>/tmp/error && echo "$EPOCHREALTIME $n" >>/tmp/confirmed
         done'
+}
+
+stop_writer() {
+    sleep 2
+    docker exec pgmesh-test-client touch /tmp/stop
+    sleep 6
 }
 
 # The longest time without a confirmed commit, in seconds.
@@ -360,13 +368,33 @@ try_failover() {
     sleep 5
     try "after the primary was killed the verdict is healthy again" wait_for 240 "healthy again" is_well
     say "        after $((SECONDS - began)) s; $(leader_of 0) leads"
-    sleep 5
-    docker exec pgmesh-test-client touch /tmp/stop
-    sleep 6
+    stop_writer
     gap=$(longest_gap)
     say "        the longest time without a confirmed write: $gap s"
     try "no confirmed write is lost" all_confirmed_are_there
     try "the gap is below 30 s" awk -v gap="$gap" 'BEGIN { exit !(gap > 0 && gap < 30) }'
+}
+
+# --- everything else that may be lost -------------------------------------------------------------
+
+# One after the other, under the writer: none of these stops it for long.
+try_losses() {
+    local service leader
+    leader=$(leader_of 0)
+    for service in etcd-1 worker-1-1 pgbouncer-1 redis s3-for-tests prometheus "${agents[@]}"; do
+        [[ -n $(container_of "$service") ]] || continue
+        start_writer
+        docker kill "$(container_of "$service")" >/dev/null
+        sleep 3
+        try "after $service was killed the verdict is healthy again" wait_for 180 "healthy again" is_well
+        stop_writer
+        try "nobody lost a write for it, nor waited for 10 s (longest: $(longest_gap) s)" uninterrupted
+    done
+    try "the coordinators' primary is the one before" equals "$leader" leader_of 0
+}
+
+uninterrupted() {
+    awk -v gap="$(longest_gap)" 'BEGIN { exit !(gap > 0 && gap < 10) }' && all_confirmed_are_there
 }
 
 # --- nothing is left ------------------------------------------------------------------------------
@@ -407,6 +435,7 @@ main() {
     try_roles
     try_configurations
     try_failover
+    try_losses
     try_secrets
     docker rm --force --volumes pgmesh-test-client >/dev/null
     rm -rf "$production"
