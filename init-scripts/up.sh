@@ -369,14 +369,27 @@ prune() {
 health() {
     local container
     container=$(container_of health-monitor)
-    [[ -n $container ]] || return 3
-    docker exec "$container" health-monitor check
+    if [[ -n $container ]]; then docker exec "$container" health-monitor check; else health_elsewhere; fi
+}
+
+# health_elsewhere: the verdict of a health monitor on another machine, by its page, as `check` would print it.
+health_elsewhere() {
+    local machine body found
+    machine=$(docker service ps --filter desired-state=running --format '{{.Node}}' "${STACK}_health-monitor" | head -n 1)
+    [[ -n $machine ]] || return 3
+    machine=$(docker node inspect --format '{{.Status.Addr}}' "$machine")
+    body=$(exec 3<>"/dev/tcp/$machine/9631" && printf 'GET /status HTTP/1.0\r\n\r\n' >&3 && timeout 5 cat <&3) || return 3
+    [[ $body == *'"verdict":'* ]] || return 3
+    found=$(grep -oE '"component":\{[^}]*\},"verdict":\{"next":"([^"\\]|\\.)*","reason":"([^"\\]|\\.)*","since":[^,]*,"status":"(warning|unknown|critical)"' <<<"$body" |
+        sed -E 's/.*"kind":"([a-z]*)","name":"([^"]*)".*"reason":"(.*)","since":.*"status":"([a-z]*)"$/\U\4\E  \1 \2  \3/' || true)
+    [[ -n $found ]] || return 0
+    printf 'STATUS\n%s\n\n' "$found"
+    return 1
 }
 
 # findings [PATTERN]: what is not ok, but for lines that match; fails where there is something.
 findings() {
     health >"$cache/log/health.log" 2>&1 && return 0
-    [[ -s $cache/log/health.log ]] || return 1
     sed -n '/^STATUS/,/^$/p' "$cache/log/health.log" | sed '1d;/^$/d' | grep -vE "${1:-^$}" && return 1
     # Without a table it could not say what is wrong.
     grep -q '^STATUS' "$cache/log/health.log"
@@ -572,6 +585,11 @@ remove_copy() {
 
 back_up() {
     [[ $proof == yes ]] || ! findings >/dev/null || return 0
+    [[ -n $(container_of backup-agent) ]] || {
+        say "  the backup agent is on $(docker service ps --filter desired-state=running --format '{{.Node}}' "${STACK}_backup-agent"): take the first backup there," \
+            "docker exec \$(docker ps -qf name=${STACK}_backup-agent) backup-agent backup"
+        return 0
+    }
     say "tries the chain of the backups"
     agent check || die "the check of the backup agent failed" "see the lines above"
     say "takes a backup of each group"
@@ -638,7 +656,7 @@ bring_up() {
     wait_until_well 300 '^[A-Z]+ +repository '
     bring_in_dynamic_settings
     back_up
-    wait_until_well 300
+    if [[ -n $(container_of backup-agent) ]]; then wait_until_well 300; fi
 }
 
 main() {
