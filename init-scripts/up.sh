@@ -642,8 +642,8 @@ bring_up() {
     choose_encryption
     check_ports
     say "makes certificates and secrets"
-    "$scripts/certificates.sh" "$profile"
-    "$scripts/secrets.sh" "$profile"
+    SECONDS=$SECONDS "$scripts/certificates.sh" "$profile"
+    SECONDS=$SECONDS "$scripts/secrets.sh" "$profile"
     remember_profile
     render_all
     deploy_all
