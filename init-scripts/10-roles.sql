@@ -7,6 +7,8 @@
 SET log_statement = 'none';
 SET log_min_duration_statement = -1;
 SET log_min_error_statement = 'panic';
+SET pgaudit.log = 'none';
+SET pg_stat_statements.track_utility = off;
 SET password_encryption = 'scram-sha-256';
 
 SELECT format('CREATE ROLE %I LOGIN', name)

@@ -4,16 +4,20 @@ set -euo pipefail
 
 # shellcheck source=init-scripts/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+# shellcheck source=init-scripts/stack.sh
+source "$(dirname "${BASH_SOURCE[0]}")/stack.sh"
 
 usage() {
     cat <<'TEXT'
-Usage: init-scripts/down.sh [--all]
+Usage: init-scripts/down.sh [--keep-data] [--all]
 
-Removes the containers, the network, the volumes (databases and backups!), the secrets and the
-certificates of the demonstration stack. The images stay, so that the next init-scripts/up.sh is quick;
-Docker stays too.
+Removes the stack: services, containers, networks, volumes (databases and backups!), secrets, configs, and what
+.cache/up has (certificates, passwords, the key of the backups!). The Swarm is left if up.sh made it and nothing
+else runs in it. The images stay, so that the next init-scripts/up.sh is quick; Docker stays too. On a Swarm of
+several machines volumes are removed on this one only: run it on each.
 
-  --all   the images too, but not debian:trixie-slim
+  --keep-data   volumes, secrets and .cache/up stay: the next up.sh goes on with them
+  --all         the images too, but not debian:trixie-slim
 TEXT
 }
 
@@ -27,46 +31,103 @@ remove() {
     say "removed $kind: $*"
 }
 
-containers() {
-    docker ps --all --filter label=pgmesh.stack=up --format '{{.Names}}'
+stack_containers() {
+    docker ps --all --quiet --filter "label=com.docker.stack.namespace=$STACK"
+}
+
+own_containers() {
+    docker ps --all --filter "label=$stack_label=$STACK" --format '{{.Names}}'
 }
 
 volumes() {
-    docker volume ls --filter name=^pgmesh- --format '{{.Name}}'
+    docker volume ls --filter "label=com.docker.stack.namespace=$STACK" --format '{{.Name}}'
+    docker volume ls --filter "label=$stack_label=$STACK" --format '{{.Name}}'
 }
 
 networks() {
-    docker network ls --filter label=pgmesh.stack=up --format '{{.Name}}'
+    docker network ls --filter "label=com.docker.stack.namespace=$STACK" --format '{{.Name}}'
+}
+
+secrets_of_swarm() {
+    docker secret ls --filter "label=$stack_label=$STACK" --format '{{.Name}}'
+}
+
+configs_of_swarm() {
+    docker config ls --filter "label=com.docker.stack.namespace=$STACK" --format '{{.Name}}'
 }
 
 images() {
-    docker image ls --filter "label=$inputs_label" --format '{{.Repository}}' | sort -u
+    docker image ls --filter "label=$inputs_label" --format '{{.Repository}}:{{.Tag}}' | grep -v '<none>' | sort -u
+}
+
+# Services stop within their stop_grace_period; only then volumes and networks are free.
+remove_stack() {
+    [[ $(docker info --format '{{.Swarm.ControlAvailable}}') == true ]] || return 0
+    [[ -z $(services) ]] || say "stops $(services | wc -l) services"
+    docker stack rm "$STACK" >"$cache/log/down.log" 2>&1 || die "docker stack rm failed" "see $cache/log/down.log"
+    wait_hint="docker ps --filter label=com.docker.stack.namespace=$STACK" wait_for 180 "the containers have not stopped" no_containers
+    wait_hint="docker network ls" wait_for 60 "the networks are not gone" no_networks
+}
+
+no_containers() { [[ -z $(stack_containers) ]]; }
+no_networks() { [[ -z $(networks) ]]; }
+
+# On a machine that is no manager, or left the Swarm, something may be left.
+remove_rest() {
+    local names=()
+    mapfile -t names < <(stack_containers)
+    remove containers "container rm --force --volumes" "${names[@]}"
+}
+
+leave_swarm() {
+    [[ -e $cache/swarm-is-ours && $(docker info --format '{{.Swarm.LocalNodeState}}') == active ]] || return 0
+    [[ -z $(docker service ls --quiet) && $(docker node ls --quiet | wc -l) -eq 1 ]] || return 0
+    docker swarm leave --force >/dev/null
+    docker network rm docker_gwbridge >/dev/null 2>&1 || true
+    rm -f "$cache/swarm-is-ours"
+    say "left the Swarm"
 }
 
 main() {
-    local all=no names=()
-    case ${1:-} in
-    '') ;;
-    --all) all=yes ;;
-    -h | --help) usage && return 0 ;;
-    *) usage >&2 && exit 2 ;;
-    esac
+    local all=no keep=no names=()
+    while [[ $# -gt 0 ]]; do
+        case $1 in
+        --all) all=yes ;;
+        --keep-data) keep=yes ;;
+        -h | --help) usage && return 0 ;;
+        *) usage >&2 && exit 2 ;;
+        esac
+        shift
+    done
     exec 9>"$cache/up.lock"
     flock --nonblock 9 || die "init-scripts/up.sh or another down.sh runs" "wait until it has ended"
     docker_answers || die "no Docker engine answers, so nothing of the stack runs" "to remove its data too, start Docker and run this again"
 
-    mapfile -t names < <(containers)
-    remove containers "rm --force --volumes" "${names[@]}"
-    mapfile -t names < <(volumes)
-    remove volumes "volume rm --force" "${names[@]}"
+    mapfile -t names < <(own_containers)
+    remove containers "container rm --force --volumes" "${names[@]}"
+    remove_stack
+    remove_rest
     mapfile -t names < <(networks)
     remove networks "network rm" "${names[@]}"
+    if [[ $keep == no ]]; then
+        mapfile -t names < <(volumes)
+        remove volumes "volume rm --force" "${names[@]}"
+    fi
+    if [[ $(docker info --format '{{.Swarm.ControlAvailable}}') == true ]]; then
+        mapfile -t names < <(configs_of_swarm)
+        remove configs "config rm" "${names[@]}"
+        if [[ $keep == no ]]; then
+            mapfile -t names < <(secrets_of_swarm)
+            remove secrets "secret rm" "${names[@]}"
+            leave_swarm
+        fi
+    fi
     if [[ $all == yes ]]; then
         mapfile -t names < <(images)
         remove images "image rm --force" "${names[@]}"
     fi
-    rm -rf "$cache/up"
-    say "the demonstration stack is gone"
+    [[ $keep == yes ]] || rm -rf "$up"
+    say "the stack is gone"
 }
 
 main "$@"

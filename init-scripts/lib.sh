@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034  # constants for the scripts that source this file
-# Functions shared by tests/run.sh, init-scripts/up.sh and init-scripts/down.sh: messages, packages,
-# the Docker engine, the base image and our own images. Sourced, never run.
+# Functions shared by tests/run.sh and the scripts of init-scripts/: messages, packages, the Docker engine,
+# the base image and our own images. Sourced, never run.
 #
 # Each "ensure_…" does nothing when its result is there already, so that a second run is quick.
 
@@ -12,12 +12,8 @@ cache="$root/.cache"
 readonly root cache
 readonly base_image=debian:trixie-slim
 readonly postgres_image=pgmesh-postgres
-readonly backup_agent_image=pgmesh-backup-agent
-readonly lag_exporter_image=pgmesh-lag-exporter
-readonly health_monitor_image=pgmesh-health-monitor
 readonly tests_image=pgmesh-tests
 readonly inputs_label=pgmesh.inputs
-readonly spec_label=pgmesh.spec
 # The user "postgres" in our images.
 readonly postgres_uid=999
 mkdir -p "$cache/log"
@@ -251,8 +247,11 @@ image_label() {
     docker image inspect --format "{{index .Config.Labels \"$2\"}}" "$1" 2>/dev/null || true
 }
 
+# The files that the database image is made of.
+readonly postgres_files=(configs/postgres/entrypoint.sh configs/postgres/initialise.sh configs/postgres/patroni-healthcheck.sh)
+
 ensure_postgres_image() {
-    ensure_image "$postgres_image" configs/postgres/Dockerfile "$base_image" configs/postgres/entrypoint.sh --
+    ensure_image "$postgres_image" configs/postgres/Dockerfile "$base_image" "${postgres_files[@]}" --
 }
 
 # With the engine and the images below it.
@@ -261,9 +260,4 @@ ensure_tests_image() {
     ensure_base_image
     ensure_postgres_image
     ensure_image "$tests_image" tests/Dockerfile "$postgres_image" tests/load-regression.sh --
-}
-
-# ensure_agent_image AGENT BASE ADMIN_PORT: from the program in .cache/image/AGENT.
-ensure_agent_image() {
-    ensure_image "pgmesh-$1" agents/Dockerfile "$2" agents/healthcheck.sh ".cache/image/$1" -- "AGENT=$1" "ADMIN_PORT=$3"
 }

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# What Patroni calls when a server starts and when its role changes: ACTION ROLE SCOPE. On a primary, and
+# only if they or the passwords have changed since the last time, it runs the scripts of init-scripts/
+# (NN-purpose.sql; each may run twice), so that a new cluster gets its roles and tables, and a new
+# password holds, wherever in the Swarm the primary is.
+set -euo pipefail
+
+readonly scripts=/etc/pgmesh/init
+readonly database=${PGMESH_DATABASE:?the database of the applications}
+readonly group=${PGMESH_GROUP:?the number of this group}
+
+say() {
+    printf 'pgmesh-initialise: %s\n' "$*"
+}
+
+query() {
+    PGOPTIONS='-c client_min_messages=warning' psql --no-psqlrc --quiet --no-align --tuples-only --set ON_ERROR_STOP=1 "$@"
+}
+
+inputs() {
+    cat "$scripts"/[0-9][0-9]-*.sql /run/secrets/*_password | sha256sum | cut -d ' ' -f 1
+}
+
+is_done() {
+    [[ $(query --dbname "$database" --command \
+        "SELECT inputs FROM pgmesh.initialised ORDER BY at DESC LIMIT 1" 2>/dev/null) == "$1" ]]
+}
+
+# The roles in the database "postgres" too: rights on functions hold in one database.
+run_scripts() {
+    local script
+    if [[ $(query --dbname postgres --command "SELECT count(*) FROM pg_database WHERE datname = '$database'") == 0 ]]; then
+        # With Citus the database is Patroni's to make.
+        [[ -z ${PATRONI_CITUS_GROUP:-} ]] || return 1
+        query --dbname postgres --command "CREATE DATABASE \"$database\"" || return 1
+    fi
+    query --dbname postgres --file "$scripts/10-roles.sql" >/dev/null || return 1
+    for script in "$scripts"/[0-9][0-9]-*.sql; do
+        say "runs ${script##*/} in $database"
+        query --dbname "$database" --set "group=$group" --file "$script" >/dev/null || return 1
+    done
+    query --dbname "$database" --set "inputs=$1" >/dev/null <<'SQL'
+CREATE SCHEMA IF NOT EXISTS pgmesh;
+CREATE TABLE IF NOT EXISTS pgmesh.initialised (at timestamptz NOT NULL DEFAULT now(), inputs text NOT NULL);
+INSERT INTO pgmesh.initialised (inputs) VALUES (:'inputs');
+SQL
+}
+
+main() {
+    local wanted tries
+    [[ ${2:-} == primary ]] || exit 0
+    exec 9>/run/postgresql/pgmesh-initialise.lock
+    flock 9
+    wanted=$(inputs)
+    for ((tries = 0; tries < 60; tries++)); do
+        [[ $(query --dbname postgres --command 'SELECT pg_is_in_recovery()' 2>/dev/null) == t ]] && ((tries > 15)) && exit 0
+        if is_done "$wanted"; then exit 0; fi
+        if run_scripts "$wanted"; then
+            say "$database of group $group has its roles and tables"
+            exit 0
+        fi
+        sleep 2
+    done
+    say "GAVE UP: roles and tables of $database are not as init-scripts/ wants them; the reasons stand above"
+    exit 1
+}
+
+main "$@"

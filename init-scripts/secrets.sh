@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Makes the stack's passwords and keys, and gives them to Swarm. See --help.
+set -euo pipefail
+
+# shellcheck source=init-scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+# shellcheck source=init-scripts/stack.sh
+source "$(dirname "${BASH_SOURCE[0]}")/stack.sh"
+
+usage() {
+    cat <<'TEXT'
+Usage: init-scripts/secrets.sh [--files-only] [PROFILE]
+
+Makes what is missing in .cache/up/secrets: a random password for each role, Redis, HAProxy's statistics and
+Grafana, the key of the backups, and the keys of the S3 server for tests. A file that is there stays as it is: put
+your own there before the first run. Then each file becomes a Swarm secret, with a hash in its name; with
+--files-only none does.
+
+.cache/up/secrets/pgmesh_backup_key is what backups can be read with, and nothing else: keep a copy elsewhere.
+TEXT
+}
+
+# make_secret NAME COMMAND…: the command's output, unless the file is there.
+make_secret() {
+    local file="$secrets/$1"
+    shift
+    [[ ! -e $file ]] || return 0
+    (umask 077 && "$@" >"$file.new" && mv "$file.new" "$file")
+}
+
+make_all() {
+    local name
+    mkdir -p "$secrets"
+    chmod 0700 "$up"
+    [[ -e $up/salt ]] || (umask 077 && random_hex 32 >"$up/salt.new" && mv "$up/salt.new" "$up/salt")
+    for name in "${database_passwords[@]}" haproxy redis grafana; do make_secret "${name}_password" random_hex 24; done
+    make_secret pgmesh_backup_key openssl rand -base64 32
+    if [[ $S3_FOR_TESTS == yes ]]; then
+        make_secret s3_access_key_id random_hex 10
+        make_secret s3_secret_access_key random_hex 24
+    fi
+    for name in s3_access_key_id s3_secret_access_key; do
+        [[ -s $secrets/$name ]] || die "$secrets/$name is missing: the profile says that S3 is at $S3_ENDPOINT" \
+            "put the key of that S3 into this file, then start again"
+    done
+}
+
+# Swarm's secrets never change; what has changed is another one, and those that no service uses any more go
+# when the stack is deployed.
+give_to_swarm() {
+    local file name there count=0
+    there=$(docker secret ls --format '{{.Name}}')
+    for file in "$secrets"/*; do
+        [[ $file != *.new ]] || continue
+        name="${STACK}_${file##*/}_$(secret_hash "$file")"
+        grep -qxF "$name" <<<"$there" ||
+            { docker secret create --label "$stack_label=$STACK" "$name" "$file" >/dev/null && count=$((count + 1)); }
+    done
+    ((count == 0)) || say "  $count new secrets in Swarm"
+}
+
+main() {
+    local files_only=no
+    case ${1:-} in
+    -h | --help) usage && return 0 ;;
+    --files-only) files_only=yes && shift ;;
+    esac
+    ensure_program openssl openssl
+    if [[ $# -gt 0 ]]; then load_profile "$1"; else load_remembered_profile; fi
+    make_all
+    [[ $files_only == yes ]] || give_to_swarm
+}
+
+main "$@"

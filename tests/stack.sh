@@ -1,0 +1,450 @@
+#!/usr/bin/env bash
+# Tries the stack as it runs on this machine's Swarm. See --help.
+# shellcheck disable=SC2016  # the shells of the containers expand what is theirs
+set -euo pipefail
+
+# shellcheck source=init-scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../init-scripts/lib.sh"
+# shellcheck source=init-scripts/stack.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../init-scripts/stack.sh"
+
+usage() {
+    cat <<'TEXT'
+Usage: tests/stack.sh [--full [UP OPTION…]]
+
+Tries the stack that init-scripts/up.sh brought up on this machine: clients by TLS and SCRAM through HAProxy and
+PgBouncer, who is refused, what each role may, that every configuration is taken by its program, that no secret
+is to be read, and that a coordinator primary whose container is killed is replaced without a lost commit, and that each other
+part may be killed.
+
+  --full   from init-scripts/up.sh with these options to init-scripts/down.sh, and that nothing is left then
+
+The last line is "N passed, N failed, N skipped". Exit: 0 all passed, 1 otherwise, 2 wrong use.
+TEXT
+}
+
+passed=0 failed=0 skipped=0
+
+# try WHAT COMMAND…
+try() {
+    local what=$1 output
+    shift
+    if output=$("$@" 2>&1); then
+        passed=$((passed + 1))
+        say "ok      $what"
+    else
+        failed=$((failed + 1))
+        say "FAILED  $what"
+        tail -n 15 <<<"$output" | sed 's/^/            /'
+    fi
+}
+
+skip() {
+    skipped=$((skipped + 1))
+    say "skipped $1: $2"
+}
+
+# refused PATTERN COMMAND…: it fails, and says so.
+refused() {
+    local pattern=$1 output
+    shift
+    if output=$("$@" 2>&1); then
+        echo "not refused: $output"
+        return 1
+    fi
+    grep -qE "$pattern" <<<"$output" || {
+        echo "refused otherwise: $output"
+        return 1
+    }
+}
+
+# equals EXPECTED COMMAND…
+equals() {
+    local expected=$1 output
+    shift
+    output=$("$@")
+    [[ $output == "$expected" ]] || {
+        echo "expected $expected, got $output"
+        return 1
+    }
+}
+
+in_service() {
+    local container
+    container=$(container_of "$1")
+    shift
+    docker exec "$container" "$@"
+}
+
+# --- clients --------------------------------------------------------------------------------------
+
+# A client of this machine, without anything of the stack but the authority and a password.
+start_client() {
+    docker rm --force --volumes pgmesh-test-client >/dev/null 2>&1 || true
+    docker run --detach --init --name pgmesh-test-client --label "$stack_label=$STACK" --network host --user 0 \
+        --entrypoint sleep --no-healthcheck --volume "$up/ca.crt:/ca.crt:ro" --volume "$secrets:/passwords:ro" \
+        "$(docker service inspect --format '{{.Spec.TaskTemplate.ContainerSpec.Image}}' "${STACK}_coordinator-1")" infinity >/dev/null
+}
+
+# client ROLE PORT CONNINFO SQL
+client() {
+    docker exec pgmesh-test-client bash -c '
+        export PGPASSWORD=${PASSWORD:-$(<"/passwords/$1_password")}
+        exec psql --no-psqlrc --quiet --no-align --tuples-only --set ON_ERROR_STOP=1 \
+            --dbname "host=localhost user=$1 port=$2 dbname='"$DATABASE"' connect_timeout=10 $3" --command "$4"' client "$@"
+}
+
+readonly strict='sslmode=verify-full sslrootcert=/ca.crt require_auth=scram-sha-256'
+
+try_clients() {
+    local port role
+    for port in 5432 6432; do
+        try "a client by TLS and SCRAM writes through $port" \
+            equals f client pgmesh_app "$port" "$strict" 'SELECT pg_is_in_recovery()'
+    done
+    try "through 5433 it reads from a standby" equals t client pgmesh_app 5433 "$strict" 'SELECT pg_is_in_recovery()'
+    try "PostgreSQL speaks TLS 1.3" equals TLSv1.3 client pgmesh_app 5432 "$strict" \
+        'SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()'
+    try "PgBouncer speaks TLS 1.3 with PostgreSQL" equals TLSv1.3 client pgmesh_app 6432 "$strict" \
+        'SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()'
+    for port in 5432 5433 6432; do
+        try "without TLS $port refuses" refused 'no encryption|SSL required|pg_hba.conf rejects' \
+            client pgmesh_app "$port" sslmode=disable 'SELECT 1'
+        try "with TLS 1.1 $port refuses" refused 'protocol|alert|version|no protocols' \
+            client pgmesh_app "$port" 'sslmode=require ssl_min_protocol_version=TLSv1 ssl_max_protocol_version=TLSv1.1' 'SELECT 1'
+        try "the superuser is refused through $port" refused 'rejects|authentication failed|no such user' \
+            client postgres "$port" sslmode=require 'SELECT 1'
+    done
+    try "a wrong password is refused" refused 'password authentication failed' wrong_password 5432
+    try "a wrong password is refused by PgBouncer" refused 'authentication failed' wrong_password 6432
+    for role in pgmesh_backup pgmesh_replication pgmesh_rewind; do
+        try "$role may not use the database of the applications" refused 'rejects' client "$role" 5432 sslmode=require 'SELECT 1'
+    done
+}
+
+wrong_password() {
+    docker exec pgmesh-test-client env PGPASSWORD=wrong psql --no-psqlrc \
+        "host=localhost user=pgmesh_app port=$1 dbname=$DATABASE sslmode=require" --command 'SELECT 1'
+}
+
+try_roles() {
+    local insert="INSERT INTO memory_entries (namespace, key, value, embedding) VALUES ('test', gen_random_uuid()::text, '{}', array_fill(0.1, ARRAY[384])::vector)"
+    try "applications write" client pgmesh_app 6432 "$strict" "$insert"
+    try "AI agents add" client pgmesh_mcp 6432 "$strict" "$insert"
+    try "AI agents change nothing" refused 'permission denied' client pgmesh_mcp 6432 "$strict" "UPDATE memory_entries SET value = '1'"
+    try "AI agents delete nothing" refused 'permission denied' client pgmesh_mcp 6432 "$strict" "DELETE FROM memory_entries"
+    try "readers read" client pgmesh_readonly 6432 "$strict" "SELECT count(*) FROM memory_entries"
+    try "readers write nothing" refused 'permission denied|read-only' client pgmesh_readonly 6432 "$strict" "$insert"
+    try "nobody but the owner makes tables" refused 'permission denied' client pgmesh_app 6432 "$strict" 'CREATE TABLE mine ()'
+    try "administrators do" client pgmesh_admin 5432 "$strict" 'SET ROLE pgmesh_owner; CREATE TABLE mine (); DROP TABLE mine'
+    try "administrators are no superusers" refused 'permission denied|must be superuser' client pgmesh_admin 5432 "$strict" 'SELECT * FROM pg_authid'
+    try "nobody but PgBouncer looks up passwords" refused 'permission denied' client pgmesh_app 5432 "$strict" \
+        "SELECT * FROM pgmesh.pgbouncer_lookup('pgmesh_app')"
+    try "an HNSW index is used" client_plan
+    try "the scripts may run twice" initialise_again
+}
+
+client_plan() {
+    client pgmesh_app 5432 "$strict" "SET enable_seqscan = off; SET enable_sort = off; EXPLAIN SELECT key FROM memory_entries
+        ORDER BY embedding <=> array_fill(0.2, ARRAY[384])::vector LIMIT 5" | grep -q memory_entries_embedding
+}
+
+initialise_again() {
+    local leader container
+    leader=$(leader_of 0) container=$(container_of "$leader")
+    docker exec "$container" psql --quiet --dbname "$DATABASE" --command 'DELETE FROM pgmesh.initialised' &&
+        docker exec "$container" pgmesh-initialise on_start primary 0 | grep -q 'has its roles and tables'
+}
+
+# --- configurations -------------------------------------------------------------------------------
+
+try_configurations() {
+    local name
+    for name in $(databases); do
+        try "patroni takes its configuration ($name)" patroni_takes "$name"
+    done
+    for name in $(haproxies); do
+        try "haproxy takes its configuration ($name)" in_service "$name" haproxy -c -f /etc/pgmesh/haproxy.cfg
+    done
+    try "promtool takes prometheus.yml" in_service prometheus promtool check config /etc/pgmesh/prometheus.yml
+    try "amtool takes alertmanager.yml" in_service alertmanager amtool check-config /etc/pgmesh/alertmanager.yml
+    for name in "${agents[@]}"; do
+        try "$name takes its configuration" in_service "$name" "$name" --config "/etc/pgmesh/$name.toml" check-config
+    done
+    try "Redis took its configuration, password and all" redis_is_set
+    try "PgBouncer took its configuration" equals transaction pgbouncer_setting pool_mode
+    try "etcd refuses who has no certificate" refused 'certificate|bad certificate|handshake|deadline' \
+        in_service etcd-1 etcdctl --endpoints https://localhost:2379 --cacert /etc/pgmesh/ca.crt --command-timeout 3s endpoint health
+    try "Patroni changes nothing for who has no certificate" equals 403 patroni_status DELETE /restart
+    try "Prometheus reaches all that it asks" targets_are_up
+    try_stack_files "the running profile" "$RENDERED"
+    if make_production; then
+        try_stack_files "the profile production" "$production/stack"
+        try "haproxy takes the configuration of production" production_haproxy
+        try "promtool takes prometheus.yml of production" production_promtool
+        for name in "${agents[@]}"; do try "$name takes its configuration of production" production_agent "$name"; done
+    fi
+}
+
+# Patroni 4.0 takes "quorum", and its validator does not know it.
+patroni_takes() {
+    local found
+    found=$(in_service "$1" patroni --validate-config --ignore-listen-port /etc/pgmesh/patroni.yml 2>&1 |
+        grep -v 'synchronous_mode quorum is not a boolean' || true)
+    [[ -z $found ]] || { echo "$found" && return 1; }
+}
+
+redis_is_set() {
+    in_service redis bash -c '
+        [[ $(redis-cli PING) == NOAUTH* ]] && export REDISCLI_AUTH=$(</run/secrets/redis_password) &&
+            redis-cli CONFIG GET maxmemory-policy | grep -q allkeys-lru'
+}
+
+pgbouncer_setting() {
+    docker exec pgmesh-test-client bash -c 'export PGPASSWORD=$(</passwords/pgmesh_health_password)
+        psql --no-psqlrc --no-align --tuples-only "host=localhost port=6432 user=pgmesh_health dbname=pgbouncer sslmode=verify-full sslrootcert=/ca.crt" --command "SHOW CONFIG"' |
+        awk -F '|' -v key="$1" '$1 == key { print $2 }'
+}
+
+patroni_status() {
+    in_service coordinator-1 bash -c 'printf "$1 $2 HTTP/1.0\r\n\r\n" | timeout 5 openssl s_client -quiet -connect 127.0.0.1:8008 2>/dev/null | head -n 1 | cut -d " " -f 2' status "$1" "$2"
+}
+
+targets_are_up() {
+    local body
+    body=$(docker exec pgmesh-test-client bash -c 'exec 3<>/dev/tcp/127.0.0.1/9090 &&
+        printf "GET /api/v1/targets?state=active HTTP/1.0\r\n\r\n" >&3 && cat <&3')
+    [[ $(grep -o '"health":"[a-z]*"' <<<"$body" | sort | uniq -c | tr -s ' ') == ' '*'"health":"up"' ]] || {
+        grep -o '"lastError":"[^"]*"' <<<"$body" | sort -u
+        return 1
+    }
+}
+
+# try_stack_files WHAT DIRECTORY
+try_stack_files() {
+    if docker stack config --help 2>/dev/null | grep -q -- --compose-file; then
+        try "docker stack config takes the files of $1" stack_config "$2"
+    else
+        skip "docker stack config of $1" "this docker client has no such command"
+    fi
+}
+
+stack_config() {
+    local file files=() output
+    for file in "$1"/*.yml; do
+        ! grep -q '^version:' "$file" || files+=(--compose-file "$file")
+    done
+    output=$(docker stack config "${files[@]}" 2>&1 >/dev/null) || { echo "$output" && return 1; }
+    [[ -z $output ]] || { echo "$output" && return 1; }
+}
+
+# What up.sh would make of the profile production, beside what runs.
+readonly production="$cache/test-production"
+make_production() {
+    rm -rf "$production"
+    mkdir -p "$production/secrets"
+    echo test >"$production/secrets/s3_access_key_id"
+    echo test >"$production/secrets/s3_secret_access_key"
+    try "certificates of the profile production are made" env PGMESH_UP="$production" "$root/init-scripts/certificates.sh" production
+    try "secrets of the profile production are made" env PGMESH_UP="$production" "$root/init-scripts/secrets.sh" --files-only production
+    try "the files of the profile production are made" env PGMESH_UP="$production" bash -euo pipefail -c '
+        source init-scripts/lib.sh
+        source init-scripts/stack.sh
+        load_profile production
+        CITUS=no NETWORK_OPTIONS="{encrypted: \"true\"}"
+        for name in POSTGRES ETCD HAPROXY PGBOUNCER REDIS PROMETHEUS ALERTMANAGER BACKUP_AGENT LAG_EXPORTER HEALTH_MONITOR REBALANCE_AGENT; do
+            printf -v "${name}_IMAGE" "%s" "registry.example/$name"
+        done
+        render_all'
+}
+
+production_run() {
+    local service=$1 entrypoint=$2 mounts=()
+    shift 2
+    for file in "$production"/secrets/*; do mounts+=(--volume "$file:/run/secrets/${file##*/}:ro"); done
+    docker run --rm --user 0 --network none --entrypoint "$entrypoint" --volume "$production/stack:/etc/pgmesh:ro" "${mounts[@]}" \
+        --volume "$production/secrets/tls_backup-agent_certificate:/run/secrets/tls_certificate:ro" \
+        --volume "$production/secrets/tls_backup-agent_key:/run/secrets/tls_key:ro" \
+        "$(docker service inspect --format '{{.Spec.TaskTemplate.ContainerSpec.Image}}' "${STACK}_$service")" "$@"
+}
+
+production_haproxy() {
+    production_run haproxy-1 bash -c 'sed "s/{{.*}}/x/" /etc/pgmesh/haproxy.cfg >/tmp/haproxy.cfg && haproxy -c -f /tmp/haproxy.cfg'
+}
+
+production_promtool() {
+    production_run prometheus promtool check config /etc/pgmesh/prometheus.yml
+}
+
+production_agent() {
+    production_run "$1" "$1" --config "/etc/pgmesh/$1.toml" check-config
+}
+
+# --- secrets --------------------------------------------------------------------------------------
+
+try_secrets() {
+    local everything
+    everything=$(mktemp "$cache/everything.XXXXXX")
+    {
+        docker ps --all --quiet | xargs -r docker inspect
+        docker service ls --quiet | xargs -r docker service inspect
+        docker config ls --quiet | while read -r id; do docker config inspect --format '{{printf "%s" .Spec.Data}}' "$id"; done
+        docker secret ls --quiet | xargs -r docker secret inspect
+        docker image ls --quiet --filter "label=$inputs_label" | sort -u | xargs -r docker image inspect
+        docker image ls --quiet --filter "label=$inputs_label" | sort -u | while read -r id; do docker history --no-trunc "$id"; done
+    } >"$everything" 2>&1
+    try "no secret in what docker inspect shows" has_no_secret "$everything"
+    services | while read -r name _; do timeout 30 docker service logs --raw "${STACK}_$name" 2>&1 || true; done >"$everything"
+    try "no secret in the logs ($(wc -l <"$everything") lines)" has_no_secret "$everything"
+    docker ps --quiet --filter "label=com.docker.stack.namespace=$STACK" | while read -r id; do
+        docker exec "$id" bash -c 'cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline' 2>/dev/null | tr '\0' '\n' || true
+    done >"$everything"
+    try "no secret in the environment or the command line of a process" has_no_secret "$everything"
+    try "PostgreSQL kept no password as a statement" no_password_in_statements
+    rm -f "$everything"
+}
+
+has_no_secret() {
+    local file found=0
+    [[ -s $1 ]] || { echo "nothing was looked at" && return 1; }
+    for file in "$secrets"/*; do
+        [[ $file != *_certificate ]] || continue
+        ! grep -qF -- "$(sed -n '2p;q' "$file" | grep . || head -n 1 "$file")" "$1" || { echo "${file##*/} is there" && found=1; }
+    done
+    return "$found"
+}
+
+no_password_in_statements() {
+    equals 0 in_service "$(leader_of 0)" psql --no-psqlrc --quiet --no-align --tuples-only --dbname "$DATABASE" --command \
+        "SELECT count(*) FROM pg_stat_statements WHERE query ~* 'password +''[0-9a-f]{20}'"
+}
+
+# --- a lost primary -------------------------------------------------------------------------------
+
+# Writes through HAProxy, each time as a new client, and prints the time of each commit that was confirmed.
+start_writer() {
+    client pgmesh_admin 5432 "$strict" "SET ROLE pgmesh_owner; DROP TABLE IF EXISTS confirmed;
+        CREATE TABLE confirmed (n bigint PRIMARY KEY); GRANT ALL ON confirmed TO pgmesh_app" >/dev/null 2>&1
+    docker exec pgmesh-test-client rm -f /tmp/stop /tmp/confirmed
+    docker exec --detach pgmesh-test-client bash -c '
+        export PGPASSWORD=$(</passwords/pgmesh_app_password) PGCONNECT_TIMEOUT=2 n=0
+        until [[ -e /tmp/stop ]]; do
+            n=$((n + 1))
+            timeout 5 psql --no-psqlrc --quiet "host=localhost port=5432 user=pgmesh_app dbname='"$DATABASE $strict"'" \
+                --command "INSERT INTO confirmed VALUES ($n)" 2>/tmp/error && echo "$EPOCHREALTIME $n" >>/tmp/confirmed
+        done'
+}
+
+stop_writer() {
+    sleep 2
+    docker exec pgmesh-test-client touch /tmp/stop
+    sleep 6
+}
+
+# The longest time without a confirmed commit, in seconds.
+longest_gap() {
+    docker exec pgmesh-test-client cat /tmp/confirmed | awk 'NR > 1 && $1 - last > gap { gap = $1 - last } { last = $1 } END { printf "%.1f", gap }'
+}
+
+all_confirmed_are_there() {
+    local confirmed there
+    confirmed=$(docker exec pgmesh-test-client bash -c 'cut -d " " -f 2 /tmp/confirmed | sort -n')
+    there=$(client pgmesh_app 5432 "$strict" 'SELECT n FROM confirmed ORDER BY n')
+    [[ -n $confirmed && -z $(comm -23 <(sort <<<"$confirmed") <(sort <<<"$there")) ]]
+}
+
+is_well() {
+    in_service health-monitor health-monitor check
+}
+
+try_failover() {
+    local leader gap began
+    leader=$(leader_of 0)
+    start_writer
+    sleep 5
+    say "        kills the container of $leader"
+    began=$SECONDS
+    docker kill "$(container_of "$leader")" >/dev/null
+    sleep 5
+    try "after the primary was killed the verdict is healthy again" wait_for 240 "healthy again" is_well
+    say "        after $((SECONDS - began)) s; $(leader_of 0) leads"
+    stop_writer
+    gap=$(longest_gap)
+    say "        the longest time without a confirmed write: $gap s"
+    try "no confirmed write is lost" all_confirmed_are_there
+    try "the gap is below 30 s" awk -v gap="$gap" 'BEGIN { exit !(gap > 0 && gap < 30) }'
+}
+
+# --- everything else that may be lost -------------------------------------------------------------
+
+# One after the other, under the writer: none of these stops it for long.
+try_losses() {
+    local service leader
+    leader=$(leader_of 0)
+    for service in etcd-1 worker-1-1 pgbouncer-1 redis s3-for-tests prometheus "${agents[@]}"; do
+        [[ -n $(container_of "$service") ]] || continue
+        start_writer
+        docker kill "$(container_of "$service")" >/dev/null
+        sleep 3
+        try "after $service was killed the verdict is healthy again" wait_for 180 "healthy again" is_well
+        stop_writer
+        try "nobody lost a write for it, nor waited for 10 s (longest: $(longest_gap) s)" uninterrupted
+    done
+    try "the coordinators' primary is the one before" equals "$leader" leader_of 0
+}
+
+uninterrupted() {
+    awk -v gap="$(longest_gap)" 'BEGIN { exit !(gap > 0 && gap < 10) }' && all_confirmed_are_there
+}
+
+# --- nothing is left ------------------------------------------------------------------------------
+
+nothing_left() {
+    local left
+    left=$({
+        docker ps --all --format 'container {{.Names}}' --filter "label=com.docker.stack.namespace=$STACK"
+        docker ps --all --format 'container {{.Names}}' --filter "label=$stack_label=$STACK"
+        docker volume ls --format 'volume {{.Name}}' | grep -E "^volume (${STACK}[_-]|pgmesh)" || true
+        docker network ls --format 'network {{.Name}}' | grep "^network ${STACK}_" || true
+        [[ $(docker info --format '{{.Swarm.ControlAvailable}}') != true ]] || {
+            docker secret ls --format 'secret {{.Name}}' | grep "^secret ${STACK}_" || true
+            docker config ls --format 'config {{.Name}}' | grep "^config ${STACK}_" || true
+            docker service ls --format 'service {{.Name}}' | grep "^service ${STACK}_" || true
+        }
+        [[ ! -e $up ]] || echo "directory $up"
+    })
+    [[ -z $left ]] || { echo "$left" && return 1; }
+}
+
+main() {
+    local full=no
+    case ${1:-} in
+    '') ;;
+    --full) full=yes && shift ;;
+    -h | --help) usage && return 0 ;;
+    *) usage >&2 && exit 2 ;;
+    esac
+    if [[ $full == yes ]]; then
+        "$root/init-scripts/up.sh" "$@"
+        passed=$((passed + 1))
+    fi
+    load_remembered_profile
+    start_client
+    try "status.sh says that all is well" "$root/init-scripts/status.sh"
+    try_clients
+    try_roles
+    try_configurations
+    try_failover
+    try_losses
+    try_secrets
+    docker rm --force --volumes pgmesh-test-client >/dev/null
+    rm -rf "$production"
+    if [[ $full == yes ]]; then
+        try "down.sh removes the stack" "$root/init-scripts/down.sh"
+        try "nothing is left" nothing_left
+    fi
+    echo "$passed passed, $failed failed, $skipped skipped"
+    [[ $failed -eq 0 ]]
+}
+
+main "$@"
