@@ -233,7 +233,7 @@ check_readable() {
 # Where the container's user may write: nextest keeps its report there, the tests note what they skip.
 prepare_results() {
     results="$state/results"
-    mkdir -p "$results" "$target/nextest"
+    mkdir -p "$results" "$root/target/nextest"
     docker run --rm --user 0 --volume "$results:/results" "$tests_image" \
         bash -c 'rm -rf /results/* && chmod 1777 /results'
 }
@@ -246,12 +246,12 @@ run_tests() {
     [[ ! -t 1 ]] || terminal=(--tty)
     docker run --name "$container" --init --network host --shm-size 1g --user "$postgres_uid" \
         "${terminal[@]}" \
-        --volume "$root:$root:ro" --volume "$target:$target:ro" --volume "$results:$target/nextest" \
+        --volume "$root:$root:ro" --volume "$target:$target:ro" --volume "$results:$root/target/nextest" \
         --volume "$(command -v cargo-nextest):/usr/local/bin/cargo-nextest:ro" \
         --volume /tmp --tmpfs /small-disk:size=48m,mode=1777 --workdir "$root" \
         --env PGMESH_TEST_MOTO="$moto_url" --env PGMESH_TEST_GARAGE="$garage_url" \
         --env PGMESH_TEST_SMALL_DISK=/small-disk \
-        --env PGMESH_TESTS_SKIP_FILE="$target/nextest/skipped" \
+        --env PGMESH_TESTS_SKIP_FILE="$root/target/nextest/skipped" \
         --env CARGO_TERM_COLOR="$([[ -t 1 ]] && echo always || echo never)" \
         "${PGMESH_TEST_CITUS_IMAGE:-$tests_image}" cargo-nextest nextest run --profile ci \
         --cargo-metadata "$state/cargo.json" --binaries-metadata "$state/binaries.json" "$@"
