@@ -121,7 +121,8 @@ async fn nothing_is_pushed_with_another_key() {
     run_in(&scene, &data, &["wal-push", &format!("pg_wal/{name}")]).await.assert_success();
     let asked: Vec<_> = faults.record().into_iter().map(|request| request.operation).collect();
     let (list, get) = (Operation::ListObjects, Operation::GetObject);
-    assert_eq!(asked, [list, get, Operation::PutObject, Operation::HeadObject, list]);
+    // What is there of the segment, and its pieces; one object to try the key on; and whether another came.
+    assert_eq!(asked, [list, list, get, Operation::PutObject, Operation::HeadObject, list]);
 
     // A new key with an id of its own is no wrong one, from its first segment on.
     let config = fs::read_to_string(scene.config()).unwrap();

@@ -105,7 +105,8 @@ async fn a_store_that_fails_in_every_way_only_delays() {
             "reads break off",
             Fault::new(Effect::CutBody(harness::At::Fraction(0.5)))
                 .on(Operation::GetObject)
-                .times(10),
+                // Fewer than one reader tries: `list` reads meanwhile too.
+                .times(4),
         ),
     ] {
         let fault = faults.add(fault);
