@@ -59,7 +59,7 @@ impl Cluster {
     }
 
     /// A standby of the coordinator, and where both are.
-    async fn coordinators(&self) -> (PgServer, String) {
+    pub(crate) async fn coordinators(&self) -> (PgServer, String) {
         let standby = self.coordinator.standby("coordinator-2").await;
         standby.catch_up(&self.coordinator).await;
         let member = Self::member(0, &standby);
@@ -77,7 +77,7 @@ impl Cluster {
     }
 
     /// As Patroni tells Citus after a failover.
-    async fn has_new_coordinator(&mut self, promoted: PgServer) -> PgServer {
+    pub(crate) async fn has_new_coordinator(&mut self, promoted: PgServer) -> PgServer {
         let (host, port) = (promoted.socket_directory().display().to_string(), promoted.port());
         let old = std::mem::replace(&mut self.coordinator, promoted);
         self.change(&format!(

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use chrono::{Timelike as _, Utc};
 use harness::postgres::postgres_is_missing;
-use harness::{EtcdCluster, PgServer, RunningAgent, etcd_is_missing, eventually};
+use harness::{EtcdCluster, PgServer, RunningAgent, etcd_is_missing, eventually, server_port};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
@@ -41,8 +41,8 @@ impl Jobs {
     fn configure(&self, extra: &str) {
         let window = if extra.contains("window = ") { "" } else { ALWAYS };
         self.cluster.configure(&format!(
-            "{APPLY}{window}{extra}apply.engine = \"job\"\nbalance.strategy = \"citus\"\n\
-             etcd.endpoints = {:?}\n",
+            "{APPLY}{window}apply.engine = \"job\"\nbalance.strategy = \"citus\"\n\
+             etcd.endpoints = {:?}\n{extra}",
             self.etcd.endpoints()
         ));
     }
@@ -209,6 +209,57 @@ async fn a_job_outlives_its_agent_and_is_known_again() {
     finished.assert_success();
     assert_eq!(finished.stdout.matches("job begins").count(), 0, "{finished}");
     assert_eq!(jobs.cluster.places().await, [1, 1, 2, 2]);
+}
+
+/// One that was stopped past its lease finds that another leads; one that cannot ask finds nobody.
+#[tokio::test]
+async fn a_job_is_left_to_who_leads_and_stopped_where_nobody_does() {
+    if is_missing() {
+        return;
+    }
+    let mut jobs = Jobs::planned("").await;
+    let mut first = jobs.begins().await;
+    jobs.cluster.port = server_port();
+    jobs.configure("");
+    let mut second = jobs.cluster.starts();
+    second.logged("agent started", LIMIT).await;
+    first.sigstop();
+    second.logged("job is watched", LIMIT).await;
+    first.sigcont();
+    first.logged(" leads, and watches it", LIMIT).await;
+    sleep(Duration::from_secs(3)).await;
+    assert_eq!(jobs.states().await, "1 running: running blocked");
+    first.terminate().await.assert_success();
+    assert_eq!(jobs.states().await, "1 running: running blocked");
+    jobs.etcd.kill9(0).await;
+    jobs.are("1 cancelled: cancelled cancelled").await;
+    second.logged("another replica may lead: the lease was not renewed", LIMIT).await;
+    second.kill9().await;
+}
+
+#[tokio::test]
+async fn a_job_goes_on_after_a_failover_of_the_coordinator() {
+    if is_missing() {
+        return;
+    }
+    let mut jobs = Jobs::planned("").await;
+    let (standby, member) = jobs.cluster.coordinators().await;
+    jobs.configure(&member);
+    let agent = jobs.begins().await;
+    standby.catch_up(&jobs.cluster.coordinator).await;
+    jobs.cluster.coordinator.kill9().await;
+    standby.promote().await;
+    let _old = jobs.cluster.has_new_coordinator(standby).await;
+    // As Citus does when it finds that its processes are gone.
+    jobs.sql("UPDATE pg_dist_background_task SET status = 'runnable' WHERE status = 'running'")
+        .await;
+    let _worker = work(&jobs.cluster.coordinator).await;
+    jobs.are("1 finished: done done").await;
+    assert_eq!(jobs.cluster.ended("moved").await, "");
+    let finished = agent.terminate().await;
+    finished.assert_success();
+    assert_eq!(finished.stdout.matches("job begins").count(), 1, "{finished}");
+    assert!(1 < finished.stdout.matches("job is watched\"").count(), "{finished}");
 }
 
 #[tokio::test]

@@ -1,5 +1,5 @@
-//! A rebalance as one background job of Citus: whether one may begin, which is ours, and what to do with it
-//! in each of its states. Pure.
+//! A rebalance as one background job of Citus: whether one may begin, and what to do with it in each of its
+//! states. Pure.
 //!
 //! Citus plans all of it at the start, tries what failed again for half an hour, and knows of no window, no
 //! budget and no gate. So it begins only if all of it may be moved, and is stopped as a whole.
@@ -9,8 +9,6 @@ use std::collections::BTreeSet;
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
 
-use crate::catalogue::Job;
-use crate::known::Known;
 use crate::ledger::{End, Entry, Ledger, Outcome};
 use crate::plan::{Move, Plan, Why, Wish};
 use crate::words::count;
@@ -46,11 +44,16 @@ impl Offer {
     }
 }
 
-/// The job that a replica of this agent began, if it has not ended, or nobody said how.
-pub fn begun(ledger: &Ledger, jobs: &Known<Vec<Job>>) -> Option<Entry> {
-    let is_listed = |id| jobs.iter().flatten().any(|it| Some(it.id) == id);
-    let mut ours = ledger.newest().filter(|it| it.job.is_some_and(|id| 0 < id));
-    ours.find(|it| it.outcome == Outcome::Started || is_listed(it.job)).cloned()
+/// What a job counts that ended so: how many shard groups, and how many bytes. One that is stopped moves no more;
+/// what it was at counts in full, as a move that is broken off does.
+pub fn cost(entry: &Entry, outcome: Outcome, done: u32, written: u64) -> (u32, u64) {
+    let Entry { moves, bytes, .. } = *entry;
+    let begun = match outcome {
+        Outcome::Moved | Outcome::Unknown => moves,
+        _ => done.saturating_add(1).min(moves),
+    };
+    let share = u128::from(bytes) * u128::from(begun) / u128::from(moves.max(1));
+    (begun, u64::try_from(share).unwrap_or(u64::MAX).max(written))
 }
 
 /// What a task of a job moves: a shard, from which group, to which; `None` if it does something else.
@@ -381,43 +384,19 @@ mod tests {
         }
     }
 
+    /// Otherwise one that was stopped early would take the budget of the whole night.
     #[test]
-    fn a_job_is_ours_if_we_wrote_down_its_number_and_it_may_not_have_ended() {
-        let job =
-            |id| Job { id, state: "running".to_owned(), description: String::new(), retries: 0 };
-        let unknown = || Err(crate::known::Unknown::because("no answer"));
-        for (name, entries, jobs, expected) in [
-            ("none was begun", vec![entry(0, None, Outcome::Started)], Ok(vec![job(7)]), None),
-            (
-                "one of somebody else",
-                vec![entry(0, Some(6), Outcome::Moved)],
-                Ok(vec![job(7)]),
-                None,
-            ),
-            ("it runs", vec![entry(0, Some(7), Outcome::Started)], Ok(vec![job(7)]), Some(7)),
-            (
-                "nobody said how it ended",
-                vec![entry(0, Some(7), Outcome::Started)],
-                Ok(vec![]),
-                Some(7),
-            ),
-            ("that is unknown", vec![entry(0, Some(7), Outcome::Started)], unknown(), Some(7)),
-            ("it ended", vec![entry(0, Some(7), Outcome::Stopped)], Ok(vec![]), None),
-            (
-                "to stop it did not work",
-                vec![entry(0, Some(7), Outcome::Unknown)],
-                Ok(vec![job(7)]),
-                Some(7),
-            ),
-            (
-                "Citus did not take it",
-                vec![entry(0, Some(0), Outcome::Failed)],
-                Ok(vec![job(7)]),
-                None,
-            ),
+    fn a_job_that_is_stopped_counts_as_far_as_it_came() {
+        for (outcome, done, written, expected) in [
+            (Outcome::Moved, 4, 390, (4, 400)),
+            (Outcome::Unknown, 1, 190, (4, 400)),
+            (Outcome::NoLock, 0, 90, (1, 100)),
+            (Outcome::Stopped, 1, 120, (2, 200)),
+            (Outcome::Failed, 1, 350, (2, 350)),
+            (Outcome::Closed, 4, 390, (4, 400)),
         ] {
-            let found = begun(&Ledger::new(entries), &jobs).and_then(|it| it.job);
-            assert_eq!(found, expected, "{name}");
+            let entry = Entry { moves: 4, bytes: 400, ..entry(0, Some(7), Outcome::Started) };
+            assert_eq!(cost(&entry, outcome, done, written), expected, "{outcome:?} {done}");
         }
     }
 }

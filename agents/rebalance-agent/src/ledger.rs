@@ -169,6 +169,12 @@ impl Ledger {
         self.entries.iter().rev()
     }
 
+    /// The job that was begun, if nobody has said how it ended.
+    pub fn job(&self) -> Option<&Entry> {
+        let mut jobs = self.newest().filter(|it| it.job.is_some());
+        jobs.find(|it| it.outcome == Outcome::Started)
+    }
+
     /// What was moved from `since` on.
     pub fn spent(&self, since: DateTime<Utc>) -> Spent {
         let counted = self.entries.iter().filter(|it| since <= it.at);
@@ -298,6 +304,10 @@ mod tests {
         let again = Ledger::new(vec![failed.clone(), job(2, 3, Outcome::NoLock)]);
         let expected = "none begins until 08:04:00 UTC: the last jobs failed: why";
         assert_eq!(again.jobs_resting(at(2)).as_deref(), Some(expected));
+        assert_eq!(again.job(), None);
+        let begun = job(0, 4, Outcome::Started);
+        let both = Ledger::new(vec![entry(3, 1, Outcome::Started), begun.clone(), failed.clone()]);
+        assert_eq!(both.job(), Some(&begun));
         assert_eq!(ledger.without(&failed).spent(at(0)), Spent { bytes: 10, moves: 1 });
         // As another version wrote it, or one without jobs.
         let text = serde_json::to_string(&failed).unwrap();

@@ -10,7 +10,7 @@ use crate::catalogue::{CitusNode, Placement, TableKind};
 use crate::config::{Config, Engine, Mode};
 use crate::control::Control;
 use crate::guard::{Inputs, Refusal, Scope, refusals, spent};
-use crate::job::{Offer, begun};
+use crate::job::Offer;
 use crate::known::Known;
 use crate::ledger::{Entry, Ledger, Outcome, Spent};
 use crate::observation::Observation;
@@ -110,7 +110,7 @@ pub struct View {
     /// Whether all that Citus plans may be moved as one job; `None` if it is not to be.
     #[serde(default)]
     pub job: Option<Offer>,
-    /// The job that any replica began, if it has not ended, or nobody said how.
+    /// The job that any replica began, if nobody has said how it ended.
     #[serde(default)]
     pub begun: Option<Entry>,
     /// Whether the window is open; `None` without one.
@@ -268,7 +268,7 @@ impl View {
             reference,
             under_way: Moving::seen(observation, ledger),
             job: offer,
-            begun: begun(ledger, &observation.catalogue.jobs),
+            begun: ledger.job().cloned(),
             window: window.map(|it| it.at(now).into()),
             drains: control.drains.iter().map(|it| Drain::new(*it, observation)).collect(),
             settled: settled.map(|(shard, to)| (*shard, *to)).collect(),

@@ -109,7 +109,7 @@ impl Hand<'_> {
     }
 
     /// Watches a job until it has ended, or until `halted` or what it does say how it is to end. `left` bytes may
-    /// be written for it. `show` takes how far it is, and what was written.
+    /// be written for it. `show` takes what Citus says, how far it is, and how many bytes were written.
     ///
     /// # Errors
     ///
@@ -119,7 +119,7 @@ impl Hand<'_> {
         entry: &Entry,
         left: u64,
         halted: impl Future<Output = End>,
-        show: impl FnMut(String, u64),
+        show: impl FnMut(&Seen, String, u64),
     ) -> Result<End, End> {
         let is_building = AtomicBool::new(false);
         tokio::select! {
@@ -130,20 +130,19 @@ impl Hand<'_> {
     }
 
     /// Stops a job, and says how it ended.
-    pub async fn stop_job(&self, entry: &Entry, why: End) -> End {
+    ///
+    /// # Errors
+    ///
+    /// It has not ended, as far as anybody knows: why, as a sentence without full stop.
+    pub async fn stop_job(&self, entry: &Entry, why: End) -> Result<End, String> {
         match timeout(CANCEL_LIMIT, self.cancel_job(entry.job.unwrap_or_default())).await {
             // It was quicker.
-            Ok(Ok(seen)) if seen.state == "finished" => End::new(Outcome::Moved, ""),
-            Ok(Ok(seen)) => End::new(why.outcome, format!("{}; {}", why.reason, seen.so_far())),
-            // It is looked at again: what is listed and not over is stopped then.
-            Ok(Err(error)) => {
-                let reason = format!("{}; and it is not stopped: {}", why.reason, chain(&error));
-                End::new(Outcome::Unknown, reason)
-            }
+            Ok(Ok(seen)) if seen.state == "finished" => Ok(End::new(Outcome::Moved, "")),
+            Ok(Ok(seen)) => Ok(End::new(why.outcome, format!("{}; {}", why.reason, seen.so_far()))),
+            Ok(Err(error)) => Err(format!("{}; but {}", why.reason, chain(&error))),
             Err(_) => {
                 let limit = format_duration(CANCEL_LIMIT);
-                let reason = format!("{}; and it has not ended {limit} later", why.reason);
-                End::new(Outcome::Unknown, reason)
+                Err(format!("{}; but it has not ended {limit} later", why.reason))
             }
         }
     }
@@ -151,7 +150,10 @@ impl Hand<'_> {
     /// Cancels a job by its number, so no other, and waits until nothing of it is under way.
     async fn cancel_job(&self, id: i64) -> Result<Seen, ApplyError> {
         let connection = Box::pin(connect(self.settings, self.coordinator)).await?;
-        connection.query_one("SELECT citus_job_cancel($1)", &[&id]).await?;
+        // Once: told again, Citus would believe that its processes are gone.
+        if see(&connection, id).await?.is_some_and(|it| it.state != "cancelling") {
+            connection.query_one("SELECT citus_job_cancel($1)", &[&id]).await?;
+        }
         loop {
             match see(&connection, id).await? {
                 Some(seen) if !seen.is_over() => sleep(TICK_NEAR_THE_END).await,
@@ -166,7 +168,7 @@ impl Hand<'_> {
         entry: &Entry,
         left: u64,
         is_building: &AtomicBool,
-        mut show: impl FnMut(String, u64),
+        mut show: impl FnMut(&Seen, String, u64),
     ) -> Result<End, End> {
         let Apply { lock_timeout, .. } = *self.limits;
         let (mut watch, mut connection) = (Watch::new(*self.limits, left), None);
@@ -205,7 +207,7 @@ impl Hand<'_> {
                 return Err(why);
             }
             if let Some((seen, tasks)) = tasks {
-                show(how_far(seen, tasks), watch.written());
+                show(seen, how_far(seen, tasks), watch.written());
             }
             sleep(if watch.is_near { TICK_NEAR_THE_END } else { TICK }).await;
         }

@@ -11,6 +11,7 @@ use tracing::{info, warn};
 use super::{Concern, Rebalancer};
 use crate::apply::Hand;
 use crate::guard::spent;
+use crate::job::{Seen, cost};
 use crate::ledger::{End, Entry, Outcome};
 use crate::plan::{Budget, Move};
 use crate::report::Moving;
@@ -41,17 +42,19 @@ impl Rebalancer {
             entry = numbered;
             Ok(())
         };
-        let begun = hand.begin_job(moves, record).await;
+        let begun = shutdown.run_until_cancelled(hand.begin_job(moves, record)).await;
         match (begun, entry.job) {
-            (Ok(()), _) => {
+            // Gone with its connection; if not, who looks next finds it.
+            (None, _) => {}
+            (Some(Ok(())), _) => {
                 info!(job = entry.job, moves = number, bytes, "job begins");
                 self.watch(hand, entry, claim, shutdown).await;
             }
             // The next look finds out.
-            (Err(error), Some(job)) => {
+            (Some(Err(error)), Some(job)) => {
                 warn!(job, error = %chain(&error), "whether a job began is unknown");
             }
-            (Err(error), None) => {
+            (Some(Err(error)), None) => {
                 (entry.job, entry.moves, entry.bytes) = (Some(0), 0, 0);
                 let end = End::new(Outcome::Failed, chain(&error).to_string());
                 warn!(error = end.reason, "job not begun");
@@ -71,27 +74,30 @@ impl Rebalancer {
         let job = entry.job;
         info!(job, moves = entry.moves, bytes = entry.bytes, "job is watched");
         let left = self.left_for(&entry).await;
-        let mut written = 0;
-        let show = |phase, bytes| {
-            written = bytes;
+        let mut last = None;
+        let show = |seen: &Seen, phase, written| {
             let (entry, phase) = (entry.clone(), Some(phase));
-            self.board.show(Some(Moving { entry, phase, copied_bytes: Some(bytes) }));
+            self.board.show(Some(Moving { entry, phase, copied_bytes: Some(written) }));
+            last = Some((seen.done, written));
         };
         let concern = Concern { coordinator: hand.coordinator, groups: None, colocation: None };
         let halted = self.halted(&concern, claim, shutdown);
         let ended = hand.watch_job(&entry, left, halted, show).await;
         let end = match (ended, self.other_leader(claim).await) {
-            (Ok(over), _) => Some(over),
-            (Err(why), None) => Some(hand.stop_job(&entry, why).await),
-            // It watches the job. Where nobody has the lease, nobody would.
-            (Err(_), Some(leader)) => {
-                info!(job, leader, "job is left to another replica");
-                None
-            }
+            (Ok(over), _) => Ok(over),
+            // Where nobody has the lease, nobody else would.
+            (Err(why), None) => hand.stop_job(&entry, why).await,
+            (Err(_), Some(leader)) => Err(format!("{leader} leads, and watches it")),
         };
         self.board.show(None);
-        let Some(end) = end else { return };
-        entry.bytes = entry.bytes.max(written);
+        let end = match end {
+            Ok(end) => end,
+            // It is known as begun, so who leads looks at it again.
+            Err(reason) => return warn!(job, reason, "job is not watched any more"),
+        };
+        if let Some((done, written)) = last {
+            (entry.moves, entry.bytes) = cost(&entry, end.outcome, done, written);
+        }
         let (outcome, bytes) = (end.outcome.name(), entry.bytes);
         if end.outcome == Outcome::Moved {
             info!(job, moves = entry.moves, bytes, outcome, "job ended");
@@ -104,8 +110,7 @@ impl Rebalancer {
     /// How many bytes may be written for a job: what else was moved is spent.
     async fn left_for(&self, entry: &Entry) -> u64 {
         let (_, ledger) = self.memory.read().await;
-        // It was within the budget when it began.
-        ledger.map_or(entry.bytes, |it| {
+        ledger.map_or(self.config.budget.bytes_max(), |it| {
             let spent = spent(&it.without(entry), self.config.window.as_ref(), entry.at);
             Budget::left(&self.config.budget, spent).bytes
         })
