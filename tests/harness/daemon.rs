@@ -3,8 +3,11 @@
 use std::fs::{self, File};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::net::TcpListener;
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -18,13 +21,22 @@ use crate::eventually;
 /// moment.
 const PORTS: std::ops::Range<u16> = 20_000..32_000;
 
-/// A port of 127.0.0.1 on which nobody listens.
+/// The ports this process gave out, each as a Unix socket that bears its number. Their names live
+/// in the abstract namespace, which belongs to the network namespace as ports do, and end with the
+/// process.
+static TAKEN: Mutex<Vec<UnixListener>> = Mutex::new(Vec::new());
+
+/// A port of 127.0.0.1 on which nobody listens, and that no test is given while this process lives:
+/// a server that is down, or not yet up, keeps its own.
 pub fn server_port() -> u16 {
     loop {
         let random = RandomState::new().build_hasher().finish();
         let offset = u16::try_from(random % u64::from(PORTS.end - PORTS.start)).unwrap();
         let port = PORTS.start + offset;
+        let name = SocketAddr::from_abstract_name(format!("pgmesh-tests-{port}")).unwrap();
+        let Ok(taken) = UnixListener::bind_addr(&name) else { continue };
         if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            TAKEN.lock().unwrap_or_else(PoisonError::into_inner).push(taken);
             return port;
         }
     }

@@ -3,11 +3,11 @@
 use std::fmt::{self, Display, Formatter, Write as _};
 use std::fs::{self, File, Permissions};
 use std::io::Write as _;
-use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use super::{PgServer, SUPERUSER};
+use crate::daemon::server_port;
 use crate::program::{self, as_server_user, run};
 
 /// The certificate authority's file in the data directory, where standbys and backups get it too.
@@ -154,7 +154,7 @@ impl PgServerBuilder {
             name: self.name,
             directory,
             data_directory,
-            port: if self.tcp { free_port() } else { UNIX_PORT },
+            port: if self.tcp { server_port() } else { UNIX_PORT },
             tcp: self.tcp,
             password: self.password,
             settings,
@@ -190,7 +190,7 @@ impl PgServerBuilder {
             name: self.name,
             directory: program::directory(),
             data_directory: data_directory.to_owned(),
-            port: if self.tcp { free_port() } else { UNIX_PORT },
+            port: if self.tcp { server_port() } else { UNIX_PORT },
             tcp: self.tcp,
             password: self.password,
             settings: self.settings,
@@ -218,12 +218,6 @@ impl PgServerBuilder {
 
 /// The port of a server without TCP: only part of its socket's name.
 const UNIX_PORT: u16 = 5432;
-
-/// A port of 127.0.0.1 that was free just now.
-pub(super) fn free_port() -> u16 {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("bind a socket");
-    listener.local_addr().expect("the socket has an address").port()
-}
 
 /// Makes an authority, and a certificate for `localhost` and 127.0.0.1, valid for two days.
 async fn make_certificates(data_directory: &Path) {

@@ -19,6 +19,7 @@ pub use builder::{PgServerBuilder, StartError};
 pub use installation::{Installation, find_installation, installation, postgres_is_missing};
 pub use process::Mode;
 
+use crate::daemon::server_port;
 use crate::program::{self, Finished};
 use crate::{eventually, run};
 
@@ -98,7 +99,7 @@ impl PgServer {
             name: name.to_owned(),
             directory,
             data_directory,
-            port: if self.tcp { builder::free_port() } else { self.port },
+            port: if self.tcp { server_port() } else { self.port },
             tcp: self.tcp,
             password: self.password.clone(),
             settings: all,
