@@ -105,7 +105,7 @@ mod tests {
     fn limits_are_the_catalogues_unless_they_are_set() {
         let set = thresholds("[postgres]\nconnections = { warning = 10, critical = 20.5 }\n");
         assert_eq!(set.of(&CONNECTIONS), Some(Limits { warning: 10.0, critical: 20.5 }));
-        assert_eq!(set.of(&CACHE_HIT_RATIO), Some(Limits { warning: 95.0, critical: 80.0 }));
+        assert_eq!(set.of(&CACHE_HIT_RATIO), Some(Limits { warning: 95.0, critical: 0.0 }));
         assert_eq!(set.of(&ROLE), None);
         assert!(toml::from_str::<Thresholds>("[postgres]\nrole = { warning = 1 }\n").is_err());
         assert!(toml::from_str::<Thresholds>("[mysql]\n").is_err());

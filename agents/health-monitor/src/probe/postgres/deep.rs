@@ -36,8 +36,8 @@ const LOCK_TIMEOUT: Duration = Duration::from_millis(500);
 const IDLE_SESSION_TIMEOUT: Duration = Duration::from_secs(30);
 /// The sizes of databases are asked for so seldom: the server looks at every file for it.
 const SIZES_EVERY: Duration = Duration::from_mins(10);
-/// Over so long the cache hit ratio is taken.
-const CACHE_SPAN: Duration = Duration::from_mins(5);
+/// Over so long the cache hit ratio is taken, and no less: a bulk load or a dump is no trend.
+const CACHE_SPAN: Duration = Duration::from_mins(15);
 /// Over so long checkpoints are counted: they come every five minutes at most.
 const CHECKPOINTS_SPAN: Duration = Duration::from_hours(1);
 
@@ -115,7 +115,7 @@ impl Probe for DeepProbe {
             && let Some((over, grown)) = self.cache.take(asked_at, seen)
         {
             let [hit, read, transactions, writing] = grown;
-            facts.cache = Some(CacheTraffic { over, hit, read });
+            facts.cache = (CACHE_SPAN <= over).then_some(CacheTraffic { over, hit, read });
             // A standby's identifiers are its primary's.
             let writing = if in_recovery { 0 } else { writing };
             facts.load = Some(Load { over, transactions, writing });
