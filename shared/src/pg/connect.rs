@@ -322,9 +322,10 @@ mod tests {
     use rustls::ServerConfig;
     use rustls_pki_types::pem::PemObject;
     use rustls_pki_types::{CertificateDer, PrivateKeyDer};
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
     use tokio::net::{TcpListener, TcpStream, UnixListener};
     use tokio_rustls::TlsAcceptor;
+    use tokio_rustls::server::TlsStream;
 
     use super::*;
     use crate::telemetry::chain;
@@ -378,7 +379,7 @@ mod tests {
     }
 
     /// One message to the client: its type, its length, its content.
-    async fn send(stream: &mut TcpStream, kind: u8, content: &[u8]) {
+    async fn send(stream: &mut (impl AsyncWrite + Unpin), kind: u8, content: &[u8]) {
         let mut message = vec![kind];
         message.extend(u32::try_from(content.len() + 4).unwrap().to_be_bytes());
         message.extend(content);
@@ -386,7 +387,7 @@ mod tests {
     }
 
     /// Reads a message without a type: the startup packet, or a request for TLS.
-    async fn read_startup(stream: &mut TcpStream) -> Vec<u8> {
+    async fn read_startup(stream: &mut (impl AsyncRead + Unpin)) -> Vec<u8> {
         let mut content = vec![0; stream.read_u32().await.unwrap() as usize - 4];
         stream.read_exact(&mut content).await.unwrap();
         content
@@ -622,6 +623,16 @@ mod tests {
 
     /// A server that offers TLS with [`SERVER`], then hangs up.
     async fn tls_server() -> (u16, JoinSet<()>) {
+        tls_server_with(async |_| {}).await
+    }
+
+    /// A server that offers TLS with [`SERVER`] and does `answer` with whoever trusts it.
+    async fn tls_server_with<F>(
+        answer: impl FnOnce(TlsStream<TcpStream>) -> F + Send + 'static,
+    ) -> (u16, JoinSet<()>)
+    where
+        F: Future<Output = ()> + Send,
+    {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let certificate = CertificateDer::from_pem_slice(SERVER.as_bytes()).unwrap();
         let key = PrivateKeyDer::from_pem_slice(SERVER_KEY.as_bytes()).unwrap();
@@ -634,7 +645,9 @@ mod tests {
         server(async move |mut stream| {
             read_startup(&mut stream).await;
             stream.write_all(b"S").await.unwrap();
-            drop(TlsAcceptor::from(Arc::new(config)).accept(stream).await);
+            if let Ok(stream) = TlsAcceptor::from(Arc::new(config)).accept(stream).await {
+                answer(stream).await;
+            }
         })
         .await
     }
@@ -665,13 +678,21 @@ mod tests {
     }
 
     /// Enough of a server for a login; then it never answers.
-    async fn log_in(mut stream: TcpStream) {
+    async fn log_in(mut stream: impl AsyncRead + AsyncWrite + Unpin) {
         read_startup(&mut stream).await;
         send(&mut stream, b'R', &[0, 0, 0, 0]).await;
         send(&mut stream, b'K', &[0, 0, 0, 1, 0, 0, 0, 2]).await;
         send(&mut stream, b'Z', b"I").await;
         let mut rest = Vec::new();
         stream.read_to_end(&mut rest).await.unwrap();
+    }
+
+    /// Without `close_notify` its end is an error to the server.
+    #[tokio::test]
+    async fn a_connection_that_is_dropped_says_goodbye() {
+        let (port, mut running) = tls_server_with(log_in).await;
+        drop(connect(&verify_full(CA), &node("localhost", port)).await.unwrap());
+        running.join_next().await.unwrap().unwrap();
     }
 
     /// The server's `statement_timeout` is worth nothing if the server hangs.

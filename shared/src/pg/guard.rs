@@ -13,7 +13,7 @@ use std::fmt;
 use std::future::{Ready, ready};
 use std::io;
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -123,19 +123,29 @@ impl Guard {
 }
 
 /// A stream whose guard sees what comes.
-pub(super) struct Guarded<S> {
+pub(super) struct Guarded<S: AsyncWrite + Unpin> {
     inner: S,
     guard: Guard,
     binding: fn(&S) -> ChannelBinding,
 }
 
-impl<S> fmt::Debug for Guarded<S> {
+/// Says goodbye, as far as that can be done at once. A server takes the end of a TLS connection without
+/// `close_notify` for a broken one, and logs "Connection reset by peer" each time.
+impl<S: AsyncWrite + Unpin> Drop for Guarded<S> {
+    fn drop(&mut self) {
+        // Whether it arrives makes no difference here.
+        let _at_once =
+            Pin::new(&mut self.inner).poll_shutdown(&mut Context::from_waker(Waker::noop()));
+    }
+}
+
+impl<S: AsyncWrite + Unpin> fmt::Debug for Guarded<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Guarded").field("guard", &self.guard).finish_non_exhaustive()
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Guarded<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
