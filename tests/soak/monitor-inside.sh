@@ -381,7 +381,7 @@ main() {
     checks=$(curl --silent --fail "$status" | jq '[.components[].checks[]] | length')
     changes=$(grep --count '"check changed"' "$monitor_log" || true)
     say "$((SECONDS - began)) s, $restarts restarts of standbys, $updated in maintenance"
-    say "$checks checks of $components components were judged, $changes changes noticed"
+    say "$checks checks of $components components were judged, $changes changes noticed, $false_alerts false alerts"
     say "the monitor: $(cost "$before" $((SECONDS - began)))"
     lose_standby
     say "told: $true_alerts true, $false_alerts false"

@@ -14,6 +14,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep};
 use tracing::{info, warn};
 
+use crate::clock;
 use crate::fleet::{Fleet, Learnt};
 use crate::observation::Stage;
 use crate::session::{Failure, Session, Told, new_connection};
@@ -31,6 +32,10 @@ const RECONNECT_MAX: Duration = Duration::from_secs(8);
 /// … or this where nobody listens: to ask costs next to nothing, and who starts there may be a second
 /// primary.
 const RECONNECT_REFUSED_MAX: Duration = Duration::from_secs(2);
+
+/// Servers are asked in so many bunches in an interval: to be woken for each by itself would cost more
+/// than to ask it.
+const BUNCHES: u32 = 25;
 
 /// One server that is watched.
 #[derive(Clone, Debug)]
@@ -131,7 +136,8 @@ impl Watch {
     }
 
     async fn ask_on(&self, mut session: Session<'_>) -> Failure {
-        let mut tick = interval_at(Instant::now(), self.interval);
+        let mut tick =
+            interval_at(Instant::now() + until_bunch(clock::now(), self.interval), self.interval);
         tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
         let mut details_at = Instant::now();
         loop {
@@ -173,6 +179,12 @@ impl Watch {
     }
 }
 
+/// How long it is until the next bunch is asked.
+fn until_bunch(now: Duration, interval: Duration) -> Duration {
+    let bunch = (interval / BUNCHES).as_nanos();
+    Duration::from_nanos_u128(bunch - now.as_nanos() % bunch)
+}
+
 /// The failure, if it ends the connection.
 fn final_failure<T>(answer: &Result<T, Failure>) -> Option<Failure> {
     answer.as_ref().err().filter(|failure| failure.is_final).cloned()
@@ -191,6 +203,20 @@ mod tests {
     use crate::group::Limits;
     use crate::session::limited;
     use crate::view::NodeView;
+
+    #[test]
+    fn servers_are_asked_in_bunches() {
+        let millis = Duration::from_millis;
+        for (now, interval, expected) in [
+            (millis(0), millis(1000), millis(40)),
+            (millis(39), millis(1000), millis(1)),
+            (millis(40), millis(1000), millis(40)),
+            (millis(1_000_007), millis(1000), millis(33)),
+            (millis(3), millis(100), millis(1)),
+        ] {
+            assert_eq!(until_bunch(now, interval), expected, "{now:?}");
+        }
+    }
 
     /// Watches a server on that port of this host.
     fn watch(port: u16) -> (Watch, Fleet) {
