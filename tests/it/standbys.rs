@@ -10,7 +10,7 @@ use harness::{Effect, Fault, Mode, Operation, PgServer, Refusal, eventually};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::receive::{LIMIT, RECEIVER, Receiving, commits};
+use crate::receive::{LIMIT, RECEIVER, Receiving, commits, stored_up_to};
 use crate::scene::{Kind, Scene};
 
 const AWAY: Effect = Effect::Refuse(Refusal::ServiceUnavailable);
@@ -52,6 +52,34 @@ async fn a_streaming_standby_is_promoted_while_the_repository_is_away() {
     let history = fs::read_to_string(history).unwrap();
     let parents = history.lines().filter_map(|line| line.split_once('\t')).map(|(it, _)| it);
     assert_eq!(parents.collect::<Vec<_>>(), ["1", "2"], "{history}");
+}
+
+/// To a server that recovers, an exit code above 125 is the end, and it cannot be started again.
+#[tokio::test]
+async fn a_streaming_standby_lives_on_whatever_is_wrong_with_the_repository() {
+    if postgres_is_missing() {
+        return;
+    }
+    let mut scene = Scene::with(Kind::Directory, "").await;
+    scene.primary.psql("CREATE TABLE marks (i int); INSERT INTO marks VALUES (1)").await;
+    let fetch = [("restore_command", &*restore_command(&scene))];
+    let mut standby = scene.primary.standby_with("second", &fetch).await;
+    let (repository, away) = (scene.repository(), scene.path("away"));
+    fs::rename(&repository, &away).unwrap();
+    standby.restart().await;
+    standby.catch_up(&scene.primary).await;
+    says(&standby, "left to streaming", 1).await;
+
+    fs::rename(&away, &repository).unwrap();
+    fs::remove_file(scene.key()).unwrap();
+    standby.restart().await;
+    standby.catch_up(&scene.primary).await;
+
+    fs::write(scene.config(), "garbage").unwrap();
+    scene.primary.stop(Mode::Immediate).await;
+    standby.promote().await;
+    assert_eq!(timeline(&standby).await, "00000002", "{}", standby.log());
+    assert_eq!(commits(&standby).await, "1");
 }
 
 /// A standby that gets its WAL from the repository alone, and whose repository has gone away with more.
@@ -110,6 +138,41 @@ async fn who_takes_restore_command_away_promotes_without_the_repository() {
     says(&standby, "restore_command was taken away", 1).await;
     standby.promote().await;
     assert_eq!(commits(&standby).await, "1");
+}
+
+/// It ends its WAL before what is stored: that is said, and both ends can be restored.
+#[tokio::test]
+async fn a_standby_that_is_promoted_short_of_stored_wal_is_followed_and_the_loss_is_told() {
+    if postgres_is_missing() {
+        return;
+    }
+    let mut receiving = Receiving::start(Kind::Directory).await;
+    receiving.primary().psql("CREATE TABLE marks (i int); INSERT INTO marks VALUES (1)").await;
+    receiving.stored_all().await;
+    let shipped = [("primary_conninfo", "")];
+    let standby = receiving.primary().standby_with("shipped", &shipped).await;
+    standby.set("restore_command", &restore_command(&receiving.scene)).await;
+    let has_marks = "SELECT to_regclass('marks') IS NOT NULL";
+    let replayed = async || standby.psql(has_marks).await == "t" && commits(&standby).await == "1";
+    eventually("the standby replays", LIMIT, replayed).await;
+    standby.set("restore_command", "").await;
+    receiving.primary().psql("INSERT INTO marks VALUES (2); SELECT pg_switch_wal()").await;
+    receiving.primary().psql("INSERT INTO marks VALUES (3)").await;
+    receiving.stored_all().await;
+
+    receiving.scene.configure(&[&receiving.scene.primary, &standby]);
+    receiving.scene.primary.stop(Mode::Immediate).await;
+    standby.promote().await;
+    receiving.restart_agent().await;
+    receiving.agent.logged("the new primary lacks WAL that is stored", LIMIT).await;
+    standby.psql("INSERT INTO marks VALUES (4)").await;
+    stored_up_to(&standby, standby.current_lsn().await).await;
+    assert_eq!(commits(&receiving.recover("latest").await).await, "1,4");
+    let arguments = ["--target-timeline", "1", "--target-action", "promote"];
+    let old = receiving.scene.restore("old", &arguments).await;
+    let old = PgServer::start_existing(&old).await;
+    old.recovered().await;
+    assert_eq!(commits(&old).await, "1,2,3");
 }
 
 /// The processes that fetch WAL in a data directory.

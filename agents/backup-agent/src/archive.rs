@@ -7,6 +7,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use shared::config::{self, ConfigError};
 use shared::pg::wal::{Segment, WalFile};
 use shared::telemetry::chain;
 use thiserror::Error;
@@ -65,6 +66,9 @@ pub enum ArchiveError {
         /// The working directory.
         path: PathBuf,
     },
+    /// The configuration cannot be used.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// The repository cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
@@ -100,25 +104,6 @@ pub enum ArchiveError {
     /// Nobody waits for the file any more.
     #[error("the server has ended, or its recovery")]
     ServerGone,
-}
-
-impl ArchiveError {
-    /// Tells whether it may go by itself: a standby gets along without the file meanwhile.
-    fn is_passing(&self) -> bool {
-        match self {
-            Self::Wal(WalError::Repository(error)) => error.is_transient(),
-            Self::Missing { .. } => true,
-            _ => self.is_full(),
-        }
-    }
-
-    /// Tells whether there was no room for the file.
-    fn is_full(&self) -> bool {
-        let (Self::Write { source, .. } | Self::Wal(WalError::Write { source, .. })) = self else {
-            return false;
-        };
-        matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
-    }
 }
 
 impl From<RepositoryError> for ArchiveError {
@@ -176,23 +161,22 @@ pub enum Fetched {
 ///
 /// The content is checked before the file gets its name, so PostgreSQL never sees a part of it.
 ///
-/// For a standby that has nothing but the repository it waits as long as it cannot be fetched: such a
-/// one ends its recovery without it when it is promoted.
+/// Whatever it fails for, a standby that streams goes on without it. For one that has nothing but the
+/// repository it waits as long as it cannot be fetched: such a one ends its recovery without it when it
+/// is promoted.
 ///
 /// # Errors
 ///
-/// Everything but the file or the proof that it was never produced.
+/// Everything but the file or the proof that it was never produced, unless the server is a standby.
 pub async fn fetch(
-    config: &Config,
+    config_file: &Path,
     file: &str,
     path: &Path,
     until: Option<PgLsn>,
 ) -> Result<Fetched, ArchiveError> {
-    let place = Repository::open(config).await?.place(config.wal.group, system_identifier()?);
-    let fetched = fetch_once(&place, file, path, until).await;
-    let Some(failure) = fetched.as_ref().err().filter(|failure| failure.is_passing()) else {
-        return fetched;
-    };
+    let wanted = Wanted { config_file, file, path, until };
+    let fetched = wanted.fetch().await;
+    let Err(failure) = &fetched else { return fetched };
     if standby::has_history(file) {
         warn!(file, error = %chain(failure), "history not fetched; left to what the server has");
         return Ok(Fetched::Left);
@@ -205,41 +189,59 @@ pub async fn fetch(
         return Ok(Fetched::Left);
     };
     tokio::select! {
-        fetched = wait(&place, (file, path, until), &server, fetched) => fetched,
+        fetched = wanted.wait(&server, fetched) => fetched,
         () = server.gone() => Err(ArchiveError::ServerGone),
     }
 }
 
-/// Tries again as long as it may go by itself and the standby has nothing but the repository.
-async fn wait(
-    place: &Place,
-    (file, path, until): (&str, &Path, Option<PgLsn>),
-    server: &Server,
-    mut fetched: Result<Fetched, ArchiveError>,
-) -> Result<Fetched, ArchiveError> {
-    let mut said_at = None::<Instant>;
-    while let Some(failure) = fetched.as_ref().err().filter(|failure| failure.is_passing()) {
-        let error = chain(failure);
-        if let Without::GoesOn(how) = server.without() {
-            warn!(segment = file, %error, "WAL not fetched; {how}");
-            return Ok(Fetched::Left);
-        }
-        if said_at.is_none_or(|said_at| said_at.elapsed() >= SAY_EVERY) {
-            said_at = Some(Instant::now());
-            warn!(
-                segment = file, %error,
-                "WAL is waited for: this standby has no primary_conninfo, so it gets WAL from the \
-                 repository alone, and is promoted only with all that is stored. To promote it \
-                 without, set restore_command = '' and reload"
-            );
-        }
-        sleep(RETRY_EVERY).await;
-        fetched = fetch_once(place, file, path, until).await;
+/// A file that a server waits for.
+#[derive(Debug)]
+struct Wanted<'a> {
+    config_file: &'a Path,
+    file: &'a str,
+    path: &'a Path,
+    until: Option<PgLsn>,
+}
+
+impl Wanted<'_> {
+    async fn fetch(&self) -> Result<Fetched, ArchiveError> {
+        let config: Config = config::load(self.config_file)?;
+        let repository = Repository::open(&config).await?;
+        let place = repository.place(config.wal.group, system_identifier()?);
+        fetch_once(&place, self.file, self.path, self.until).await
     }
-    if said_at.is_some() && fetched.is_ok() {
-        info!(segment = file, "WAL is no longer waited for");
+
+    /// Tries again as long as the standby has nothing but the repository. Whatever it fails for, to give up
+    /// would end the server, and somebody may mend it meanwhile, the configuration and the keys too.
+    async fn wait(
+        &self,
+        server: &Server,
+        mut fetched: Result<Fetched, ArchiveError>,
+    ) -> Result<Fetched, ArchiveError> {
+        let (segment, mut said_at) = (self.file, None::<Instant>);
+        while let Err(failure) = &fetched {
+            let error = chain(failure);
+            if let Without::GoesOn(how) = server.without() {
+                warn!(segment, %error, "WAL not fetched; {how}");
+                return Ok(Fetched::Left);
+            }
+            if said_at.is_none_or(|said_at| said_at.elapsed() >= SAY_EVERY) {
+                said_at = Some(Instant::now());
+                warn!(
+                    segment, %error,
+                    "WAL is waited for: this standby has no primary_conninfo, so it gets WAL from the \
+                     repository alone, and is promoted only with all that is stored. To promote it \
+                     without, set restore_command = '' and reload"
+                );
+            }
+            sleep(RETRY_EVERY).await;
+            fetched = self.fetch().await;
+        }
+        if said_at.is_some() {
+            info!(segment, "WAL is no longer waited for");
+        }
+        fetched
     }
-    fetched
 }
 
 async fn fetch_once(

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use backup_agent::archive::{self, Fetched};
 use backup_agent::cli::{self, Cli, Command};
 use backup_agent::commands::{self, AGENT};
+use backup_agent::config::Config;
 use backup_agent::prefetch;
 use clap::Parser;
 use shared::telemetry::{self, Output};
@@ -65,10 +66,10 @@ fn fetch() -> ExitCode {
     telemetry::init(cli.shared.log_format, Output::Stderr);
     let work = || -> anyhow::Result<u8> {
         let config_file = cli.shared.config_file(AGENT);
-        let config = config::load(&config_file)?;
         let runtime = Builder::new_current_thread().enable_all().build()?;
-        let fetched = runtime.block_on(archive::fetch(&config, &file, &path, until));
-        if config.wal.prefetch_segments > 0 && matches!(fetched, Ok(Fetched::Done)) {
+        let fetched = runtime.block_on(archive::fetch(&config_file, &file, &path, until));
+        let is_ahead = |config: Config| config.wal.prefetch_segments > 0;
+        if matches!(fetched, Ok(Fetched::Done)) && config::load(&config_file).is_ok_and(is_ahead) {
             prefetch::start(&config_file, &file, &path);
         }
         Ok(archive::exit_code(&fetched))
