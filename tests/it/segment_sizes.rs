@@ -2,12 +2,12 @@
 
 use std::fs;
 
-use harness::PgServer;
 use harness::postgres::postgres_is_missing;
+use harness::{Mode, PgServer};
 use serde_json::Value;
 
-use crate::receive::{Receiving, WAL, objects};
-use crate::scene::{Kind, Scene, write};
+use crate::receive::{LIMIT, Receiving, WAL, commits, load, objects, reported};
+use crate::scene::{Kind, Scene, files, write};
 
 /// More segments than 16 MiB ones there can be in a log: half of them have names that no such segment has.
 const SEGMENTS: u32 = 300;
@@ -83,4 +83,29 @@ async fn the_size_of_segments_is_told_by_the_wal_itself() {
         fs::remove_file(strange).unwrap();
     }
     scene.run(&["list", "--wal"]).await.assert_success();
+}
+
+/// Names of WAL mean other positions after `pg_resetwal --wal-segsize`.
+#[tokio::test]
+async fn a_server_whose_segments_have_another_size_now_is_refused() {
+    if postgres_is_missing() {
+        return;
+    }
+    let mut receiving = Receiving::start(Kind::Directory).await;
+    receiving.primary().psql("CREATE TABLE marks AS SELECT 1 AS i; SELECT pg_switch_wal()").await;
+    receiving.stored_all().await;
+    receiving.scene.primary.stop(Mode::Fast).await;
+    let data = receiving.primary().data_directory().to_str().unwrap().to_owned();
+    receiving.primary().run("pg_resetwal", &["--wal-segsize=32", &data]).await;
+    let before = files(&receiving.scene.repository());
+    receiving.scene.primary.start().await;
+    receiving.restart_agent().await;
+    receiving.agent.logged("the segment size changed from 16", LIMIT).await;
+    load(receiving.primary(), 20_000).await;
+    receiving.agent.logged("WAL is not being received", LIMIT).await;
+    assert_eq!(reported(receiving.primary()).await, None);
+    assert_eq!(files(&receiving.scene.repository()), before);
+    // What is stored stays restorable.
+    let restored = receiving.recover("restored").await;
+    assert_eq!(commits(&restored).await, "1");
 }

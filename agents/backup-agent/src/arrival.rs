@@ -299,7 +299,7 @@ async fn first_missing(place: &Place, commit: &Commit) -> Result<Option<Segment>
             1 => {}
             _ => {
                 let found = stored.get(&name).into_iter().flatten().map(|it| it.name.as_str());
-                let found = found.collect::<Vec<_>>().join(", ");
+                let found = wal::conflict::named(found).unwrap_or_default();
                 return Err(WalError::Conflict { name, found });
             }
         }

@@ -1,12 +1,15 @@
 //! Tries the whole chain, one step after the other, and says for each whether it works.
 
+use std::time::Duration;
+
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
-use shared::pg::Node;
 use shared::pg::connect::connect;
+use shared::pg::{Connection, Node};
 use shared::store::{Put, StoreErrorKind};
 use shared::telemetry::chain;
 use shared::topology::{Group, groups, observe_group};
+use tokio::time::{Instant, sleep};
 use tokio_postgres::types::PgLsn;
 
 use crate::arrival;
@@ -25,6 +28,10 @@ use crate::wal_commands;
 
 /// How far two clocks may be apart.
 const CLOCK_TOLERANCE: TimeDelta = TimeDelta::seconds(30);
+
+/// A receiver that gets on acknowledges within this, and `wal.ship_interval`, what the primary has.
+const ACKNOWLEDGED_WITHIN: Duration = Duration::from_secs(10);
+const ACKNOWLEDGED_POLL: Duration = Duration::from_millis(200);
 
 /// How a step went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -327,6 +334,7 @@ const ARCHIVER: &str = "
            coalesce(last_failed_time > last_archived_time, last_failed_time IS NOT NULL) AS failing,
            restart_lsn AS acknowledged,
            pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::bigint AS behind,
+           pg_current_wal_flush_lsn() AS flushed,
            current_setting('max_slot_wal_keep_size') = '-1' AS unbounded
       FROM pg_stat_archiver
       LEFT JOIN pg_replication_slots ON slot_name = $1 AND active";
@@ -362,7 +370,14 @@ async fn check_archiving(
         let connected =
             format!("connected to slot {slot}, {} bytes behind", row.get::<_, i64>("behind"));
         let (outcome, detail) = receiving(connected, &mode, is_received, &place.location());
-        steps.add(step, outcome, detail);
+        let limit = ACKNOWLEDGED_WITHIN + ship_interval;
+        let gets_on = acknowledges(&connection, slot, row.get("flushed"), limit);
+        if is_received && !gets_on.await? {
+            let (outcome, detail) = late(&detail, limit);
+            steps.add(step, outcome, detail);
+        } else {
+            steps.add(step, outcome, detail);
+        }
         if mode == "off" {
             return Ok(());
         }
@@ -397,6 +412,37 @@ async fn check_archiving(
     let (outcome, detail) = archiving(&archived, contents, is_received);
     steps.add(step, outcome, detail);
     Ok(())
+}
+
+/// Whether a slot comes to a position within `limit`.
+async fn acknowledges(
+    connection: &Connection,
+    slot: &str,
+    lsn: PgLsn,
+    limit: Duration,
+) -> Result<bool, String> {
+    let ask = "SELECT FROM pg_replication_slots WHERE slot_name = $1 AND restart_lsn >= $2";
+    let began_at = Instant::now();
+    loop {
+        let found = connection.query(ask, &[&slot, &lsn]).await;
+        if !found.map_err(|error| chain(&error).to_string())?.is_empty() {
+            return Ok(true);
+        }
+        if began_at.elapsed() >= limit {
+            return Ok(false);
+        }
+        sleep(ACKNOWLEDGED_POLL).await;
+    }
+}
+
+/// What it means that what the primary had is not acknowledged within `limit`.
+fn late(connected: &str, limit: Duration) -> (Outcome, String) {
+    let detail = format!(
+        "{connected}, and what the primary had {} s ago is not acknowledged: the repository hangs or is too \
+         slow for the receiver. Its log (`backup-agent run`) names an upload that takes long",
+        limit.as_secs()
+    );
+    (Outcome::Warning, detail)
 }
 
 /// What it means that a receiver is connected, and that what it has acknowledged is stored in a place.

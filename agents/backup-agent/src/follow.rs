@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use serde::Serialize;
 use serde_json::json;
 use shared::etcd::EtcdError;
 use shared::lease::Claim;
@@ -32,7 +33,8 @@ use crate::backup::Context;
 use crate::config::WalConfig;
 use crate::heartbeat;
 use crate::quantities;
-use crate::receive::{self, Beginning, ReceiveError, Received, Receiver, Shipping};
+use crate::receive::upload::LONG;
+use crate::receive::{self, Beginning, ReceiveError, Received, Receiver, Shipping, Waiting};
 use crate::replication::{Replication, ReplicationError};
 use crate::repository::{Place, RepositoryError};
 use crate::resume::{self, Position, Refusal, Server, Start};
@@ -190,8 +192,10 @@ pub struct Following {
     pub lost: BTreeMap<String, PgLsn>,
     /// How far receiving is; `None` while nothing is being received.
     pub received: Option<Received>,
-    /// The last moment at which everything that the primary had was stored.
+    /// The last moment of which everything that the primary had is stored.
     pub caught_up_at: Option<DateTime<Utc>>,
+    /// When the oldest upload that is under way began.
+    pub upload_since: Option<Instant>,
     /// Why nothing is being received.
     pub failure: Option<String>,
     /// When the last heartbeat was read back from the repository.
@@ -200,7 +204,51 @@ pub struct Following {
     pub heartbeat_failure: Option<String>,
 }
 
+/// How receiving the WAL of a group goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WalState {
+    /// No primary is seen, and nothing is received.
+    NoPrimary,
+    /// Receiving begins: what is stored is read and compared.
+    Starting,
+    /// Receiving ended with an error, and is tried again.
+    Failed,
+    /// An upload takes long: the repository hangs or is too slow.
+    UploadHangs,
+    /// WAL is received, and since the agent began not all of it has been stored.
+    CatchingUp,
+    /// WAL is received and stored as it comes.
+    Streaming,
+}
+
+impl WalState {
+    /// All of them, as `/status` and the metrics name them.
+    pub const ALL: [(Self, &str); 6] = [
+        (Self::NoPrimary, "no_primary"),
+        (Self::Starting, "starting"),
+        (Self::Failed, "failed"),
+        (Self::UploadHangs, "upload_hangs"),
+        (Self::CatchingUp, "catching_up"),
+        (Self::Streaming, "streaming"),
+    ];
+}
+
 impl Following {
+    /// How receiving goes: what the numbers that are not known yet do not say.
+    pub fn wal_state(&self) -> WalState {
+        let hangs = self.upload_since.is_some_and(|since| since.elapsed() >= LONG);
+        match (self.received, &self.failure, &self.primary) {
+            (None, _, None) => WalState::NoPrimary,
+            (None, Some(_), Some(_)) => WalState::Failed,
+            (None, None, Some(_)) => WalState::Starting,
+            (Some(_), ..) if hangs => WalState::UploadHangs,
+            (Some(received), ..) if received.lag_bytes().is_none() => WalState::Starting,
+            (Some(_), ..) if self.caught_up_at.is_none() => WalState::CatchingUp,
+            (Some(_), ..) => WalState::Streaming,
+        }
+    }
+
     /// What `/status` shows.
     pub fn status(&self) -> serde_json::Value {
         let slots = self.slots.iter().map(|(node, slot)| (node, slot.status()));
@@ -215,11 +263,13 @@ impl Following {
             })
         });
         json!({
+            "state": self.wal_state(),
             "primary": self.primary.as_ref().map(|primary| &primary.node.name),
             "no_primary": self.no_primary,
             "received": received,
             "failure": self.failure,
             "caught_up_at": self.caught_up_at,
+            "upload_seconds": self.upload_since.map(|since| since.elapsed().as_secs()),
             "heartbeat_at": self.heartbeat_at,
             "heartbeat_failure": self.heartbeat_failure,
             "slots": slots,
@@ -511,7 +561,9 @@ impl Follower {
     fn stopped(&self, failure: Option<String>) {
         // Perhaps another server is the primary by now.
         self.look.notify_one();
-        self.state.send_modify(|state| (state.received, state.failure) = (None, failure));
+        self.state.send_modify(|state| {
+            (state.received, state.upload_since, state.failure) = (None, None, failure);
+        });
     }
 
     /// Streams from one primary, over all timelines that it has, until something fails.
@@ -534,7 +586,7 @@ impl Follower {
             segment_bytes: primary.segment_bytes,
             shipping: &|| self.shipping(),
             may_write,
-            on_progress: &|received| self.progressed(received),
+            on_progress: &|received, waiting| self.progressed(received, waiting),
             on_kept: &|error| self.kept(error),
         };
         let mut replication = Replication::connect(&settings, &primary.node, STALL_LIMIT).await?;
@@ -757,16 +809,15 @@ impl Follower {
         }
     }
 
-    fn progressed(&self, received: Received) {
+    fn progressed(&self, received: Received, waiting: Waiting) {
         self.state.send_if_modified(|state| {
             if has_got_on(state.received, received) {
                 self.has_got_on.store(true, Ordering::Relaxed);
             }
             let changed = state.received != Some(received);
             (state.received, state.failure) = (Some(received), None);
-            if received.lag_bytes() == Some(0) {
-                state.caught_up_at = Some(Utc::now());
-            }
+            state.caught_up_at = state.caught_up_at.max(waiting.caught_up_at);
+            state.upload_since = waiting.upload_since;
             changed
         });
     }
@@ -922,6 +973,70 @@ fn tell(alarms: &[Alarm], told: &mut Vec<Alarm>, burden: &Burden, node: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_not_known_yet_has_a_state_of_its_own() {
+        let received = |stored: u64, server: u64| {
+            let (stored_lsn, server_lsn) = (stored.into(), server.into());
+            Some(Received { timeline: 1, received_lsn: server_lsn, stored_lsn, server_lsn })
+        };
+        let node = Node { group: 0, name: "a".to_owned(), host: "a".to_owned(), port: 5432 };
+        let primary =
+            Some(Primary { node, timeline: 1, system_identifier: 7, segment_bytes: 16 << 20 });
+        let began_at = Instant::now();
+        sleep(LONG).await;
+        let (now, failure) = (Instant::now(), || Some("refused".to_owned()));
+        let nothing = Following::default();
+        let found = Following { primary, ..nothing.clone() };
+        let comes = Following { received: received(10, 50), ..found.clone() };
+        let caught_up_at = Some(Utc::now());
+        for (case, following, expected) in [
+            ("the agent began", nothing.clone(), WalState::NoPrimary),
+            (
+                "its primary is gone",
+                Following { failure: failure(), ..nothing },
+                WalState::NoPrimary,
+            ),
+            ("it was found", found.clone(), WalState::Starting),
+            ("it is refused", Following { failure: failure(), ..found.clone() }, WalState::Failed),
+            (
+                "what is stored is compared",
+                Following { received: received(0, 50), ..found.clone() },
+                WalState::Starting,
+            ),
+            ("something comes", comes.clone(), WalState::CatchingUp),
+            (
+                "no primary is seen",
+                Following { primary: None, ..comes.clone() },
+                WalState::CatchingUp,
+            ),
+            (
+                "all was stored once",
+                Following { caught_up_at, ..comes.clone() },
+                WalState::Streaming,
+            ),
+            (
+                "it is being stored",
+                Following { caught_up_at, upload_since: Some(now), ..comes.clone() },
+                WalState::Streaming,
+            ),
+            (
+                "the store hangs",
+                Following { caught_up_at, upload_since: Some(began_at), ..comes },
+                WalState::UploadHangs,
+            ),
+            (
+                "it failed later",
+                Following { caught_up_at, failure: failure(), ..found },
+                WalState::Failed,
+            ),
+        ] {
+            let state = following.wal_state();
+            assert_eq!(state, expected, "{case}");
+            let (_, name) = WalState::ALL.into_iter().find(|(it, _)| *it == state).unwrap();
+            assert_eq!(following.status()["state"], name, "{case}");
+        }
+    }
 
     #[test]
     fn getting_on_is_to_store_or_to_have_stored_all() {

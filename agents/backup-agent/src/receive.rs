@@ -5,6 +5,9 @@
 //! spooled: when the store is slow, at most [`memory_bytes_max`] are held in memory for each group,
 //! and then nothing more is read.
 
+pub(crate) mod upload;
+mod written;
+
 use std::collections::VecDeque;
 use std::fmt;
 use std::future::Future;
@@ -12,6 +15,7 @@ use std::pin::Pin;
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
+use chrono::{DateTime, Utc};
 use futures_util::StreamExt;
 use futures_util::stream::{FuturesOrdered, FuturesUnordered};
 use shared::pg::wal::{Segment, segment_start};
@@ -27,6 +31,7 @@ use crate::repository::{Place, RepositoryError};
 use crate::wal::growing::Growing;
 use crate::wal::piece::{self, Cut, Mark, Piece};
 use crate::wal::{self, CHUNK_BYTES, Packed, WalError};
+use written::Written;
 
 /// Complete segments on their way to the store at once.
 const UPLOADS_MAX: usize = 2;
@@ -113,6 +118,15 @@ impl Received {
     }
 }
 
+/// What receiving waits for, for whoever watches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Waiting {
+    /// The last moment of which all WAL that the server had is stored; `None` until there is one.
+    pub caught_up_at: Option<DateTime<Utc>>,
+    /// When the oldest upload that is under way began.
+    pub upload_since: Option<Instant>,
+}
+
 /// What a receiver is given beside the stream.
 pub struct Receiver<'a> {
     /// Where it stores.
@@ -124,7 +138,7 @@ pub struct Receiver<'a> {
     /// Whether it may still act: asked before each write.
     pub may_write: &'a (dyn Fn() -> bool + Sync),
     /// Told about each step forward.
-    pub on_progress: &'a (dyn Fn(Received) + Sync),
+    pub on_progress: &'a (dyn Fn(Received, Waiting) + Sync),
     /// Told when the store does not let what was replaced be deleted.
     pub on_kept: &'a (dyn Fn(&RepositoryError) + Sync),
 }
@@ -136,6 +150,43 @@ impl fmt::Debug for Receiver<'_> {
 }
 
 type Uploading<'a> = Pin<Box<dyn Future<Output = Result<Uploaded, ReceiveError>> + Send + 'a>>;
+
+/// What is under way to the store, in order, and since when.
+#[derive(Default)]
+struct Uploads<'a> {
+    running: FuturesOrdered<Uploading<'a>>,
+    since: VecDeque<Instant>,
+}
+
+impl<'a> Uploads<'a> {
+    fn push(
+        &mut self,
+        object: String,
+        upload: impl Future<Output = Result<Uploaded, ReceiveError>> + Send + 'a,
+    ) {
+        let upload: Uploading<'a> = Box::pin(upload);
+        self.running.push_back(Box::pin(async move { upload::told(&object, upload).await }));
+        self.since.push_back(Instant::now());
+    }
+
+    async fn next(&mut self) -> Option<Result<Uploaded, ReceiveError>> {
+        let uploaded = self.running.next().await;
+        self.since.pop_front();
+        uploaded
+    }
+
+    fn oldest(&self) -> Option<Instant> {
+        self.since.front().copied()
+    }
+
+    fn len(&self) -> usize {
+        self.running.len()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.running.is_empty()
+    }
+}
 
 /// What an upload stored: everything of `segment` up to `to`, as it was at `began_at`.
 #[derive(Debug)]
@@ -194,8 +245,11 @@ impl Receiver<'_> {
             ended: false,
             reply: false,
             heard_at: Instant::now(),
+            written: Written::new(),
+            behind_since: None,
+            waiting: Waiting::default(),
         };
-        let mut uploads = FuturesOrdered::<Uploading<'_>>::new();
+        let mut uploads = Uploads::default();
         let mut removals = FuturesUnordered::new();
         let mut unread = VecDeque::new();
         let (mut report_at, mut read_at) = (Instant::now(), Instant::now());
@@ -204,7 +258,9 @@ impl Receiver<'_> {
             if uploads.is_empty()
                 && let Some(cut) = self.due(&mut state)?
             {
-                uploads.push_back(Box::pin(self.ship(state.growing.segment(), cut)));
+                let segment = state.growing.segment();
+                let name = piece::name(segment, self.segment_bytes, &cut);
+                uploads.push(name, self.ship(segment, cut));
             }
             let all_taken = state.ended && unread.is_empty();
             if all_taken && uploads.is_empty() && state.growing.waiting() == 0 {
@@ -215,6 +271,7 @@ impl Receiver<'_> {
             if !may_read {
                 // Whoever does not listen cannot complain about silence.
                 state.heard_at = Instant::now();
+                state.behind_since.get_or_insert_with(Utc::now);
             }
             if !may_read || read_at > Instant::now() {
                 stream.ignore();
@@ -236,6 +293,11 @@ impl Receiver<'_> {
                         self.digest(&mut state, &mut unread, &mut uploads)?;
                         let is_full = batch_bytes >= BATCH_BYTES_MAX;
                         event = if is_full { None } else { stream.next_here()? };
+                        if is_full {
+                            state.behind_since.get_or_insert_with(Utc::now);
+                        } else if event.is_none() {
+                            state.behind_since = None;
+                        }
                     }
                     let gather = (self.shipping)().interval / GATHER_DIVISOR;
                     let is_busy = batch_bytes >= BUSY_BYTES;
@@ -255,12 +317,16 @@ impl Receiver<'_> {
                 () = sleep_until(ship_at.unwrap_or_else(Instant::now)),
                     if ship_at.is_some_and(|at| at > Instant::now()) && uploads.is_empty() => {}
             }
-            (self.on_progress)(Received {
+            let caught_up_at = state.written.all_before(state.stored_lsn);
+            state.waiting.caught_up_at = caught_up_at.or(state.waiting.caught_up_at);
+            state.waiting.upload_since = uploads.oldest();
+            let received = Received {
                 timeline: segment.timeline,
                 received_lsn: self.received_lsn(&state),
                 stored_lsn: state.stored_lsn,
                 server_lsn: state.server_lsn,
-            });
+            };
+            (self.on_progress)(received, state.waiting);
         }
     }
 
@@ -274,7 +340,7 @@ impl Receiver<'_> {
         state.heard_at = Instant::now();
         match event {
             WalEvent::Data { lsn, data, server_lsn } => {
-                state.server_lsn = server_lsn;
+                state.told(server_lsn);
                 let waiting: usize = unread.iter().map(Bytes::len).sum();
                 let expected = u64::from(self.received_lsn(state)) + waiting as u64;
                 if u64::from(lsn) != expected {
@@ -287,7 +353,7 @@ impl Receiver<'_> {
             }
             WalEvent::Keepalive { server_lsn, reply } => {
                 // This is how far it has sent, which may be less.
-                state.server_lsn = state.server_lsn.max(server_lsn);
+                state.told(state.server_lsn.max(server_lsn));
                 state.reply |= reply;
             }
             WalEvent::Ended => state.ended = true,
@@ -301,7 +367,7 @@ impl Receiver<'_> {
         &'s self,
         state: &mut State,
         unread: &mut VecDeque<Bytes>,
-        uploads: &mut FuturesOrdered<Uploading<'s>>,
+        uploads: &mut Uploads<'s>,
     ) -> Result<(), ReceiveError> {
         loop {
             if state.growing.is_complete() {
@@ -314,7 +380,7 @@ impl Receiver<'_> {
                 let complete = std::mem::replace(&mut state.growing, empty);
                 let segment = complete.segment();
                 let (packed, known) = complete.pack()?;
-                uploads.push_back(Box::pin(self.store(segment, packed, known)));
+                uploads.push(packed.name(), self.store(segment, packed, known));
                 state.waiting_since = None;
             }
             let Some(data) = unread.front_mut() else { return Ok(()) };
@@ -445,4 +511,17 @@ struct State {
     /// The server asked for a report.
     reply: bool,
     heard_at: Instant,
+    written: Written,
+    /// Since when more may have come than was read: what is read then, the server sent at this time or
+    /// later. `None` while all is read as it comes.
+    behind_since: Option<DateTime<Utc>>,
+    waiting: Waiting,
+}
+
+impl State {
+    /// Takes note of how far the server's disk has WAL.
+    fn told(&mut self, server_lsn: PgLsn) {
+        self.server_lsn = server_lsn;
+        self.written.note(server_lsn, self.behind_since.unwrap_or_else(Utc::now));
+    }
 }

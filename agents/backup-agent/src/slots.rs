@@ -20,7 +20,8 @@ pub struct Slot {
 /// What a slot costs its server, and what depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Burden {
-    /// WAL that the slot holds back, in bytes; `None` if it holds nothing.
+    /// WAL that the slot holds back, in bytes; `None` if it holds nothing. What a standby has not replayed
+    /// it keeps for itself: for hours, with `recovery_min_apply_delay`.
     pub retained_bytes: Option<u64>,
     /// `max_slot_wal_keep_size` in bytes: beyond it the server gives the slot up. `None` for no
     /// limit: then the disk is.
@@ -29,7 +30,8 @@ pub struct Burden {
     pub is_lost: bool,
     /// What all files in `pg_wal` take, in bytes.
     pub pg_wal_bytes: u64,
-    /// What they take as a rule, in bytes: [`USUAL_TIMES`] `max_wal_size`, and `wal_keep_size`.
+    /// What they take as a rule, in bytes: [`USUAL_TIMES`] `max_wal_size`, `wal_keep_size`, and what a
+    /// standby has not replayed.
     pub usual_bytes: u64,
     /// Commits wait for what the slot's user reports.
     pub commits_wait: bool,
@@ -150,8 +152,7 @@ pub async fn segments(
 /// The server did not answer or refused (`pg_monitor` is needed).
 pub async fn burden(connection: &Connection, slot: &str) -> Result<Burden, QueryError> {
     let ask = "SELECT (SELECT pg_wal_lsn_diff(CASE WHEN pg_is_in_recovery() \
-               THEN greatest(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()) \
-               ELSE pg_current_wal_lsn() END, restart_lsn)::bigint \
+               THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END, restart_lsn)::bigint \
                FROM pg_replication_slots WHERE slot_name = $1), \
                (SELECT setting::bigint << 20 FROM pg_settings \
                 WHERE name = 'max_slot_wal_keep_size' AND setting::bigint >= 0), \
@@ -165,7 +166,9 @@ pub async fn burden(connection: &Connection, slot: &str) -> Result<Burden, Query
                CASE WHEN pg_is_in_recovery() THEN '' \
                ELSE current_setting('synchronous_standby_names') END, \
                (SELECT sum(setting::bigint * CASE name WHEN 'max_wal_size' THEN $2::bigint ELSE 1 END)::bigint \
-                << 20 FROM pg_settings WHERE name IN ('max_wal_size', 'wal_keep_size'))";
+                << 20 FROM pg_settings WHERE name IN ('max_wal_size', 'wal_keep_size')) \
+               + coalesce(CASE WHEN pg_is_in_recovery() THEN greatest(0, \
+               pg_wal_lsn_diff(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn())) END, 0)::bigint";
     let row = connection.query_one(ask, &[&slot, &USUAL_TIMES.cast_signed()]).await?;
     let bytes = |column| row.get::<_, Option<i64>>(column).map(|it| u64::try_from(it).unwrap_or(0));
     // Who is not streaming has no state there; commits may be waiting for it all the more.

@@ -4,6 +4,7 @@
 use std::io::{self, Read, Seek, SeekFrom};
 
 use shared::pg::wal::{Segment, WalFile};
+use tracing::debug;
 
 use super::piece::{self, Piece};
 use super::{WalError, WalMap, WalObject, read};
@@ -18,8 +19,8 @@ pub(crate) fn remedy(segment: &str) -> String {
     format!(
         "Stop the server that should not write, or give it another cluster name. Which content is \
          right tells the server that the applications write to: run in its data directory, \
-         `backup-agent wal-push pg_wal/{segment}` names each object that is not its own. Delete \
-         these from the repository. Was that server put back from an older copy of its files? Then what \
+         `RUST_LOG=backup_agent=debug backup-agent wal-push pg_wal/{segment}` names each object that is not \
+         its own. Delete these from the repository. Was that server put back from an older copy of its files? Then what \
          is stored is what it has lost: restore it"
     )
 }
@@ -68,8 +69,11 @@ impl WalMap {
     pub fn conflict(&self, segment: Segment) -> Option<String> {
         let complete = self.objects(segment).iter().map(|it| it.name.as_str());
         let pieces = self.different.get(&segment).into_iter().flatten().map(String::as_str);
-        let names: Vec<&str> = complete.chain(pieces).collect();
-        (names.len() > 1).then(|| names.join(", "))
+        if complete.len() + pieces.clone().count() < 2 {
+            return None;
+        }
+        let names: Vec<String> = [named(complete), named(pieces)].into_iter().flatten().collect();
+        Some(names.join("; "))
     }
 
     /// The segments that have two contents, and the objects of each.
@@ -79,6 +83,17 @@ impl WalMap {
         });
         complete.filter_map(|segment| Some((segment, self.conflict(segment)?)))
     }
+}
+
+/// Names the first of some objects, and says how many more there are; `None` if there is none. Of a
+/// growing segment there may be dozens.
+pub(crate) fn named<'a>(names: impl IntoIterator<Item = &'a str>) -> Option<String> {
+    let mut names = names.into_iter();
+    let first = names.next()?;
+    Some(match names.count() {
+        0 => first.to_owned(),
+        more => format!("{first} and {more} more"),
+    })
 }
 
 /// The names of the pieces that are not what a complete segment has in their place.
@@ -136,8 +151,29 @@ pub(crate) fn require_same(
             found.push(piece.name.as_str());
         }
     }
-    if found.is_empty() {
-        return Ok(());
+    for piece in &found {
+        debug!(segment = file, object = piece, "not of this content");
     }
-    Err(WalError::Conflict { name: file.to_owned(), found: found.join(", ") })
+    match named(found) {
+        None => Ok(()),
+        Some(found) => Err(WalError::Conflict { name: file.to_owned(), found }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_many_objects_the_first_is_named_and_the_others_are_counted() {
+        let cases: [(&[&str], Option<&str>); 4] = [
+            (&[], None),
+            (&["a"], Some("a")),
+            (&["a", "b"], Some("a and 1 more")),
+            (&["a", "b", "c", "d"], Some("a and 3 more")),
+        ];
+        for (names, expected) in cases {
+            assert_eq!(named(names.iter().copied()).as_deref(), expected, "{names:?}");
+        }
+    }
 }

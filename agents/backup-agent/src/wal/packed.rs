@@ -10,7 +10,7 @@ use std::thread::{self, available_parallelism};
 
 use shared::pg::wal::WalHeader;
 
-use super::{CHUNK_BYTES, Checked, ContentHash, WalError, branch, piece};
+use super::{CHUNK_BYTES, Checked, ContentHash, WalError, branch, piece, stem};
 use crate::container::Compressed;
 
 /// Threads that hash and compress one file. A server waits for it, but has work of its own.
@@ -28,6 +28,11 @@ pub struct Packed {
 }
 
 impl Packed {
+    /// The name of the object that it becomes.
+    pub fn name(&self) -> String {
+        format!("{}{}", stem(&self.file), self.hash)
+    }
+
     /// Reads a file and checks that its content is what its name says.
     ///
     /// # Errors

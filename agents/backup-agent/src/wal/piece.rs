@@ -127,6 +127,12 @@ fn stem(segment: Segment, segment_bytes: u64) -> String {
     format!("partial/{}.", segment.name(segment_bytes))
 }
 
+/// The name of the object that a piece becomes.
+pub(crate) fn name(segment: Segment, segment_bytes: u64, cut: &Cut) -> String {
+    let Cut { from, to, hash, .. } = cut;
+    format!("{}{from:08X}-{to:08X}-{hash}", stem(segment, segment_bytes))
+}
+
 /// Stores a piece. One that the store did not keep whole is deleted, because its name would stand
 /// for it.
 ///
@@ -139,8 +145,8 @@ pub async fn store(
     segment_bytes: u64,
     cut: Cut,
 ) -> Result<Piece, WalError> {
+    let name = name(segment, segment_bytes, &cut);
     let Cut { from, to, replaces: _, hash, content } = cut;
-    let name = format!("{}{from:08X}-{to:08X}-{hash}", stem(segment, segment_bytes));
     let (object, _) = content.seal(place.keys(), &place.identity(Kind::Wal, &name), CHUNK_BYTES)?;
     let (object_bytes, stored_at) = (object.len() as u64, Utc::now());
     let piece = Piece { segment, from, to, hash, name, object_bytes, stored_at };

@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use shared::store::StoreErrorKind;
 
+use super::conflict::named;
 use super::contents::contents;
 use super::{
     CHUNK_BYTES, Packed, WalError, WalObject, branch, find, kind, object, read, rekey, stem,
@@ -81,7 +82,7 @@ fn previous(file: &str) -> Option<String> {
 ///
 /// As [`store`]; or the store does not give back what it was given.
 pub async fn store_and_compare(place: &Place, packed: Packed) -> Result<Stored, WalError> {
-    let name = format!("{}{}", stem(&packed.file), packed.hash);
+    let name = packed.name();
     let before = find(place, &packed.file).await?;
     let error = match store_object(place, packed, &before).await {
         Ok((stored, None)) => return Ok(stored),
@@ -116,21 +117,20 @@ async fn store_object(
     packed: Packed,
     before: &[WalObject],
 ) -> Result<(Stored, Option<(String, Bytes)>), WalError> {
+    let mut name = packed.name();
     let Packed { file, hash, content, header } = packed;
     let conflict = |found: &[WalObject]| -> Result<(), WalError> {
-        let others: Vec<_> =
-            found.iter().filter(|it| it.hash != hash).map(|it| it.name.as_str()).collect();
-        if others.is_empty() {
-            return Ok(());
+        let others = found.iter().filter(|it| it.hash != hash).map(|it| it.name.as_str());
+        match named(others) {
+            None => Ok(()),
+            Some(found) => Err(WalError::Conflict { name: file.clone(), found }),
         }
-        Err(WalError::Conflict { name: file.clone(), found: others.join(", ") })
     };
     conflict(before)?;
     if let Some(header) = header.filter(|_| before.is_empty()) {
         branch::require_begun(place, &file, &header).await?;
     }
     let kind = kind(&file);
-    let mut name = format!("{}{hash}", stem(&file));
     for same in before {
         match read_back(place, same).await {
             Ok(()) => return Ok((Stored::Before, None)),
