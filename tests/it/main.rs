@@ -53,4 +53,5 @@ mod store;
 mod wal_conflicts;
 mod wal_faults;
 mod wal_files;
+mod wal_metrics;
 mod wal_moments;

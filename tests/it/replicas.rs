@@ -22,6 +22,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use tokio_postgres::types::PgLsn;
 use tokio_util::sync::CancellationToken;
 
+use crate::outage::admin_address;
 use crate::receive::{RECEIVER, WAL, commits, load, objects, reported, stored_up_to};
 use crate::scene::{Kind, Scene, write};
 
@@ -155,6 +156,43 @@ async fn groups_are_shared_out_and_taken_over() {
         let restored = recover(&scene, group).await;
         assert_eq!(commits(&restored).await, commits(server).await, "group {group}");
     }
+}
+
+/// Nobody knows then who may act.
+#[tokio::test]
+async fn that_etcd_is_away_is_said_and_ends_by_itself() {
+    if something_is_missing() {
+        return;
+    }
+    let mut etcd = EtcdCluster::start(1).await;
+    let scene = Scene::streaming(Kind::Directory, &format!("{QUIET}{}", section(&etcd))).await;
+    let address = admin_address(&scene);
+    let get = async |path: &str| {
+        let answer = reqwest::get(format!("http://{address}{path}")).await.unwrap();
+        answer.text().await.unwrap()
+    };
+    let has_lease = async || {
+        let metrics = get("/metrics").await;
+        let line = metrics.lines().find(|it| it.starts_with("pgmesh_backup_has_lease{"));
+        line.unwrap().ends_with(" 1.0")
+    };
+    let mut agent = scene.agent().spawn(&["run"]);
+    holds(&agent, &[0]).await;
+    assert!(has_lease().await);
+    etcd.kill9(0).await;
+    agent.logged("etcd grants no lease", LIMIT).await;
+    holds(&agent, &[]).await;
+    assert!(!has_lease().await);
+    let ready = get("/readyz").await;
+    assert!(ready.contains("no WAL is received"), "{ready}");
+    let status: Value = serde_json::from_str(&get("/status").await).unwrap();
+    assert!(status["no_lease_since"].is_string(), "{status}");
+
+    etcd.start_member(0);
+    agent.logged("etcd answers again", LIMIT).await;
+    holds(&agent, &[0]).await;
+    stored_up_to(&scene.primary, scene.primary.current_lsn().await).await;
+    assert!(has_lease().await);
 }
 
 /// The WAL before `lsn` that a request writes or deletes: pieces by their place, others by their

@@ -8,9 +8,11 @@ use harness::postgres::postgres_is_missing;
 use harness::program::give_to_server_user;
 use harness::{Mode, eventually};
 
+use crate::outage::admin_address;
 use crate::receive::{LIMIT, Receiving, commits, load, objects, reported};
 use crate::scene::{Kind, Scene, files, write};
 use crate::wal_files::{data_directory, run_in};
+use crate::wal_metrics::{is_in_state, metric};
 
 /// Nothing is written that a test does not write.
 const QUIET: &str = "[wal]\nship_interval = \"200ms\"\nheartbeat = \"0s\"\n";
@@ -52,8 +54,12 @@ async fn a_foreign_complete_segment_is_no_substitute_for_the_pieces_of_the_true_
     primary.psql("INSERT INTO marks VALUES (3)").await;
     receiving.agent.logged("CONFLICT", LIMIT).await;
     let pieces = objects(&receiving.scene, &format!("{segment}."));
+    let address = admin_address(&receiving.scene);
     receiving.restart_agent().await;
     receiving.agent.logged("is stored with two contents", LIMIT).await;
+    is_in_state(&address, "failed").await;
+    let is_broken = async || metric(&address, "wal_broken", "").await;
+    eventually("the metric says so", LIMIT, async || is_broken().await == Some(1.0)).await;
     receiving.agent.logged("nothing is received past it", LIMIT).await;
     let still = objects(&receiving.scene, &format!("{segment}."));
     assert!(!pieces.is_empty() && pieces == still, "{still:?} is left of {pieces:?}");
@@ -84,6 +90,9 @@ async fn a_foreign_complete_segment_is_no_substitute_for_the_pieces_of_the_true_
     push(scene, &data, &segment, 1, &name).await;
     fs::remove_file(&foreign).unwrap();
     receiving.stored_all().await;
+    is_in_state(&address, "streaming").await;
+    let is_whole = async || is_broken().await == Some(0.0);
+    eventually("the metric says that it is over", 2 * LIMIT, is_whole).await;
     for command in [&["list", "--wal"][..], &["verify", "--wal"]] {
         receiving.scene.run(command).await.assert_success();
     }

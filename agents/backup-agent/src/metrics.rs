@@ -15,9 +15,10 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::{Registry, Unit};
 use serde::Serialize;
+use shared::lease::Shares;
 use tokio::sync::watch;
 
-use crate::follow::{Following, SlotState};
+use crate::follow::{Following, SlotState, WalState};
 use crate::manifest::Commit;
 use crate::outlook::Outlook;
 use crate::progress::Progress;
@@ -123,15 +124,21 @@ impl RepositoryState {
 #[derive(Clone, Debug)]
 pub struct State {
     cluster: String,
+    shares: Shares,
     groups: Arc<Mutex<BTreeMap<u32, GroupState>>>,
     runs: Family<RunLabels, Counter>,
 }
 
 impl State {
     /// A state that knows of no group.
-    pub fn new(cluster: &str) -> Self {
+    pub fn new(cluster: &str, shares: Shares) -> Self {
         let (groups, runs) = (Arc::default(), Family::default());
-        Self { cluster: cluster.to_owned(), groups, runs }
+        Self { cluster: cluster.to_owned(), shares, groups, runs }
+    }
+
+    /// Since when etcd grants no lease, and this replica does nothing for it.
+    pub fn lost_since(&self) -> Option<DateTime<Utc>> {
+        self.shares.lost_since()
     }
 
     /// This replica is responsible for a group now, and this tells how its WAL is followed.
@@ -231,7 +238,12 @@ impl State {
                 (group, serde_json::json!({ "running": run, "state": state, "wal": wal }))
             })
             .collect();
-        serde_json::json!({ "cluster": self.cluster, "now": Utc::now(), "groups": groups })
+        serde_json::json!({
+            "cluster": self.cluster,
+            "now": Utc::now(),
+            "no_lease_since": self.lost_since(),
+            "groups": groups,
+        })
     }
 
     fn count(&self, group: u32, outcome: Outcome) {
@@ -355,21 +367,33 @@ const GAUGES: &[Gauge] = &[
     }),
     (
         "wal_contiguous_until_timestamp",
-        "The last moment at which all WAL of the primary was in the repository.",
+        "The last moment of which all WAL of the primary is in the repository; none before that is \
+         known once, see wal_state.",
         Some(Unit::Seconds),
         |state| Some(seconds_since_1970(state.following()?.caught_up_at?)),
     ),
     (
         "wal_lag",
-        "How long ago all WAL of the primary was in the repository.",
+        "Age of the oldest WAL of the primary that is not in the repository; if all is, the time since \
+         the primary said so, which it does each 5 s. None before that is known once, see wal_state.",
         Some(Unit::Seconds),
         |state| Some((Utc::now() - state.following()?.caught_up_at?).as_seconds_f64()),
     ),
     (
         "wal_lag",
-        "WAL on the primary's disk that is not in the repository.",
+        "WAL on the primary's disk, as far as it told, that is not in the repository; none while none is \
+         received, see wal_state.",
         Some(Unit::Bytes),
         |state| state.following()?.received?.lag_bytes().map(float),
+    ),
+    (
+        "wal_upload_age",
+        "How long the oldest upload of WAL that is under way has taken so far; 0 if none is.",
+        Some(Unit::Seconds),
+        |state| {
+            let following = state.following().filter(|it| it.received.is_some())?;
+            Some(following.upload_since.map_or(0.0, |since| since.elapsed().as_secs_f64()))
+        },
     ),
     (
         "wal_stored_position",
@@ -430,6 +454,30 @@ const SLOT_GAUGES: &[SlotGauge] = &[
 ];
 
 impl State {
+    /// Whatever is not known of a group's WAL: how receiving it goes is.
+    fn encode_wal_states(
+        &self,
+        groups: &BTreeMap<u32, GroupState>,
+        encoder: &mut DescriptorEncoder<'_>,
+    ) -> Result<(), fmt::Error> {
+        let states = groups.iter().filter_map(|(group, state)| Some((group, state.following()?)));
+        let states: Vec<_> =
+            states.map(|(group, it)| (group.to_string(), it.wal_state())).collect();
+        if states.is_empty() {
+            return Ok(());
+        }
+        let help = "How receiving WAL goes, one series per state: 1 for the current one.";
+        let mut family = encoder.encode_descriptor("wal_state", help, None, MetricType::Gauge)?;
+        for (group, current) in states {
+            for (state, name) in WalState::ALL {
+                let labels =
+                    [("cluster", self.cluster.as_str()), ("group", &group), ("state", name)];
+                ConstGauge::new(bit(state == current)).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
+    }
+
     fn encode_slots(
         &self,
         groups: &BTreeMap<u32, GroupState>,
@@ -465,6 +513,11 @@ impl State {
 impl Collector for State {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let groups = self.snapshot();
+        let help = "0 while etcd grants no lease: this replica receives no WAL and takes no scheduled \
+                    backup then; otherwise 1.";
+        let mut family = encoder.encode_descriptor("has_lease", help, None, MetricType::Gauge)?;
+        let has_lease = ConstGauge::new(bit(self.lost_since().is_none()));
+        has_lease.encode(family.encode_family(&[("cluster", self.cluster.as_str())])?)?;
         for (name, help, unit, value) in GAUGES {
             let values: Vec<_> =
                 groups.iter().filter_map(|(group, state)| Some((group, value(state)?))).collect();
@@ -478,6 +531,48 @@ impl Collector for State {
                 ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
             }
         }
+        self.encode_wal_states(&groups, &mut encoder)?;
         self.encode_slots(&groups, &mut encoder)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::time::Duration;
+
+    use prometheus_client::encoding::text::encode;
+    use shared::lease::{Identity, TTL};
+
+    use super::*;
+
+    #[test]
+    fn a_group_of_which_nothing_is_known_has_a_state() {
+        let identity = Identity {
+            cluster: "demo".to_owned(),
+            agent: "backup-agent".to_owned(),
+            replica: "a".to_owned(),
+        };
+        let (_, none) = watch::channel(BTreeSet::new());
+        let (shares, _sharing) = Shares::new(None, identity, none, TTL, Duration::ZERO);
+        let state = State::new("demo", shares);
+        let (known, following) = watch::channel(Following::default());
+        state.took(0, following);
+        let mut registry = Registry::default();
+        state.register(&mut registry);
+        let scrape = || {
+            let mut text = String::new();
+            encode(&mut text, &registry).unwrap();
+            text
+        };
+        let said = |name: &str| {
+            format!("backup_wal_state{{cluster=\"demo\",group=\"0\",state=\"{name}\"}} 1.0")
+        };
+        let text = scrape();
+        assert!(text.contains("backup_has_lease{cluster=\"demo\"} 1.0"), "{text}");
+        assert!(text.contains(&said("no_primary")) && !text.contains("wal_lag"), "{text}");
+        assert_eq!(text.matches("backup_wal_state{").count(), WalState::ALL.len(), "{text}");
+        known.send_modify(|it| it.caught_up_at = Some(Utc::now()));
+        assert!(scrape().contains("wal_lag_seconds{"), "{}", scrape());
     }
 }

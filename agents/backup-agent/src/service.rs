@@ -64,15 +64,6 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         warn!(files, "{EXPOSED}");
     }
 
-    let state = State::new(&config.cluster);
-    let mut registry = metrics::registry();
-    metrics::build_info(&mut registry, AGENT, env!("CARGO_PKG_VERSION"));
-    state.register(&mut registry);
-    let (address, grace) = (config.admin_address, config.shutdown_grace);
-    let (ready, status) = (state.clone(), state.clone());
-    let admin = Admin::bind(address, registry, move || not_ready(&ready), move || status.status())
-        .await
-        .with_context(|| format!("listen on {address}"))?;
     let identity = Identity {
         cluster: config.cluster.clone(),
         agent: AGENT.to_owned(),
@@ -81,6 +72,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let (known, groups) = watch::channel(BTreeSet::new());
     let (shares, sharing) =
         Shares::new(context.etcd.clone(), identity, groups, TTL, HAND_OVER_LIMIT);
+    let state = State::new(&config.cluster, shares.clone());
+    let mut registry = metrics::registry();
+    metrics::build_info(&mut registry, AGENT, env!("CARGO_PKG_VERSION"));
+    state.register(&mut registry);
+    let (address, grace) = (config.admin_address, config.shutdown_grace);
+    let (ready, status) = (state.clone(), state.clone());
+    let admin = Admin::bind(address, registry, move || not_ready(&ready), move || status.status())
+        .await
+        .with_context(|| format!("listen on {address}"))?;
     let (needs_backup, wanted) = mpsc::channel(WANTED_MAX);
     let topology = context.topology.clone();
 
@@ -113,7 +113,10 @@ fn not_ready(state: &State) -> Vec<String> {
             None => Some(format!("group {group}: the repository was not read yet")),
         }
     };
-    state.observed_at().iter().filter_map(unread).collect()
+    let no_lease = state.lost_since().map(|since| {
+        format!("etcd grants no lease since {since}: no WAL is received, and no scheduled backup is taken")
+    });
+    no_lease.into_iter().chain(state.observed_at().iter().filter_map(unread)).collect()
 }
 
 /// Takes a backup of every group at each time of the schedule, and at once of a group whose WAL has
@@ -135,8 +138,11 @@ async fn schedule(
     }
     loop {
         let due = schedule.as_ref().map(|schedule| schedule.next_after(Utc::now()));
-        let due =
-            due.map(|due| due.with_context(|| format!("schedule {schedule:?} has no more times")));
+        let due = due.map(|due| {
+            due.with_context(
+                || "backup.schedule has no time to come; write another, or take it out",
+            )
+        });
         let due = due.transpose()?;
         if let Some(due) = due {
             info!(%due, "next backup");

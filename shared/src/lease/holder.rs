@@ -5,9 +5,10 @@ use std::convert::Infallible;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use chrono::{DateTime, Utc};
+use tokio::sync::{Notify, watch};
 use tokio::time::sleep;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::claim::{BootInstant, Claim, Grant, valid_until};
 use crate::etcd::{Etcd, EtcdError, LeaseId};
@@ -28,6 +29,8 @@ pub(super) struct Holder {
     state: Mutex<State>,
     /// Told when a lease was granted or lost.
     news: Notify,
+    /// Since when etcd grants and renews nothing, once that is longer than a lease lives.
+    lost_since: watch::Sender<Option<DateTime<Utc>>>,
 }
 
 #[derive(Debug, Default)]
@@ -54,8 +57,13 @@ struct Held {
 }
 
 impl Holder {
-    pub(super) fn new(etcd: Etcd, ttl: Duration, replica: String) -> Self {
-        Self { etcd, ttl, replica, state: Mutex::default(), news: Notify::new() }
+    pub(super) fn new(
+        etcd: Etcd,
+        ttl: Duration,
+        replica: String,
+        lost_since: watch::Sender<Option<DateTime<Utc>>>,
+    ) -> Self {
+        Self { etcd, ttl, replica, state: Mutex::default(), news: Notify::new(), lost_since }
     }
 
     /// The lease, as long as it is ours by our own clock.
@@ -72,6 +80,7 @@ impl Holder {
     /// Gets a lease and keeps it alive; another one when it is lost.
     pub(super) async fn keep_alive(&self) -> Infallible {
         let mut is_late = false;
+        let (mut at, mut since) = (BootInstant::now(), Utc::now());
         loop {
             let session = self.lock().session;
             let outcome = match session {
@@ -81,6 +90,10 @@ impl Holder {
             let wait = match outcome {
                 Ok(ttl) => {
                     is_late = false;
+                    (at, since) = (BootInstant::now(), Utc::now());
+                    if self.lost_since.send_replace(None).is_some() {
+                        info!(replica = self.replica, "etcd answers again");
+                    }
                     ttl / 3
                 }
                 Err(EtcdError::LeaseGone { .. }) => {
@@ -91,6 +104,17 @@ impl Holder {
                 Err(error) => {
                     if !std::mem::replace(&mut is_late, true) {
                         warn!(replica = self.replica, error = %chain(&error), "lease renewal late");
+                    }
+                    if self.lease().is_none()
+                        && valid_until(at, self.ttl) <= BootInstant::now()
+                        && self.lost_since.send_replace(Some(since)).is_none()
+                    {
+                        let replica = &self.replica;
+                        error!(
+                            replica, error = %chain(&error),
+                            "etcd grants no lease: until it answers, this replica does nothing that one \
+                             replica alone may do. See to etcd"
+                        );
                     }
                     RETRY
                 }

@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tokio::time::sleep;
 use tracing::warn;
 
@@ -18,7 +19,7 @@ const RECHECK: Duration = Duration::from_secs(1);
 /// and a [`TTL`] after it was dropped or the process was killed. What goes wrong with etcd is logged and
 /// tried again.
 pub async fn during<W: Future>(etcd: &Etcd, key: &str, replica: &str, work: W) -> W::Output {
-    let holder = Holder::new(etcd.clone(), TTL, replica.to_owned());
+    let holder = Holder::new(etcd.clone(), TTL, replica.to_owned(), watch::Sender::new(None));
     let done = tokio::select! {
         never = holder.keep_alive() => match never {},
         never = keep(etcd, &holder, key, replica) => match never {},

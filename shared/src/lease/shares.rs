@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::future::pending;
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use rustix::system::uname;
 use tokio::sync::watch;
 
@@ -33,7 +34,10 @@ pub fn replica_name() -> String {
 
 /// The groups this replica may act on now, each with its claim. Clones show the same.
 #[derive(Clone, Debug)]
-pub struct Shares(watch::Receiver<BTreeMap<u32, Claim>>);
+pub struct Shares {
+    held: watch::Receiver<BTreeMap<u32, Claim>>,
+    lost_since: watch::Receiver<Option<DateTime<Utc>>>,
+}
 
 impl Shares {
     /// Shares groups out among the replicas that use the same etcd; without one, this replica
@@ -49,31 +53,40 @@ impl Shares {
         ttl: Duration,
         hand_over_limit: Duration,
     ) -> (Self, Sharing) {
-        let (publish, shares) = watch::channel(BTreeMap::new());
+        let (publish, held) = watch::channel(BTreeMap::new());
+        let (tell_loss, lost_since) = watch::channel(None);
         let names = Names { identity, is_one: false };
-        (Self(shares), Sharing { etcd, names, groups, ttl, hand_over_limit, publish })
+        let sharing =
+            Sharing { etcd, names, groups, ttl, hand_over_limit, publish, lost_since: tell_loss };
+        (Self { held, lost_since }, sharing)
     }
 
     /// The groups this replica may act on, each with its claim. A group that another replica is
     /// to have is not among them; a claim on it that is still held may be valid nevertheless, so
     /// that what is under way can be finished. Do not keep a claim longer than needed.
     pub fn held(&self) -> BTreeMap<u32, Claim> {
-        let mut held = self.0.borrow().clone();
+        let mut held = self.held.borrow().clone();
         held.retain(|_, claim| claim.is_valid());
         held
     }
 
     /// The claim on one group, if this replica may act on it.
     pub fn claim(&self, group: u32) -> Option<Claim> {
-        self.0.borrow().get(&group).filter(|claim| claim.is_valid()).cloned()
+        self.held.borrow().get(&group).filter(|claim| claim.is_valid()).cloned()
     }
 
     /// Resolves when [`held`](Self::held) may have changed since the last call; never again once
     /// the sharing has ended. A claim that runs out by itself is not told: see [`Claim::ended`].
     pub async fn changed(&mut self) {
-        if self.0.changed().await.is_err() {
+        if self.held.changed().await.is_err() {
             pending::<()>().await;
         }
+    }
+
+    /// Since when etcd grants no lease, once that is so long that nothing is held for it. Who holds a group
+    /// is not known then.
+    pub fn lost_since(&self) -> Option<DateTime<Utc>> {
+        *self.lost_since.borrow()
     }
 }
 

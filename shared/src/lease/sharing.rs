@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::future::pending;
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -33,6 +34,7 @@ pub struct Sharing {
     pub(super) ttl: Duration,
     pub(super) hand_over_limit: Duration,
     pub(super) publish: watch::Sender<BTreeMap<u32, Claim>>,
+    pub(super) lost_since: watch::Sender<Option<DateTime<Utc>>>,
 }
 
 /// A group that is held and is to be given up.
@@ -65,7 +67,8 @@ impl Sharing {
             self.hold_all(&shutdown).await;
             return Ok(());
         };
-        let holder = Holder::new(etcd.clone(), self.ttl, self.names.identity.replica.clone());
+        let (replica, lost_since) = (self.names.identity.replica.clone(), self.lost_since.clone());
+        let holder = Holder::new(etcd.clone(), self.ttl, replica, lost_since);
         tokio::select! {
             () = shutdown.cancelled() => {}
             never = holder.keep_alive() => match never {},
