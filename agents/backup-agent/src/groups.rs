@@ -69,7 +69,8 @@ pub async fn work(
                 continue;
             }
             let follower = Follower::new(context.clone(), group, needs_backup.clone());
-            state.took(group, follower.state.subscribe());
+            let receives = follower.context.config.wal.receive;
+            state.took(group, receives.then(|| follower.state.subscribe()));
             let stop = shutdown.child_token();
             held.insert(group, stop.clone());
             let work = work_for(follower, claim, stop);

@@ -141,14 +141,14 @@ impl State {
         self.shares.lost_since()
     }
 
-    /// This replica is responsible for a group now, and this tells how its WAL is followed.
-    pub fn took(&self, group: u32, following: watch::Receiver<Following>) {
+    /// This replica is responsible for a group now, and this tells how its WAL is followed, if it is.
+    pub fn took(&self, group: u32, following: Option<watch::Receiver<Following>>) {
         for outcome in [Outcome::ok, Outcome::suspect, Outcome::failed] {
             // Every series from 0 on, so that `rate()` sees the first failure.
             let cluster = self.cluster.clone();
             drop(self.runs.get_or_create(&RunLabels { cluster, group, outcome }));
         }
-        self.change(group, |state| state.following = Some(following));
+        self.change(group, |state| state.following = following);
     }
 
     /// Another replica is responsible for a group now: nothing is told of it any more.
@@ -557,7 +557,8 @@ mod tests {
         let (shares, _sharing) = Shares::new(None, identity, none, TTL, Duration::ZERO);
         let state = State::new("demo", shares);
         let (known, following) = watch::channel(Following::default());
-        state.took(0, following);
+        state.took(0, Some(following));
+        state.took(1, None);
         let mut registry = Registry::default();
         state.register(&mut registry);
         let scrape = || {

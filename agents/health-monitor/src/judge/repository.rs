@@ -19,6 +19,9 @@ use crate::facts::{Answer, Facts};
 use crate::probe::agent::AgentFacts;
 use crate::thresholds::Scale;
 
+/// From this on an upload takes long: the backup agent says so in its log.
+const UPLOAD_IS_LONG: Duration = Duration::from_secs(30);
+
 /// What is read of a backup agent's `/status`.
 #[derive(Deserialize)]
 struct AgentStatus {
@@ -59,11 +62,14 @@ struct Wal {
     received: Option<Received>,
     failure: Option<String>,
     no_primary: Option<String>,
+    /// How long the oldest upload is under way.
+    upload_seconds: Option<u64>,
 }
 
 #[derive(Deserialize)]
 struct Received {
-    lag_bytes: u64,
+    /// None until what is stored was compared.
+    lag_bytes: Option<u64>,
 }
 
 /// What is known of one group; ages are by the agent's clock, and go on by ours.
@@ -77,8 +83,12 @@ struct Known {
     last_error: Option<String>,
     /// Why WAL is not being received.
     wal_failure: Option<String>,
+    /// WAL is received, or is to be.
+    is_received: bool,
     /// Bytes of WAL that the primary has and the repository has not.
     wal_lag_bytes: Option<u64>,
+    /// How long an upload is under way, if that is long.
+    upload_takes: Option<Duration>,
     /// When the repository was read, ago.
     read_ago: Duration,
     /// The agent that told this answers no more.
@@ -174,7 +184,10 @@ fn read(answer: &Answer<AgentFacts>, now: Duration) -> BTreeMap<u32, Known> {
         if let Some(wal) = wal {
             known.wal_age = wal.caught_up_at.map(age);
             known.wal_failure = wal.failure.or(wal.no_primary);
-            known.wal_lag_bytes = wal.received.map(|it| it.lag_bytes);
+            known.is_received = true;
+            known.wal_lag_bytes = wal.received.and_then(|it| it.lag_bytes);
+            let takes = wal.upload_seconds.map(Duration::from_secs);
+            known.upload_takes = takes.filter(|it| UPLOAD_IS_LONG <= *it);
         }
         known
     };
@@ -214,8 +227,10 @@ fn backup(component: &Component, known: &Known, scale: Scale<'_>) -> Reading {
 fn wal(component: &Component, known: &Known, scale: Scale<'_>) -> Option<Reading> {
     let reading = |status, reason| Some(Reading::new(&WAL_AGE, status, reason));
     if let Some(segment) = &known.broken_at {
-        let reason = format!("WAL is missing after the newest backup, from {segment} on");
-        let next = "take a new backup: `backup-agent backup`; see `backup-agent list` for the gap";
+        let reason =
+            format!("WAL after the newest backup is missing or contradictory, from {segment} on");
+        let next =
+            "`backup-agent list --wal` says which; then take a new backup: `backup-agent backup`";
         return Some(Reading::new(&WAL_AGE, Status::Critical, reason).with_next(next));
     }
     let failure = known.wal_failure.as_ref();
@@ -224,15 +239,31 @@ fn wal(component: &Component, known: &Known, scale: Scale<'_>) -> Option<Reading
             let reason = format!("none was stored since the agent began: {failure}");
             return reading(Status::Critical, reason);
         }
-        let behind = bytes(known.wal_lag_bytes?);
-        let reason = format!("the agent began, and has {behind} to store until all is");
+        if !known.is_received {
+            return None;
+        }
+        let Some(behind) = known.wal_lag_bytes.map(bytes) else {
+            let reason = "the agent began, and compares what is stored".to_owned();
+            return reading(Status::Unknown, reason);
+        };
+        let mut reason = format!("the agent began, and has {behind} to store until all is");
+        reason.push_str(&hangs(known));
         return reading(Status::Warning, reason);
     };
     let mut reason = format!("all WAL was stored {} ago", duration(age));
     if let Some(failure) = failure {
         reason = format!("{reason}; none is received: {failure}");
     }
+    reason.push_str(&hangs(known));
     Some(scale.judge(component, &WAL_AGE, ("age", age.as_secs_f64(), None), reason))
+}
+
+/// What is said of an upload that takes long.
+fn hangs(known: &Known) -> String {
+    let takes = known.upload_takes.map(duration);
+    takes.map_or_else(String::new, |it| {
+        format!("; the repository has taken {it} for an upload so far")
+    })
 }
 
 #[cfg(test)]
@@ -260,7 +291,7 @@ mod tests {
             "running": null,
             "state": {"last_run": more["last_run"], "last_error": more["last_error"], "repository": repository},
             "wal": {"caught_up_at": caught_up_at, "failure": more["failure"], "no_primary": null,
-                "received": more["received"]},
+                "received": more["received"], "upload_seconds": more["upload_seconds"]},
         }}})
     }
 
@@ -311,7 +342,7 @@ mod tests {
                     ),
                     (
                         critical,
-                        "WAL is missing after the newest backup, from 000000010000000000000007 on",
+                        "WAL after the newest backup is missing or contradictory, from 000000010000000000000007 on",
                     ),
                 ],
             ),
@@ -321,11 +352,28 @@ mod tests {
                     &Value::Null,
                     &json!({"last_run": {"finished_at": "2026-11-21T13:59:30Z"}}),
                 ),
-                vec![(ok, "the newest is 30 s old")],
+                vec![
+                    (ok, "the newest is 30 s old"),
+                    (unknown, "the agent began, and compares what is stored"),
+                ],
             ),
             (
-                status(&Value::Null, &Value::Null, &json!({})),
-                vec![(critical, "there was no complete backup 1 min ago")],
+                json!({"now": "2026-11-21T14:00:00Z", "groups": {"0": {"state": {}, "wal": null}}}),
+                vec![(unknown, "the repository was not read yet")],
+            ),
+            (
+                status(
+                    &Value::Null,
+                    &stored,
+                    &json!({"received": {"lag_bytes": null}, "upload_seconds": 31}),
+                ),
+                vec![
+                    (critical, "there was no complete backup 1 min ago"),
+                    (
+                        ok,
+                        "all WAL was stored 1.0 s ago; the repository has taken 31 s for an upload so far",
+                    ),
+                ],
             ),
             (
                 status(
