@@ -187,12 +187,23 @@ async fn that_etcd_is_away_is_said_and_ends_by_itself() {
     assert!(ready.contains("no WAL is received"), "{ready}");
     let status: Value = serde_json::from_str(&get("/status").await).unwrap();
     assert!(status["no_lease_since"].is_string(), "{status}");
+    assert_eq!(checked(&scene).await["outcome"], "failed");
 
     etcd.start_member(0);
     agent.logged("etcd answers again", LIMIT).await;
     holds(&agent, &[0]).await;
     stored_up_to(&scene.primary, scene.primary.current_lsn().await).await;
     assert!(has_lease().await);
+    let step = checked(&scene).await;
+    assert_eq!(step["outcome"], "ok", "{step}");
+    assert!(step["detail"].as_str().unwrap().starts_with("group 0 is held by "), "{step}");
+}
+
+/// What `check` says of etcd.
+async fn checked(scene: &Scene) -> Value {
+    let steps = scene.run(&["check", "--json"]).await.stdout;
+    let steps: Vec<Value> = serde_json::from_str(&steps).unwrap();
+    steps.into_iter().find(|it| it["step"] == "etcd").unwrap()
 }
 
 /// The WAL before `lsn` that a request writes or deletes: pieces by their place, others by their

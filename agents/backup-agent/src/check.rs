@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
+use shared::etcd::Etcd;
 use shared::pg::connect::connect;
 use shared::pg::{Connection, Node};
 use shared::store::{Put, StoreErrorKind};
@@ -14,6 +15,7 @@ use tokio_postgres::types::PgLsn;
 
 use crate::arrival;
 use crate::backup::Context;
+use crate::commands::AGENT;
 use crate::container::{Identity, Kind, open_whole, seal_whole};
 use crate::follow::{self, FollowError};
 use crate::keys::EXPOSED;
@@ -76,6 +78,9 @@ pub async fn check(context: &Context) -> Vec<Step> {
         None => steps.add("keys", Outcome::Ok, format!("{keys} can be read, {write_key} writes")),
     }
     check_repository(&context.repository, &context.config.cluster, &mut steps).await;
+    if let Some(etcd) = &context.etcd {
+        check_etcd(etcd, &context.config.cluster, &mut steps).await;
+    }
     if !context.config.has_servers() {
         let detail = "neither [[nodes]] nor [patroni] is configured: no base backups";
         steps.add("servers", Outcome::Warning, detail);
@@ -161,6 +166,33 @@ async fn check_repository(repository: &Repository, cluster: &str, steps: &mut St
         ),
         Err(error) => steps.add("repository delete", Outcome::Failed, chain(&error).to_string()),
     }
+}
+
+/// Who holds which group.
+async fn check_etcd(etcd: &Etcd, cluster: &str, steps: &mut Steps) {
+    let held = format!("/pgmesh/{cluster}/lease/{AGENT}/");
+    let entries = match etcd.list(&held).await {
+        Ok(listing) => listing.entries,
+        Err(error) => {
+            let detail = format!(
+                "{}: without it no replica receives WAL or takes scheduled backups",
+                chain(&error)
+            );
+            return steps.add("etcd", Outcome::Failed, detail);
+        }
+    };
+    let holders: Vec<_> = entries
+        .iter()
+        .map(|it| {
+            let group = it.key.strip_prefix(&held).unwrap_or(&it.key);
+            format!("group {group} is held by {}", String::from_utf8_lossy(&it.value))
+        })
+        .collect();
+    if holders.is_empty() {
+        let detail = "no replica holds a group: is `backup-agent run` there, with the same [etcd]?";
+        return steps.add("etcd", Outcome::Warning, detail);
+    }
+    steps.add("etcd", Outcome::Ok, holders.join(", "));
 }
 
 fn check_clock(whose: &str, at: DateTime<Utc>, steps: &mut Steps) {
