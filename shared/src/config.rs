@@ -146,12 +146,24 @@ impl Trial<'_> {
             let (_, expected) = error.message().split_once(", ").unwrap_or_default();
             problem = format!("unknown key, {expected}");
         }
+        if problem == NO_WORD && self.put_in_no_word(&span) {
+            return true;
+        }
+        if let Some((_, expected)) = problem.split_once("unknown variant `\0`, ") {
+            problem = format!("must be a string, {expected}");
+        }
         let found = remove(self.table.get_mut(), &span);
         let key = found.as_ref().map(|found| found.key.as_str()).unwrap_or_default();
         self.problems.add(key, format!("{problem} (line {line})"));
         let is_mended = found.is_some();
         self.removed.extend(found.map(|found| found.removed));
         is_mended
+    }
+
+    /// Puts a word that is none in for what stands at `span`: then the error names the words.
+    fn put_in_no_word(&mut self, span: &Range<usize>) -> bool {
+        let mut put = |value: &mut DeValue<'_>| *value = DeValue::String(Cow::Borrowed("\0"));
+        change(self.table.get_mut(), span, &mut put).is_some()
     }
 
     /// Puts something in for a field that the table at `span` lacks.
@@ -170,6 +182,9 @@ impl Trial<'_> {
         true
     }
 }
+
+/// What `toml` says of a value that should be one of a few words, and is no string.
+const NO_WORD: &str = "wanted string or table";
 
 /// What is put in for a missing key, one after the other until one is accepted: a value of each kind,
 /// and strings that something is read from.
@@ -590,6 +605,39 @@ mod tests {
         ] {
             let expected = format!("configuration agent.toml breaks these rules:\n{expected}");
             assert_eq!(problems(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn the_words_that_a_key_takes_are_named_whatever_stands_there() {
+        #[derive(Debug, Deserialize)]
+        struct WithWords {
+            #[serde(rename = "word")]
+            _word: Word,
+        }
+        #[derive(Debug, Deserialize)]
+        #[serde(rename_all = "kebab-case")]
+        enum Word {
+            One,
+            TheOther,
+        }
+        impl Check for WithWords {
+            fn check(&self, _: &mut Problems) {}
+        }
+        let read = |text: &str| parse::<WithWords>(Path::new("agent.toml"), text);
+        for word in ["one", "the-other"] {
+            read(&format!("word = \"{word}\"\n")).unwrap();
+        }
+        let expected = "expected `one` or `the-other` (line 1)";
+        for (value, problem) in [
+            ("7", "must be a string"),
+            ("[]", "must be a string"),
+            ("true", "must be a string"),
+            ("\"\"", "unknown variant ``"),
+            ("\"two\"", "unknown variant `two`"),
+        ] {
+            let error = read(&format!("word = {value}\n")).unwrap_err().to_string();
+            assert!(error.ends_with(&format!("\nword: {problem}, {expected}")), "{value}: {error}");
         }
     }
 

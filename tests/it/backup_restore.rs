@@ -7,8 +7,9 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use harness::postgres::postgres_is_missing;
-use harness::{Mode, PgServer, eventually};
+use harness::{EtcdCluster, Mode, PgServer, etcd_is_missing, eventually};
 
+use crate::replicas::section;
 use crate::scene::{Kind, Scene, files};
 
 const LIMIT: Duration = Duration::from_mins(2);
@@ -466,6 +467,27 @@ async fn a_cluster_with_small_segments_is_backed_up_and_restored() {
     let restored = PgServer::start_existing(&to).await;
     restored.recovered().await;
     assert_eq!(count(&restored, "t").await, "100000");
+}
+
+/// It said that there was no backup, and ended as if there were.
+#[tokio::test]
+async fn a_backup_that_was_not_taken_because_of_a_drain_is_no_success() {
+    if postgres_is_missing() || etcd_is_missing() {
+        return;
+    }
+    let etcd = EtcdCluster::start(1).await;
+    let scene = Scene::with(Kind::Directory, &section(&etcd)).await;
+    let drain = ["put", "/pgmesh/tests/rebalance/request/drain/0", "{}"];
+    etcd.etcdctl(&drain).await.assert_success();
+    let refused = scene.run(&["backup", "--json"]).await;
+    refused.assert_code(1);
+    let told: serde_json::Value = serde_json::from_str(&refused.stdout).unwrap();
+    assert_eq!(told[0]["group"], 0, "{refused}");
+    for says in ["being drained", "undrain", "--group 0"] {
+        assert!(told[0]["error"].as_str().unwrap().contains(says), "{refused}");
+        assert!(refused.stderr.contains(says), "{refused}");
+    }
+    scene.run(&["backup", "--group", "0"]).await.assert_success();
 }
 
 /// A tablespace's own place may be a living server's. Nobody gets there by accident, with or

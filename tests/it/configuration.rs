@@ -48,6 +48,69 @@ async fn every_problem_is_reported_with_its_key() {
     }
 }
 
+/// Each was said to be fine, and could not work.
+#[tokio::test]
+async fn what_cannot_work_is_not_fine() {
+    let directory = directory();
+    let (key, path) = (directory.path().join("key"), directory.path().join("agent.toml"));
+    Agent::without_config().run(&["new-key", key.to_str().unwrap()]).await.assert_success();
+    let there = format!("[repository.directory]\npath = \"{}\"\n", directory.path().display());
+    let file = there.replace("\"\n", "/key\"\n");
+    let absent = there.replace("\"\n", "/absent\"\n");
+    let key_here = key.display().to_string();
+    let long = format!("cluster = \"{}\"", "x".repeat(256));
+    for (section, extra, from, to, code, says) in [
+        (&there, "", "", "", 0, "is fine"),
+        (&there, "", key_here.as_str(), "key", 1, "keys[0].file: must be an absolute path"),
+        (&there, "", "cluster = \"tests\"", long.as_str(), 1, "cluster: 256 bytes"),
+        (&there, "[backup]\nschedule = \"0 2 * * * * 1990\"\n", "", "", 1, "has no time to come"),
+        (&there, "[backup]\npart_bytes = 6000000000\n", "", "", 1, "above the S3 maximum"),
+        (&there, "[backup]\nprefer = 1\n", "", "", 1, "expected `standby` or `primary`"),
+        (&file, "", "", "", 1, "is no directory"),
+        (&absent, "", "", "", 0, "WARNING: the repository's directory"),
+    ] {
+        write(&path, &config_text(&key, section, extra, &[]).replace(from, to));
+        let checked = Agent::new(&path).run(&["check-config"]).await;
+        checked.assert_code(code);
+        assert!(
+            checked.stdout.contains(says) || checked.stderr.contains(says),
+            "{says}: {checked}"
+        );
+    }
+}
+
+/// Programs got nothing at all.
+#[tokio::test]
+async fn what_fails_is_told_to_programs_too() {
+    let directory = directory();
+    let (key, path) = (directory.path().join("key"), directory.path().join("agent.toml"));
+    Agent::without_config().run(&["new-key", key.to_str().unwrap()]).await.assert_success();
+    let section = format!("[repository.directory]\npath = \"{}\"\n", directory.path().display());
+    write(&path, &config_text(&key, &section, "", &[]));
+    let to = directory.path().join("to");
+    let to = to.to_str().unwrap();
+    let (here, nowhere) = (path.as_path(), Path::new("/no/such/file"));
+    for (config, line, code, says) in [
+        (nowhere, &["list"][..], 1, "/no/such/file"),
+        (here, &["list", "--group", "7"], 1, "there is nothing"),
+        (here, &["list", "--wal", "--group", "7"], 1, "there is nothing"),
+        (here, &["expire", "--group", "7"], 1, "there is nothing"),
+        (here, &["verify"], 1, "nothing was verified"),
+        (here, &["restore", "--archive-mode", "off", "--to", to], 1, "there is no backup"),
+        (here, &["backup"], 2, "no server to ask"),
+        (here, &["begin"], 2, "no server to ask"),
+    ] {
+        let failed = Agent::new(config).run(&[line, &["--json"]].concat()).await;
+        failed.assert_code(code);
+        let told: serde_json::Value = serde_json::from_str(&failed.stdout).unwrap();
+        assert!(told["error"].as_str().unwrap().contains(says), "{failed}");
+        // One document for each command.
+        assert!(!Agent::new(config).run(line).await.stdout.contains("error"));
+    }
+    let listed = Agent::new(&path).run(&["list", "--json"]).await;
+    assert_eq!(listed.stdout.trim(), "[]");
+}
+
 #[tokio::test]
 async fn files_that_the_configuration_names_are_tried() {
     let directory = directory();

@@ -49,6 +49,19 @@ async fn nothing_is_received(kind: Kind, has_segments: bool, has_backup: bool) {
         backup.stderr.contains("another key under the") && backup.stderr.contains("id of its own"),
         "{backup}"
     );
+    if has_backup {
+        // Another backup would not help.
+        for line in [&["list"][..], &["restore", "--archive-mode", "off", "--to", "/no/such"]] {
+            let told = scene.run(line).await;
+            told.assert_code(1);
+            let says = "be read with the configured keys";
+            assert!(told.stdout.contains(says) || told.stderr.contains(says), "{told}");
+            assert!(
+                !told.stderr.contains("--backup") && !told.stdout.contains("a target"),
+                "{told}"
+            );
+        }
+    }
     scene.primary.psql("INSERT INTO marks VALUES (4); SELECT pg_switch_wal()").await;
     agent.terminate().await.assert_success();
     assert_eq!(slot_lsn(&scene.primary).await, slot);

@@ -562,6 +562,75 @@ async fn the_last_segment_that_a_backup_needs_is_missed() {
     }
 }
 
+/// `--force` deleted the cluster that was there, found that the new one could not go there, and gave
+/// advice that was refused.
+#[tokio::test]
+async fn force_deletes_nothing_if_the_restore_cannot_go_there() {
+    if postgres_is_missing() {
+        return;
+    }
+    let (scene, _) = scene_with_backup().await;
+    let location = scene.primary.tablespace("space").await;
+    scene.primary.psql("CREATE TABLE u TABLESPACE space AS SELECT 1 AS i").await;
+    backup(&scene).await;
+    let old = scene.path("old");
+    fs::create_dir_all(old.join("base")).unwrap();
+    fs::write(old.join("PG_VERSION"), "17").unwrap();
+    let before = files(&old);
+    let forced = async |space: &str, more: &str| {
+        let map = format!("{}={space}", location.display());
+        let restore = ["restore", "--archive-mode", "off", "--to", old.to_str().unwrap()];
+        scene.run(&[&restore[..], &["--tablespace", &map, more]].concat()).await
+    };
+    let file = scene.path("file");
+    fs::write(&file, "").unwrap();
+    let refused = forced(file.join("space").to_str().unwrap(), "--force").await;
+    refused.assert_code(1);
+    assert!(refused.stderr.contains("make directory"), "{refused}");
+    assert!(!refused.stderr.contains("--resume"), "{refused}");
+    assert_eq!(files(&old), before);
+
+    // Killed right after it had deleted: its advice works.
+    fs::write(old.join(".pgmesh-restore"), "emptied by --force\n").unwrap();
+    fs::remove_file(old.join("PG_VERSION")).unwrap();
+    let space = scene.path("space");
+    let resumed = forced(space.to_str().unwrap(), "--resume").await;
+    resumed.assert_code(1);
+    assert!(resumed.stderr.contains("start anew with --force"), "{resumed}");
+    forced(space.to_str().unwrap(), "--force").await.assert_success();
+}
+
+/// The data directory was whole, and the agent panicked.
+#[tokio::test]
+async fn a_place_whose_name_is_not_text_is_told_to_programs() {
+    if postgres_is_missing() {
+        return;
+    }
+    let (scene, _) = scene_with_backup().await;
+    let to = scene.path("x").with_file_name(OsStr::from_bytes(b"to\xff"));
+    let line = ["restore", "--archive-mode", "off", "--json", "--to"].map(OsStr::new);
+    let restored = scene.agent().run(&[&line[..], &[to.as_os_str()]].concat()).await;
+    restored.assert_success();
+    let told: serde_json::Value = serde_json::from_str(&restored.stdout).unwrap();
+    assert!(told["restored_to"].as_str().unwrap().ends_with("to\u{fffd}"), "{restored}");
+}
+
+/// Its commits waited for the living server's standbys, for ever.
+#[tokio::test]
+async fn the_commits_of_a_copy_wait_for_no_standby() {
+    if postgres_is_missing() {
+        return;
+    }
+    let scene = Scene::new().await;
+    scene.primary.psql("CREATE TABLE t AS SELECT 1 AS i").await;
+    // Without a reload: the server itself waits for nobody.
+    scene.primary.psql("ALTER SYSTEM SET synchronous_standby_names = 'ANY 1 (elsewhere)'").await;
+    backup(&scene).await;
+    let copy = recover(&scene, "copy", &["--target", "immediate"]).await;
+    copy.psql("SET statement_timeout = '30s'; INSERT INTO t VALUES (2)").await;
+    assert_eq!(rows(&copy).await, "1,2");
+}
+
 /// PostgreSQL's own names are text.
 #[tokio::test]
 async fn a_file_whose_name_is_not_text_is_named() {

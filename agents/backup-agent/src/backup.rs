@@ -467,12 +467,38 @@ fn suspicion(verdict: &Verdict) -> Option<Suspicion> {
 
 /// Whether a warning is about a file of data. The server leaves out what is neither a file nor a
 /// directory, such as a link to a database on another disk, and says so in its own language; but the
-/// path stands in it as it is, from the data directory or from a tablespace.
+/// path stands in it as it is, from the data directory or from a tablespace. What else lies in the
+/// data directory, as a linked `pg_log`, is the operator's.
 /// Source: `sendDir` in PostgreSQL's `basebackup.c`.
 fn names_data(warning: &str) -> bool {
-    let is_data = ["./base/", "./global/", "./pg_", "/PG_"].iter().any(|it| warning.contains(it));
-    is_data && !warning.contains(".conf")
+    let is_own = |path: &str| {
+        let name = path.split(|it: char| !it.is_ascii_alphanumeric() && it != '_').next();
+        name.is_some_and(|name| OWN_DIRECTORIES.contains(&name))
+    };
+    warning.split("./").skip(1).any(is_own) || warning.contains("/PG_")
 }
+
+/// What a server keeps in its data directory.
+/// Source: the table "Contents of `PGDATA`" in PostgreSQL's manual, chapter "Database File Layout".
+const OWN_DIRECTORIES: [&str; 17] = [
+    "base",
+    "global",
+    "pg_commit_ts",
+    "pg_dynshmem",
+    "pg_logical",
+    "pg_multixact",
+    "pg_notify",
+    "pg_replslot",
+    "pg_serial",
+    "pg_snapshots",
+    "pg_stat",
+    "pg_stat_tmp",
+    "pg_subtrans",
+    "pg_tblspc",
+    "pg_twophase",
+    "pg_wal",
+    "pg_xact",
+];
 
 fn to_json(backup_id: &BackupId, commit: &Commit) -> Result<Vec<u8>, RepositoryError> {
     serde_json::to_vec(commit)
@@ -623,6 +649,11 @@ mod tests {
             ("WARNING in another language: «./global/1262»", true),
             ("skipping special file or directory \"./pg_xact\"", true),
             ("skipping special file or directory \"/srv/space/PG_17_202406281/5\"", true),
+            ("skipping special file or directory \"./pg_multixact/members\"", true),
+            ("skipping special file or directory \"./pg_wal\"", true),
+            ("skipping special file \"./pg_log\"", false),
+            ("skipping special file \"./log/base\"", false),
+            ("skipping special file \"./basement\"", false),
             ("skipping special file or directory \"./postgresql.conf\"", false),
             ("skipping special file or directory \"./pg_hba.conf\"", false),
             ("skipping special file or directory \"./server.key\"", false),

@@ -102,6 +102,14 @@ impl Catalog {
         Ok(catalog)
     }
 
+    /// Whether there are backups, and the configured keys open none of them.
+    pub fn is_locked(&self) -> bool {
+        let mut errors = self.unreadable.iter().map(|(_, error)| error);
+        self.backups.is_empty()
+            && !self.unreadable.is_empty()
+            && errors.all(|error| error.is_wrong_key() || error.is_locked())
+    }
+
     /// Lists the objects of all backups. If the store does not let it, one of them may be to blame:
     /// then each is asked for alone.
     async fn list_objects(&mut self, place: &Place) -> Result<Vec<ObjectInfo>, RepositoryError> {

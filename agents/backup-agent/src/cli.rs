@@ -34,7 +34,8 @@ pub enum Command {
     ///
     /// Reads the standby that is least behind, or the primary if none is fit. It is done when
     /// every file has been compared with the server's manifest and all WAL that the backup needs
-    /// is in the repository. Exit code 1 also for a suspect backup, which is kept.
+    /// is in the repository. Exit code 1 also for a suspect backup, which is kept, and if a group is being
+    /// drained: of that one none is taken unless --group names it.
     Backup(GroupArgs),
     /// Show the backups and what each can be restored to; or the stored WAL
     ///
@@ -111,6 +112,26 @@ pub enum Command {
     },
 }
 
+impl Command {
+    /// Whether it is to print JSON.
+    pub fn prints_json(&self) -> bool {
+        match self {
+            Self::Backup(args) | Self::Begin(args) => args.json,
+            Self::List(args) => args.group.json,
+            Self::Restore(args) => args.json,
+            Self::Verify(args) => args.json,
+            Self::Expire(args) => args.json,
+            Self::Check(args) => args.json,
+            Self::Run
+            | Self::WalPush { .. }
+            | Self::WalFetch { .. }
+            | Self::WalPrefetch { .. }
+            | Self::CheckConfig
+            | Self::NewKey { .. } => false,
+        }
+    }
+}
+
 /// Whether a command line is one of `wal-fetch`, well-formed or not: the first command that it names.
 pub fn is_wal_fetch(arguments: impl Iterator<Item = OsString>) -> bool {
     let command = Cli::command();
@@ -130,7 +151,7 @@ pub fn is_wal_fetch(arguments: impl Iterator<Item = OsString>) -> bool {
 /// `--json`.
 #[derive(Debug, Args)]
 pub struct JsonArgs {
-    /// Print JSON, for programs
+    /// Print JSON, for programs; if nothing else was printed, how it failed: {"error": …}
     #[arg(long)]
     pub json: bool,
 }
@@ -141,7 +162,7 @@ pub struct GroupArgs {
     /// The group [default: all of them]
     #[arg(long)]
     pub group: Option<u32>,
-    /// Print JSON, for programs
+    /// Print JSON, for programs; if nothing else was printed, how it failed: {"error": …}
     #[arg(long)]
     pub json: bool,
 }
@@ -169,7 +190,7 @@ pub struct VerifyArgs {
     /// The group [default: all of them]
     #[arg(long)]
     pub group: Option<u32>,
-    /// Print JSON, for programs
+    /// Print JSON, for programs; if nothing else was printed, how it failed: {"error": …}
     #[arg(long)]
     pub json: bool,
 }
@@ -189,7 +210,7 @@ pub struct ExpireArgs {
     /// The group [default: all of them]
     #[arg(long)]
     pub group: Option<u32>,
-    /// Print JSON, for programs
+    /// Print JSON, for programs; if nothing else was printed, how it failed: {"error": …}
     #[arg(long)]
     pub json: bool,
 }
@@ -261,6 +282,7 @@ pub struct RestoreArgs {
     pub target_timeline: TargetTimeline,
     /// What PostgreSQL does at the target
     #[arg(long, value_enum, default_value = "pause")]
+    #[arg(requires_ifs([("pause", "stop"), ("shutdown", "stop")]))]
     pub target_action: Action,
     /// Put a tablespace elsewhere; may be given several times. One that was made after the backup is
     /// made again by the recovery where it was: not beside the living server that has it
@@ -276,7 +298,7 @@ pub struct RestoreArgs {
     /// Go on with a restore that was stopped: only what is not on disk is fetched
     #[arg(long)]
     pub resume: bool,
-    /// Print JSON, for programs
+    /// Print JSON, for programs; if nothing else was printed, how it failed: {"error": …}
     #[arg(long)]
     pub json: bool,
 }
@@ -449,6 +471,10 @@ mod tests {
             ("no position", &["--target-lsn", ""], false),
             ("the first transaction", &["--target-xid", "3"], true),
             ("one that commits nothing", &["--target-xid", "0"], false),
+            ("without a target there is only one end", &["--target-action", "promote"], true),
+            ("nowhere to shut down", &["--target-action", "shutdown"], false),
+            ("nowhere to pause", &["--target-action", "pause"], false),
+            ("there", &["--target-action", "shutdown", "--target-xid", "3"], true),
         ] {
             let line = ["backup-agent", "restore", "--to", "/x", "--archive-mode", "off"];
             let parsed = Cli::try_parse_from(line.iter().chain(targets));

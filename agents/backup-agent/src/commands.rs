@@ -1,7 +1,9 @@
 //! The one-shot commands: what each prints, and when it counts as failed.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context as _, anyhow, bail, ensure};
 use chrono::{DateTime, Utc};
@@ -35,7 +37,7 @@ use crate::repository::{Place, Repository};
 use crate::restore::{RestoreOptions, restore};
 use crate::rival::Line;
 use crate::service;
-use crate::unpack::STATE_FILE;
+use crate::unpack::Left;
 use crate::verify::verify;
 use crate::wal_commands;
 
@@ -49,27 +51,40 @@ pub const AGENT: &str = "backup-agent";
 /// Each reason to exit with 1 or 2.
 pub async fn run(cli: Cli) -> anyhow::Result<()> {
     let path = cli.shared.config_file(AGENT);
-    match cli.command.unwrap_or(Command::Run) {
-        Command::Run => service::run(load(&path)?).await,
-        Command::Backup(args) => Box::pin(backup(&context(&path).await?, &args)).await,
-        Command::List(args) => list(&load(&path)?, &args).await,
-        Command::Restore(args) => restore_command(&path, &args).await,
-        Command::Verify(args) => verify_command(&load(&path)?, &args).await,
+    let command = cli.command.unwrap_or(Command::Run);
+    let prints_json = command.prints_json();
+    let outcome = Box::pin(carry_out(&path, command)).await;
+    if let Err(error) = &outcome
+        && prints_json
+        && !IS_PRINTED.load(Ordering::Relaxed)
+    {
+        print_json(&json!({ "error": chain(error.as_ref()).to_string() }))?;
+    }
+    outcome
+}
+
+async fn carry_out(path: &Path, command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Run => service::run(load(path)?).await,
+        Command::Backup(args) => Box::pin(backup(&context(path).await?, &args)).await,
+        Command::List(args) => list(&load(path)?, &args).await,
+        Command::Restore(args) => restore_command(path, &args).await,
+        Command::Verify(args) => verify_command(&load(path)?, &args).await,
         Command::Expire(args) => match args.timeline {
             Some(timeline) => {
-                Box::pin(expire_timeline(&context(&path).await?, &args, timeline)).await
+                Box::pin(expire_timeline(&context(path).await?, &args, timeline)).await
             }
-            None => Box::pin(expire_command(&load(&path)?, &args)).await,
+            None => Box::pin(expire_command(&load(path)?, &args)).await,
         },
-        Command::Check(args) => check_command(&context(&path).await?, &args).await,
+        Command::Check(args) => check_command(&context(path).await?, &args).await,
         Command::WalPush { path: file } => {
-            archive::push(&load(&path)?, &file).await?;
+            archive::push(&load(path)?, &file).await?;
             Ok(())
         }
         Command::WalFetch { .. } => bail!("wal-fetch has its own way out"),
-        Command::WalPrefetch { path: wanted } => prefetch::run(&load(&path)?, &wanted).await,
-        Command::Begin(args) => begin(&context(&path).await?, &args).await,
-        Command::CheckConfig => check_config(&path).await,
+        Command::WalPrefetch { path: wanted } => prefetch::run(&load(path)?, &wanted).await,
+        Command::Begin(args) => begin(&context(path).await?, &args).await,
+        Command::CheckConfig => check_config(path).await,
         Command::NewKey { file } => make_key(file),
     }
 }
@@ -87,7 +102,12 @@ pub async fn context(path: &Path) -> anyhow::Result<Context> {
     Context::new(load(path)?, &format!("pgmesh/{AGENT}")).await
 }
 
-fn print_json(value: &Value) -> anyhow::Result<()> {
+/// Whether this process has printed JSON: a program expects one document.
+static IS_PRINTED: AtomicBool = AtomicBool::new(false);
+
+/// Prints what a command has for programs, once.
+pub(crate) fn print_json(value: &Value) -> anyhow::Result<()> {
+    IS_PRINTED.store(true, Ordering::Relaxed);
     print(format!("{value:#}\n"))
 }
 
@@ -146,10 +166,9 @@ async fn backup(context: &Context, args: &GroupArgs) -> anyhow::Result<()> {
     let (mut suspect, mut values, mut failed) = (Vec::new(), Vec::new(), Vec::new());
     for group in groups {
         if args.group.is_none() && is_drained(context, group).await {
-            tracing::warn!(
-                group,
-                "no backup: the group is being drained; --group takes one all the same"
-            );
+            let error = drained(group);
+            values.push(json!({ "group": group, "error": error.to_string() }));
+            failed.push(error);
             continue;
         }
         let progress = Progress::default();
@@ -158,6 +177,8 @@ async fn backup(context: &Context, args: &GroupArgs) -> anyhow::Result<()> {
             Ok(commit) => commit,
             // The others are none the worse for it.
             Err(error) => {
+                let chain = chain(error.as_ref()).to_string();
+                values.push(json!({ "group": group, "error": chain }));
                 failed.push(error);
                 continue;
             }
@@ -187,6 +208,14 @@ async fn backup(context: &Context, args: &GroupArgs) -> anyhow::Result<()> {
         bail!("suspect: {}; the log and `list` say why", suspect.join(", "));
     }
     Ok(())
+}
+
+/// Why the command has taken no backup of a group: it would hold up what empties it.
+fn drained(group: u32) -> anyhow::Error {
+    anyhow!(
+        "no backup of group {group} was taken: it is being drained. Wait until that is over, take it back \
+         with `rebalance-agent undrain`, or take one all the same with --group {group}"
+    )
 }
 
 async fn list(config: &Config, args: &ListArgs) -> anyhow::Result<()> {
@@ -261,8 +290,7 @@ async fn restore_command(config_path: &Path, args: &RestoreArgs) -> anyhow::Resu
     let began = Utc::now();
     let work = Box::pin(restore(&config, &repository, &options, &progress));
     let restored = drawn(&progress, work).await.map_err(|error| {
-        let is_begun = options.to.join(STATE_FILE).exists();
-        let hint = if is_begun { error.next_step() } else { "" };
+        let hint = error.next_step(Left::in_directory(&options.to));
         anyhow::Error::new(error).context(format!("restore failed{hint}"))
     })?;
     let window = Window {
@@ -274,7 +302,8 @@ async fn restore_command(config_path: &Path, args: &RestoreArgs) -> anyhow::Resu
     };
     if args.json {
         let mut value = listing::backup(&restored.commit, Some(&window));
-        value["restored_to"] = json!(options.to);
+        // Not every path is text.
+        value["restored_to"] = json!(options.to.to_string_lossy());
         value["target"] = json!(options.target.to_string());
         return print_json(&value);
     }
@@ -288,8 +317,8 @@ async fn restore_command(config_path: &Path, args: &RestoreArgs) -> anyhow::Resu
         bytes(restored.bytes),
         options.to.display(),
         options.target,
-        window.reach.map_or(0, |reach| reach.timeline),
-        afterwards(&options, args.target_action),
+        window.reach.as_ref().map_or(0, |reach| reach.timeline),
+        afterwards(&options, window.leads_to_the_end(), args.target_action),
     ))
 }
 
@@ -298,7 +327,7 @@ const PG_WAL: &str = "pg_wal is a directory in the data directory, also where th
      disk: to have it there, move it and make the link before the start.\n";
 
 /// What happens when the server has come to its target.
-fn afterwards(options: &RestoreOptions, action: Action) -> String {
+fn afterwards(options: &RestoreOptions, leads_to_the_end: bool, action: Action) -> String {
     let end = match (&options.target, action) {
         (Target::End, _) | (_, Action::Promote) => "There it becomes a primary.\n",
         (_, Action::Pause) => {
@@ -307,11 +336,20 @@ fn afterwards(options: &RestoreOptions, action: Action) -> String {
         }
         (_, Action::Shutdown) => "There it shuts down.\n",
     };
-    // PostgreSQL looks for a commit after the time, and replays everything before it gives up.
-    let time = match options.target {
-        Target::Time(_) => {
+    // PostgreSQL looks for a commit after the time, or a record from the position on, and replays everything before it gives up.
+    let hint = match options.target {
+        Target::Time(_) if leads_to_the_end => {
             "If it says \"recovery ended before configured recovery target was reached\", no commit \
              after that time is stored: then restore without --target-time.\n"
+        }
+        Target::Time(_) => {
+            "If it says \"recovery ended before configured recovery target was reached\", no commit \
+             from that time to the missing WAL is stored: then restore to the time of the last \
+             transaction, which it says before, or earlier.\n"
+        }
+        Target::Lsn(_) => {
+            "If it says \"recovery ended before configured recovery target was reached\", no record that \
+             begins there or later is stored: then restore to an earlier one, or without --target-lsn.\n"
         }
         _ => "",
     };
@@ -329,15 +367,16 @@ fn afterwards(options: &RestoreOptions, action: Action) -> String {
         }
     };
     let copy = if options.archive_off {
-        "It does not archive, and its subscriptions do not run, which would take the living server's \
-         changes: archive_mode is off and max_logical_replication_workers is 0 in its \
-         postgresql.auto.conf. For subscriptions of its own, first on each that it has: ALTER SUBSCRIPTION \
+        "It does not archive, its commits wait for no standby, and its subscriptions do not run, which \
+         would take the living server's changes: archive_mode is off, synchronous_standby_names is empty \
+         and max_logical_replication_workers is 0 in its postgresql.auto.conf. For subscriptions of its own, first on each that it has: ALTER SUBSCRIPTION \
          … DISABLE, then … SET (slot_name = NONE); then ALTER SYSTEM RESET \
          max_logical_replication_workers, and restart it.\n"
     } else {
-        ""
+        "Its commits wait for the standbys in synchronous_standby_names, as on the server, if that names \
+         any: connect them, or ALTER SYSTEM SET synchronous_standby_names = ''.\n"
     };
-    format!("{end}{limits}{time}{tablespaces}{PG_WAL}{copy}")
+    format!("{end}{limits}{hint}{tablespaces}{PG_WAL}{copy}")
 }
 
 /// The `restore_command` of the restored server: this very program with this configuration.
@@ -608,7 +647,21 @@ async fn check_command(context: &Context, args: &JsonArgs) -> anyhow::Result<()>
 async fn check_config(path: &Path) -> anyhow::Result<()> {
     let config = load(path)?;
     config.postgres.settings(AGENT)?;
-    Repository::open(&config).await?;
+    let repository = Repository::open(&config).await?;
+    if let Some(schedule) = &config.backup.schedule
+        && schedule.next_after(Utc::now()).is_none()
+    {
+        bail!("backup.schedule: {schedule} has no time to come");
+    }
+    if let Some(directory) = &config.repository.directory {
+        match fs::metadata(&directory.path) {
+            Ok(about) => ensure!(about.is_dir(), "{} is no directory", directory.path.display()),
+            Err(error) => print(format!(
+                "WARNING: the repository's directory {}: {error}. Mount it, or make it\n",
+                repository.location()
+            ))?,
+        }
+    }
     if let Some(etcd) = &config.etcd {
         Etcd::new(etcd)?;
     }
@@ -629,5 +682,28 @@ fn make_key(file: Option<PathBuf>) -> anyhow::Result<()> {
             ))
         }
         None => print(format!("{}\n", *new_key()?)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::restore::tests::options;
+
+    /// The commits of a copy waited for ever, and a position that nothing follows is not reached.
+    #[test]
+    fn the_closing_words_say_what_commits_wait_for_and_what_may_not_be_reached() {
+        let say = |archive_off, target| {
+            let options = RestoreOptions { target, archive_off, ..options() };
+            afterwards(&options, true, Action::Pause)
+        };
+        let copy = say(true, Target::End);
+        assert!(copy.contains("synchronous_standby_names is empty"), "{copy}");
+        let replacement = say(false, Target::End);
+        assert!(replacement.contains("wait for the standbys in synchronous_standby_names"));
+        assert!(!replacement.contains("is empty"), "{replacement}");
+        let hint = "recovery ended before configured recovery target was reached";
+        assert!(say(true, Target::Lsn(1.into())).contains(hint));
+        assert!(!replacement.contains(hint), "{replacement}");
     }
 }

@@ -22,6 +22,8 @@ use crate::upload::UploadSettings;
 /// S3 refuses multipart parts smaller than this, except the last.
 /// Source: Amazon S3 User Guide, "Amazon S3 multipart upload limits".
 const PART_BYTES_MIN: usize = 5 << 20;
+/// S3 refuses larger parts. Same source.
+const PART_BYTES_MAX: usize = 5 << 30;
 /// S3 refuses a multipart upload of more parts than this. Same source.
 const PARTS_MAX: u64 = 10_000;
 /// 15 requests at once fill 10 Gb/s, so these fill 100 Gb/s; each takes a part of memory.
@@ -32,6 +34,9 @@ const WORKERS_MAX: usize = 512;
 /// What `MAX_RATE` of `BASE_BACKUP` allows, in kilobytes a second.
 /// Source: `MAX_RATE_LOWER` and `MAX_RATE_UPPER` in `src/backend/backup/basebackup.c`.
 const RATE_KILOBYTES: std::ops::RangeInclusive<u64> = 32..=1_048_576;
+/// A folder's name has no more bytes in most file systems; and a key of S3 no more than 1024, of which
+/// the prefix and what we add take the rest.
+const CLUSTER_BYTES_MAX: usize = 255;
 /// 1 GiB of segments of 1 MiB: more never lies ready for a recovery.
 const PREFETCH_SEGMENTS_MAX: u32 = 1024;
 
@@ -279,6 +284,11 @@ impl BackupConfig {
                 format!("{} is below the S3 minimum of {PART_BYTES_MIN}", self.part_bytes);
             problems.add("part_bytes", problem);
         }
+        if self.part_bytes > PART_BYTES_MAX {
+            let problem =
+                format!("{} is above the S3 maximum of {PART_BYTES_MAX}", self.part_bytes);
+            problems.add("part_bytes", problem);
+        }
         for (key, value, most) in [
             ("uploads", self.uploads.get(), UPLOADS_MAX),
             ("workers", self.workers.map_or(1, NonZeroUsize::get), WORKERS_MAX),
@@ -332,6 +342,10 @@ impl Check for Config {
         let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
         if self.cluster.is_empty() || !self.cluster.chars().all(plain) {
             problems.add("cluster", "must be letters, digits, - and _: it is a folder's name");
+        }
+        if self.cluster.len() > CLUSTER_BYTES_MAX {
+            let len = self.cluster.len();
+            problems.add("cluster", format!("{len} bytes; must be at most {CLUSTER_BYTES_MAX}"));
         }
         problems.within("postgres", |problems| self.postgres.check(problems));
         // The database container's own configuration, for `wal-push` alone, lists none.

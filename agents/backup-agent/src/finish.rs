@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use tracing::warn;
 
 use crate::archive::NOT_THERE;
-use crate::layout::{CONTROL_FILE, CONTROL_FILE_UNTIL_DONE, Layout, create, sync};
+use crate::layout::{CONTROL_FILE, CONTROL_FILE_UNTIL_DONE, Layout, chown, create, sync};
 use crate::manifest::BackupId;
 use crate::restore::{RestoreError, RestoreOptions, file_error};
 use crate::settings;
@@ -57,16 +57,24 @@ pub(crate) async fn warn_of_server(layout: &Layout, options: &RestoreOptions) {
              Debian in /etc/postgresql, and is needed to start PostgreSQL"
         );
     }
-    let Some((user, group)) = layout.owner() else { return };
+    if let Some(command) = chown(layout, rustix::process::geteuid().is_root()) {
+        warn!(
+            command,
+            "the directory belongs to root, and PostgreSQL does not start as root: give it to the \
+             server's user before the start"
+        );
+    }
+    let owner = layout.owner();
     let (data, restore_command) = (data.clone(), options.restore_command.clone());
-    let fetch = move || fetch_problem(&data, &restore_command, Some((user, group)));
+    let fetch = move || fetch_problem(&data, &restore_command, owner);
     if let Some(problem) = tokio::task::spawn_blocking(fetch).await.unwrap_or_default() {
+        let (user, group) = owner.unzip();
         warn!(
             user,
             group,
             problem,
-            "the server will not get WAL, as its user cannot run restore_command: give it access to \
-             this program, the configuration, the key and the repository"
+            "the server will not get WAL, as restore_command fails for its user: give it access to this \
+             program, the configuration, the key and the repository"
         );
     }
 }

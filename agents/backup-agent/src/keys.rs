@@ -89,6 +89,11 @@ impl EncryptionConfig {
                     format!("must be 1 to {KEY_ID_BYTES_MAX} letters, digits, dots, - or _");
                 problems.add(&format!("encryption.keys[{index}].id"), problem);
             }
+            if !key.file.is_absolute() {
+                let problem =
+                    "must be an absolute path: PostgreSQL fetches WAL from its data directory";
+                problems.add(&format!("encryption.keys[{index}].file"), problem);
+            }
             if self.keys[..index].iter().any(|other| other.id == key.id) {
                 let problem = format!("{} is named twice", key.id);
                 problems.add(&format!("encryption.keys[{index}].id"), problem);

@@ -41,7 +41,10 @@ impl Layout {
     pub(crate) fn new(backup: &Commit, options: &RestoreOptions) -> Result<Self, RestoreError> {
         let known: Vec<String> =
             backup.archives.iter().filter_map(|archive| archive.location.clone()).collect();
-        for (from, _) in &options.tablespaces {
+        for (index, (from, _)) in options.tablespaces.iter().enumerate() {
+            if options.tablespaces[..index].iter().any(|(other, _)| other == from) {
+                return Err(RestoreError::MappedTwice { path: from.clone() });
+            }
             if !known.iter().any(|location| Path::new(location) == from) {
                 return Err(RestoreError::NoSuchTablespace { path: from.clone(), known });
             }
@@ -71,14 +74,11 @@ impl Layout {
 
     /// Two archives in one directory would overwrite each other's files.
     fn refuse_overlap(&self) -> Result<(), RestoreError> {
-        // In-place tablespaces lie in the data directory by design.
-        let in_place = self.data.join("pg_tblspc");
-        let apart = self.roots.iter().filter(|root| !root.starts_with(&in_place));
-        let apart: Vec<_> = apart.map(|root| (root, resolved(root))).collect();
+        let apart: Vec<_> = self.apart().map(|root| (root, resolved(root))).collect();
         for (index, (one, real)) in apart.iter().enumerate() {
             for (other, other_real) in &apart[index + 1..] {
                 if real.starts_with(other_real) || other_real.starts_with(real) {
-                    let (one, other) = ((*one).clone(), (*other).clone());
+                    let (one, other) = ((*one).to_owned(), (*other).to_owned());
                     return Err(RestoreError::Overlap { one, other });
                 }
             }
@@ -86,14 +86,19 @@ impl Layout {
         Ok(())
     }
 
-    /// What lies in another server's data directory is in that server's backups, and in its way.
-    fn refuse_inside(&self) -> Result<(), RestoreError> {
+    /// The roots but those of in-place tablespaces, which lie in the data directory by design.
+    fn apart(&self) -> impl Iterator<Item = &Path> {
         let in_place = self.data.join("pg_tblspc");
-        for root in self.roots.iter().filter(|root| !root.starts_with(&in_place)) {
+        self.roots.iter().map(PathBuf::as_path).filter(move |root| !root.starts_with(&in_place))
+    }
+
+    /// What lies in another server's data directory or tablespace is in that server's backups, and in
+    /// its way.
+    fn refuse_inside(&self) -> Result<(), RestoreError> {
+        for root in self.apart() {
             let real = resolved(root);
-            let mut above = real.ancestors().skip(1);
-            if let Some(data) = above.find(|above| above.join("PG_VERSION").exists()) {
-                let (path, data) = (root.clone(), data.to_owned());
+            if let Some(data) = real.ancestors().skip(1).find(|above| is_a_servers(above)) {
+                let (path, data) = (root.to_owned(), data.to_owned());
                 return Err(RestoreError::Inside { path, data });
             }
         }
@@ -123,6 +128,21 @@ impl Layout {
     }
 }
 
+/// Whether a directory is a server's data directory, or a tablespace.
+fn is_a_servers(directory: &Path) -> bool {
+    let is_of_tablespace = |name: &str| {
+        let version = name.strip_prefix("PG_").and_then(|rest| rest.split_once('_'));
+        version.is_some_and(|(major, catalog)| {
+            [major, catalog]
+                .iter()
+                .all(|it| !it.is_empty() && it.bytes().all(|b| b.is_ascii_digit()))
+        })
+    };
+    let mut names = fs::read_dir(directory).into_iter().flatten().flatten();
+    directory.join("PG_VERSION").exists()
+        || names.any(|entry| entry.file_name().to_str().is_some_and(is_of_tablespace))
+}
+
 /// Where a path leads, without links and `..`, whether it exists or not.
 fn resolved(path: &Path) -> PathBuf {
     let existing = path.ancestors().find_map(|above| Some((above, above.canonicalize().ok()?)));
@@ -134,6 +154,13 @@ fn resolved(path: &Path) -> PathBuf {
         }
     }
     real
+}
+
+/// What root has to do to files that would be its own.
+pub(crate) fn chown(layout: &Layout, is_root: bool) -> Option<String> {
+    let is_roots = is_root && layout.owner.is_none();
+    let roots: Vec<_> = layout.apart().map(|root| root.display().to_string()).collect();
+    is_roots.then(|| format!("chown -R postgres: {}", roots.join(" ")))
 }
 
 /// Root restores for whoever owns the directory, or the one above it: PostgreSQL does not start
@@ -169,25 +196,26 @@ pub(crate) fn lock(
     Ok(())
 }
 
-/// Makes sure that every root is an empty directory, or empties it. Every root is looked at before
-/// anything is deleted.
-pub(crate) fn clear(layout: &Layout, options: &RestoreOptions) -> Result<(), RestoreError> {
-    let (data, in_place) = (&layout.data, layout.data.join("pg_tblspc"));
+/// Makes sure that every root is an empty directory, or one that may be emptied; returns those.
+pub(crate) fn to_empty<'a>(
+    layout: &'a Layout,
+    options: &RestoreOptions,
+) -> Result<Vec<&'a Path>, RestoreError> {
+    let (data, in_place) = (layout.data.as_path(), layout.data.join("pg_tblspc"));
     let mut full = Vec::new();
     // Tablespaces first: as long as they are not empty, the data directory has links to them.
-    let tablespaces = layout.roots.iter().filter(|root| *root != data);
-    let apart = tablespaces.filter(|root| !root.starts_with(&in_place));
-    for root in apart.chain([data]).filter(|root| root.exists()) {
+    let tablespaces = layout.apart().filter(|root| *root != data);
+    for root in tablespaces.chain([data]).filter(|root| root.exists()) {
         let names = names(root)?;
         let Some(found) = names.first().cloned() else { continue };
-        let path = root.clone();
+        let path = root.to_owned();
         if root != data {
             // It may be the tablespace of a server that lives: only a person can tell.
             if !options.tablespaces.iter().any(|(_, to)| to == root) {
                 return Err(RestoreError::TablespaceInUse { path, found });
             }
             if !has_link(&in_place, root) {
-                let data = data.clone();
+                let data = data.to_owned();
                 return Err(RestoreError::TablespaceOfNobody { path, found, data });
             }
         }
@@ -207,10 +235,31 @@ pub(crate) fn clear(layout: &Layout, options: &RestoreOptions) -> Result<(), Res
         }
         full.push(root);
     }
+    Ok(full)
+}
+
+/// Deletes what is in these roots.
+pub(crate) fn clear(layout: &Layout, full: &[&Path]) -> Result<(), RestoreError> {
+    let data = layout.data.as_path();
     if full.contains(&data) {
+        for (link, target) in stays(data, full) {
+            let (link, target) = (link.display(), target.display());
+            warn!(%link, %target, "--force: what this link leads to stays where it is");
+        }
         begin_emptying(data)?;
     }
-    full.into_iter().try_for_each(|root| empty(root))
+    full.iter().try_for_each(|root| empty(root))
+}
+
+/// The links of a data directory, and what they lead to, that are not emptied with it: `pg_wal` and
+/// tablespaces that the backup has not or that go elsewhere.
+fn stays(data: &Path, full: &[&Path]) -> Vec<(PathBuf, PathBuf)> {
+    let emptied: BTreeSet<_> = full.iter().filter_map(|root| root.canonicalize().ok()).collect();
+    let tablespaces = fs::read_dir(data.join("pg_tblspc")).into_iter().flatten().flatten();
+    let links = tablespaces.map(|link| link.path()).chain([data.join("pg_wal")]);
+    let led = links.filter(|link| link.is_symlink());
+    let led = led.filter_map(|link| link.canonicalize().ok().map(|target| (link, target)));
+    led.filter(|(_, target)| !emptied.contains(target)).collect()
 }
 
 /// Whether one of the links in `pg_tblspc` leads to a directory.
@@ -229,6 +278,27 @@ fn names(path: &Path) -> Result<Vec<String>, RestoreError> {
         entries.map(name).collect::<Result<_, _>>().map_err(file_error("read", path))?;
     names.sort();
     Ok(names)
+}
+
+/// Makes the roots that are not there, and asks whether those that are can be written to: what does not
+/// work is known before anything is deleted. If one does not, none is left behind.
+pub(crate) fn try_roots(layout: &Layout) -> Result<(), RestoreError> {
+    let mut made = Vec::new();
+    let tried = layout.apart().try_for_each(|root| {
+        if !root.is_dir() {
+            let missing = root.ancestors().take_while(|above| !above.exists());
+            made.extend(missing.map(Path::to_owned));
+            return make_directory(layout, root, 0o700);
+        }
+        let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+        rustix::fs::access(root, access).map_err(|error| file_error("write to", root)(error.into()))
+    });
+    if tried.is_err() {
+        made.sort();
+        // Some of them may not have been made.
+        made.iter().rev().for_each(|path| drop(fs::remove_dir(path)));
+    }
+    tried
 }
 
 /// Makes the roots. They are as open to the group as the directories in them: `initdb
@@ -303,8 +373,29 @@ fn held(directory: &Path) -> (u64, u64) {
     })
 }
 
-/// Refuses a file system without room for all that goes there.
-pub(crate) fn require_room(layout: &Layout, members: &Members) -> Result<(), RestoreError> {
+/// How many bytes become free on a file system when what is in a directory is deleted. A file that has
+/// another name elsewhere keeps its room.
+fn freed(directory: &Path, device: u64) -> u64 {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let bytes = entries.map(|entry| match entry.metadata() {
+        Ok(about) if about.is_dir() => freed(&entry.path(), device),
+        Ok(about) if about.dev() == device && about.nlink() == 1 => about.blocks() * 512,
+        _ => 0,
+    });
+    bytes.sum()
+}
+
+/// The directory that a place is in, or that itself, as far as it is there.
+fn existing(path: &Path) -> &Path {
+    path.ancestors().find(|above| above.exists()).unwrap_or(path)
+}
+
+/// Refuses a file system without room for all that goes there, when these roots are empty.
+pub(crate) fn require_room(
+    layout: &Layout,
+    members: &Members,
+    full: &[&Path],
+) -> Result<(), RestoreError> {
     let mut needed: BTreeMap<u32, u64> = BTreeMap::new();
     for member in members.iter() {
         let bytes = needed.entry(member.archive).or_default();
@@ -312,14 +403,16 @@ pub(crate) fn require_room(layout: &Layout, members: &Members) -> Result<(), Res
     }
     let mut disks: BTreeMap<u64, (&Path, u64)> = BTreeMap::new();
     for (archive, root) in (0..).zip(&layout.roots) {
-        let device = fs::metadata(root).map_err(file_error("ask for room at", root))?.dev();
+        let about = fs::metadata(existing(root)).map_err(file_error("ask for room at", root))?;
+        let device = about.dev();
         let (_, bytes) = disks.entry(device).or_insert((root, 0));
         *bytes = bytes.saturating_add(needed.get(&archive).copied().unwrap_or(0));
     }
-    for (path, needed_bytes) in disks.into_values() {
-        let room = rustix::fs::statvfs(path)
+    for (device, (path, needed_bytes)) in disks {
+        let room = rustix::fs::statvfs(existing(path))
             .map_err(|error| file_error("ask for room at", path)(error.into()))?;
-        let free_bytes = room.f_bavail * room.f_frsize;
+        let deleted: u64 = full.iter().map(|root| freed(root, device)).sum();
+        let free_bytes = room.f_bavail * room.f_frsize + deleted;
         if free_bytes < needed_bytes {
             return Err(RestoreError::NoRoom { path: path.to_owned(), free_bytes, needed_bytes });
         }
@@ -331,6 +424,11 @@ fn make_directory(layout: &Layout, path: &Path, mode: u32) -> Result<(), Restore
     let make = |path: &Path, mode: u32| -> io::Result<()> {
         match fs::DirBuilder::new().mode(0o700).create(path) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_symlink() => {
+                let problem =
+                    "it is a link to what is not there: make that directory, or delete the link";
+                return Err(io::Error::new(io::ErrorKind::NotFound, problem));
+            }
             created => created?,
         }
         fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
@@ -406,7 +504,9 @@ pub(crate) fn sync(layout: &Layout) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::recovery::{Target, TargetTimeline};
+    use crate::manifest::Archive;
+    use crate::recovery::tests::backup;
+    use crate::restore::tests::options;
 
     /// A data directory `data` and a tablespace at `space`, below `directory`.
     fn layout(directory: &Path) -> Layout {
@@ -422,17 +522,9 @@ mod tests {
     fn forced(layout: &Layout) -> RestoreOptions {
         RestoreOptions {
             to: layout.data.clone(),
-            group: 0,
-            system_identifier: None,
-            backup: None,
-            target: Target::End,
-            timeline: TargetTimeline::Latest,
-            action: String::new(),
             tablespaces: layout.links.iter().map(|(_, to)| (to.clone(), to.clone())).collect(),
             force: true,
-            resume: false,
-            archive_off: true,
-            restore_command: String::new(),
+            ..options()
         }
     }
 
@@ -461,12 +553,16 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let layout = layout(directory.path());
         fs::write(layout.data.join("PG_VERSION"), "17").unwrap();
-        let refused = clear(&layout, &forced(&layout)).unwrap_err().to_string();
+        let clear_forced = |layout: &Layout| {
+            let full = to_empty(layout, &forced(layout))?;
+            clear(layout, &full)
+        };
+        let refused = clear_forced(&layout).unwrap_err().to_string();
         assert!(refused.contains("space holds PG_17"), "{refused}");
         assert_eq!(left(&layout.roots[1]), ["PG_17"]);
 
         symlink(&layout.roots[1], layout.data.join("pg_tblspc/1")).unwrap();
-        clear(&layout, &forced(&layout)).unwrap();
+        clear_forced(&layout).unwrap();
         assert_eq!(left(&layout.roots[1]), Vec::<String>::new());
         assert_eq!(left(&layout.data), [STATE_FILE]);
     }
@@ -477,9 +573,9 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let layout = layout(directory.path());
         fs::remove_dir_all(&layout.roots[1]).unwrap();
-        assert!(clear(&layout, &forced(&layout)).is_err());
+        assert!(to_empty(&layout, &forced(&layout)).is_err());
         begin_emptying(&layout.data).unwrap();
-        clear(&layout, &forced(&layout)).unwrap();
+        clear(&layout, &to_empty(&layout, &forced(&layout)).unwrap()).unwrap();
         assert_eq!(left(&layout.data), [STATE_FILE]);
     }
 
@@ -511,6 +607,9 @@ mod tests {
         fs::create_dir_all(living.join("base")).unwrap();
         fs::write(living.join("PG_VERSION"), "17").unwrap();
         symlink(&living, directory.path().join("alias")).unwrap();
+        for path in ["tablespace/PG_17_202406281", "tablespaces/PG_old_1"] {
+            fs::create_dir_all(directory.path().join(path)).unwrap();
+        }
         for (place, is_apart) in [
             ("copy", true),
             ("living", true),
@@ -518,6 +617,9 @@ mod tests {
             ("living/base/no/such", false),
             ("alias/copy", false),
             ("living/../copy", true),
+            ("tablespace/copy", false),
+            ("tablespace/PG_17_202406281/5", false),
+            ("tablespaces/copy", true),
         ] {
             for root in 0..2 {
                 let before = layout.roots[root].clone();
@@ -541,7 +643,7 @@ mod tests {
         let says = |layout: &Layout, sizes: [u64; 2]| {
             let mut members = Members::default();
             members.extend((0..).zip(sizes).map(|(archive, size)| file(archive, size)));
-            match require_room(layout, &members) {
+            match require_room(layout, &members, &[]) {
                 Err(RestoreError::NoRoom { path, needed_bytes, .. }) => Some((path, needed_bytes)),
                 refused => refused.map(|()| None).unwrap(),
             }
@@ -565,6 +667,99 @@ mod tests {
             Some((other.path().to_owned(), room + (1 << 30)))
         );
         assert_eq!(says(&layout, [2 * most, 1]), Some((data, 2 * most)));
+    }
+
+    /// `--force` deleted the old cluster, and found then that the new one cannot go there.
+    #[test]
+    fn what_can_be_known_is_known_before_anything_is_deleted() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut layout = layout(directory.path());
+        layout.roots[1] = directory.path().join("new/space");
+        let (new, roots) = (directory.path().join("new"), layout.roots.clone());
+        // Not there yet, so where it will be counts.
+        assert!(require_room(&layout, &Members::default(), &[]).is_ok());
+        assert!(!new.exists());
+        try_roots(&layout).unwrap();
+        assert!(roots[1].is_dir());
+
+        fs::remove_dir_all(&new).unwrap();
+        fs::write(directory.path().join("file"), "").unwrap();
+        let nowhere = directory.path().join("file/space");
+        symlink(directory.path().join("gone"), directory.path().join("dangling")).unwrap();
+        let dangling = directory.path().join("dangling");
+        for (place, why) in [(nowhere, "make directory"), (dangling, "make directory")] {
+            layout.roots.truncate(2);
+            layout.roots.push(place);
+            let refused = try_roots(&layout).unwrap_err().to_string();
+            assert!(refused.contains(why), "{refused}");
+            assert!(!new.exists(), "what was made for it is left");
+            assert_eq!(left(&layout.data), ["PG_17", "pg_tblspc"]);
+        }
+    }
+
+    /// The server does not start, and nobody had said a word.
+    #[test]
+    fn what_would_be_roots_is_to_be_given_away() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut layout = layout(directory.path());
+        assert_eq!(chown(&layout, false), None);
+        let [data, space] = [&layout.roots[0], &layout.roots[1]].map(|root| root.display());
+        let expected = format!("chown -R postgres: {data} {space}");
+        assert_eq!(chown(&layout, true), Some(expected));
+        layout.owner = Some((999, 999));
+        assert_eq!(chown(&layout, true), None);
+    }
+
+    #[test]
+    fn a_tablespace_goes_to_one_place() {
+        let archive = |location: &str| Archive {
+            tablespace_oid: Some(1),
+            location: Some(location.to_owned()),
+            offset: 0,
+        };
+        let backup = Commit { archives: vec![archive("/a"), archive("/b")], ..backup(1, 2, false) };
+        let directory = tempfile::tempdir().unwrap();
+        let mut options = forced(&layout(directory.path()));
+        for (given, is_right) in [
+            (&[("/a", "1"), ("/b", "2")][..], true),
+            (&[("/a", "1"), ("/a", "2")], false),
+            (&[("/a", "1"), ("/b", "2"), ("/a", "1")], false),
+        ] {
+            let place =
+                |(from, to): &(&str, &str)| (from.into(), directory.path().join("new").join(to));
+            options.tablespaces = given.iter().map(place).collect();
+            let refused = Layout::new(&backup, &options).err().map(|error| error.to_string());
+            assert_eq!(refused.is_none(), is_right, "{refused:?}");
+            assert!(refused.is_none_or(|it| it.contains("/a=NEW is given twice")));
+        }
+    }
+
+    #[test]
+    fn what_is_deleted_makes_room() {
+        let directory = tempfile::tempdir().unwrap();
+        let layout = layout(directory.path());
+        let device = fs::metadata(&layout.data).unwrap().dev();
+        fs::write(layout.data.join("PG_17/one"), vec![1; 1 << 20]).unwrap();
+        fs::write(layout.data.join("two"), vec![1; 1 << 20]).unwrap();
+        fs::hard_link(layout.data.join("two"), directory.path().join("kept")).unwrap();
+        symlink(directory.path(), layout.data.join("pg_wal")).unwrap();
+        let bytes = freed(&layout.data, device);
+        assert!((1 << 20..2 << 20).contains(&bytes), "{bytes}");
+        assert_eq!(freed(&layout.data, device + 1), 0);
+    }
+
+    #[test]
+    fn what_a_link_leads_to_is_said_to_stay_unless_it_is_emptied_too() {
+        let directory = tempfile::tempdir().unwrap();
+        let layout = layout(directory.path());
+        let (wal, link) = (directory.path().join("wal"), layout.data.join("pg_wal"));
+        fs::create_dir(&wal).unwrap();
+        symlink(&wal, &link).unwrap();
+        symlink(&layout.roots[1], layout.data.join("pg_tblspc/1")).unwrap();
+        let wal = wal.canonicalize().unwrap();
+        let [data, space] = [&layout.roots[0], &layout.roots[1]].map(PathBuf::as_path);
+        assert_eq!(stays(data, &[space, data]), [(link, wal)]);
+        assert_eq!(stays(data, &[data]).len(), 2);
     }
 
     fn file(archive: u32, size: u64) -> Member {

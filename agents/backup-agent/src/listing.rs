@@ -33,10 +33,16 @@ impl Listing {
     ///
     /// The repository could not be read.
     pub async fn read(place: &Place) -> Result<Self, WalError> {
-        let Catalog { backups, unreadable, newest, .. } = Catalog::read(place).await?;
+        let catalog = Catalog::read(place).await?;
+        let is_locked = catalog.is_locked();
+        let Catalog { backups, unreadable, newest, .. } = catalog;
         let segment_bytes = backups.last().map_or(16 << 20, |it| it.wal_segment_bytes);
         let wal = WalMap::read(place, segment_bytes).await?;
-        let plain_restore = plain_restore(&backups, &wal, newest.as_ref());
+        let plain_restore = if is_locked {
+            Some(NO_KEY.to_owned())
+        } else {
+            plain_restore(&backups, &wal, newest.as_ref())
+        };
         let own_timeline = wal.own(None).ok().flatten();
         let windows = backups.into_iter().map(|commit| {
             let window = Window::of(&commit, &wal, wal.followed(&commit, own_timeline));
@@ -165,6 +171,9 @@ fn until(window: &Window) -> String {
     }
 }
 
+const NO_KEY: &str = "No backup can be read with the configured keys: put the right key into its file, or add the \
+     one that is missing to encryption.keys";
+
 /// Says what a restore without a target does where that is not what the last row promises.
 fn plain_restore(backups: &[Commit], wal: &WalMap, newest: Option<&BackupId>) -> Option<String> {
     newest?;
@@ -180,6 +189,7 @@ fn plain_restore(backups: &[Commit], wal: &WalMap, newest: Option<&BackupId>) ->
             format!("no backup leads to timeline {own}, the newest; name another or a backup")
         }
         Err(Unreachable::Rivals(rivals)) => rivals.to_string(),
+        Err(Unreachable::Target { .. }) if backups.is_empty() => "no backup can be read".to_owned(),
         Err(Unreachable::Target { .. } | Unreachable::Between { .. } | Unreachable::Unknown(_)) => {
             "no backup leads to the end of the WAL; give a target before what is missing".to_owned()
         }

@@ -49,7 +49,7 @@ impl fmt::Display for Target {
         match self {
             Self::End => f.write_str("the end of the WAL"),
             Self::Immediate => f.write_str("the end of the backup"),
-            Self::Time(at) => write!(f, "time {}", time(*at)),
+            Self::Time(at) => write!(f, "time {}", at.to_rfc3339_opts(SecondsFormat::AutoSi, true)),
             Self::Lsn(lsn) => write!(f, "LSN {lsn}"),
             Self::Name(name) => write!(f, "restore point {name:?}"),
             Self::Xid(xid) => write!(f, "transaction {xid}"),
@@ -123,16 +123,24 @@ impl Window {
             return false;
         };
         match target {
-            Target::Lsn(lsn) => self.from_lsn <= *lsn && *lsn <= reach.until_lsn,
+            Target::Lsn(lsn) => self.from_lsn <= *lsn && *lsn < reach.until_lsn,
             Target::Time(at) => {
-                let newest = reach.until.map(|until| until + CLOCK_TOLERANCE);
+                // Beyond WAL that is missing the time may be another backup's, and what came between is lost.
+                let tolerance =
+                    if reach.then == Then::End { CLOCK_TOLERANCE } else { TimeDelta::zero() };
+                let newest = reach.until.map(|until| until + tolerance);
                 self.from <= *at && Some(*at) <= newest
             }
             // Where a name or a transaction lies in the WAL is not known; PostgreSQL stops with an
             // error if it is not found.
             Target::Immediate | Target::Name(_) | Target::Xid(_) => true,
-            Target::End => reach.then == Then::End,
+            Target::End => self.leads_to_the_end(),
         }
+    }
+
+    /// Whether no WAL is missing from the backup to the newest.
+    pub fn leads_to_the_end(&self) -> bool {
+        self.reach.as_ref().is_some_and(|reach| reach.then == Then::End)
     }
 }
 
@@ -147,8 +155,9 @@ impl fmt::Display for Window {
             let until = reach.until.map_or("?".to_owned(), time);
             write!(
                 f,
-                "from {} ({from_lsn}) to {until} ({}) on timeline {}",
-                time(*from),
+                "from {} ({from_lsn}) to {until} (before {}) on timeline {}",
+                // What is shown can be given back: rounded up, and the end down.
+                time(*from + (TimeDelta::milliseconds(1) - TimeDelta::nanoseconds(1))),
                 reach.until_lsn,
                 reach.timeline
             )?;
@@ -338,7 +347,7 @@ fn lines(windows: &[Window]) -> String {
 }
 
 fn time(at: DateTime<Utc>) -> String {
-    at.to_rfc3339_opts(SecondsFormat::Secs, true)
+    at.to_rfc3339_opts(SecondsFormat::Millis, true)
 }
 
 #[cfg(test)]
@@ -477,7 +486,8 @@ pub(crate) mod tests {
             ("exactly where the first is consistent", Target::Lsn(lsn(4)), Some(2)),
             ("before the first is consistent", Target::Lsn(lsn(3)), None),
             ("after both", Target::Lsn(lsn(15)), Some(10)),
-            ("the end of the last segment", Target::Lsn(lsn(30)), Some(10)),
+            ("the end of the WAL, where no record begins", Target::Lsn(lsn(30)), None),
+            ("a byte before it", Target::Lsn((u64::from(lsn(30)) - 1).into()), Some(10)),
             ("beyond the last segment", Target::Lsn(lsn(31)), None),
             ("a time between the two", Target::Time(at(9)), Some(2)),
             ("a time after both", Target::Time(at(25)), Some(10)),
@@ -494,6 +504,28 @@ pub(crate) mod tests {
         }
     }
 
+    /// The window's own first second was refused: it was shown without its fraction.
+    #[test]
+    fn the_ends_of_a_window_can_be_given_back_as_they_are_shown() {
+        let fraction = TimeDelta::nanoseconds(837_322_004);
+        let backups = [Commit { finished_at: at(4) + fraction, ..backup(1, 2, false) }];
+        let wal = map(&[(1, (2..30).collect())], &[]);
+        let window = Window::of(&backups[0], &wal, 1);
+        let until = window.reach.clone().unwrap().until.unwrap() + fraction;
+        let reach = window.reach.clone().map(|reach| Reach { until: Some(until), ..reach });
+        let window = Window { reach, ..window };
+        let shown = window.to_string();
+        let times = shown.split([' ', ',']).filter_map(|word| word.parse::<DateTime<Utc>>().ok());
+        let times: Vec<_> = times.collect();
+        assert_eq!(times.len(), 2, "{shown}");
+        for time in times {
+            assert!(window.covers(&Target::Time(time)), "{time} of {shown}");
+        }
+        let asked = Target::Time(at(4) + fraction).to_string();
+        assert!(asked.contains(".837322004Z"), "{asked}");
+        assert!(!Target::Time(at(4)).to_string().contains('.'));
+    }
+
     #[test]
     fn a_gap_ends_the_window_of_the_backup_before_it() {
         let backups = [backup(1, 2, false), backup(1, 10, false)];
@@ -502,6 +534,8 @@ pub(crate) mod tests {
             ("the end, from the backup after the gap", Target::End, Some((10, 1, 20))),
             ("before the gap", Target::Lsn(lsn(6)), Some((2, 1, 7))),
             ("in the gap", Target::Lsn(lsn(8)), None),
+            ("a time before the gap", Target::Time(at(6)), Some((2, 1, 7))),
+            ("a time in the gap", Target::Time(at(7)), None),
             (
                 "a name: only where the WAL is whole",
                 Target::Name("x".to_owned()),

@@ -21,7 +21,9 @@ use crate::catalog::Catalog;
 use crate::config::Config;
 use crate::container::{ContainerError, Kind};
 use crate::finish::{finish, warn_of_server};
-use crate::layout::{Layout, clear, create, lock, make_members, make_roots, require_room};
+use crate::layout::{
+    Layout, clear, create, lock, make_members, make_roots, require_room, to_empty, try_roots,
+};
 use crate::lines::Lines;
 use crate::manifest::{BackupId, Commit, ObjectRecord, part_name};
 use crate::members::Members;
@@ -29,7 +31,7 @@ use crate::progress::Progress;
 use crate::recovery::{Choice, Target, TargetTimeline, Unreachable, choose};
 use crate::repository::{ObjectReader, Place, Repository, RepositoryError};
 use crate::tablespaces::refuse_later_tablespaces;
-use crate::unpack::{begin_state, read_state, unpack};
+use crate::unpack::{Left, begin_state, read_state, unpack};
 use crate::wal::{LeftBehind, Reach, WalError, WalMap};
 
 /// What is asked for.
@@ -98,12 +100,36 @@ pub enum RestoreError {
         /// Their system identifiers.
         found: Vec<u64>,
     },
+    /// The database cluster that is asked for is not there.
+    #[error(
+        "there is no backup of system identifier {asked} for group {group} in {location}; there are: {}",
+        list(.found)
+    )]
+    NoSuchCluster {
+        /// The system identifier asked for.
+        asked: u64,
+        /// The group.
+        group: u32,
+        /// The repository.
+        location: String,
+        /// Those that there are.
+        found: Vec<u64>,
+    },
     /// Some commit objects cannot be read, and the choice is left to us.
     #[error("backup {backup_id} cannot be read: {reason}. Name another with --backup")]
     Unreadable {
         /// The backup.
         backup_id: BackupId,
         /// Why.
+        reason: String,
+    },
+    /// The backups were sealed with other keys than those that are configured.
+    #[error(
+        "no backup can be read with the configured keys: {reason}. Put the right key into its file, or add \
+         the one that is missing to encryption.keys"
+    )]
+    NoKey {
+        /// What the first one says.
         reason: String,
     },
     /// The directory is in use.
@@ -186,13 +212,13 @@ pub enum RestoreError {
     },
     /// It lies in another server's data directory.
     #[error(
-        "{} lies in {}, which is a server's data directory: choose a place beside it",
+        "{} lies in {}, which is a server's data directory or tablespace: choose a place beside it",
         path.display(), data.display()
     )]
     Inside {
         /// Where the restore would go.
         path: PathBuf,
-        /// The data directory.
+        /// The data directory, or the tablespace.
         data: PathBuf,
     },
     /// A server may be running there.
@@ -219,6 +245,15 @@ pub enum RestoreError {
         /// The directory.
         path: PathBuf,
     },
+    /// A restore with `--force` was stopped before it wrote anything.
+    #[error(
+        "{} holds what is left of a cluster that --force was deleting, and nothing of the backup: start \
+         anew with --force, without --resume", path.display()
+    )]
+    OnlyEmptied {
+        /// The directory.
+        path: PathBuf,
+    },
     /// The restore that was stopped is of another backup.
     #[error(
         "{} holds a stopped restore that differs from this one: it says {found:?}, this one \
@@ -240,6 +275,12 @@ pub enum RestoreError {
         path: PathBuf,
         /// The locations there are.
         known: Vec<String>,
+    },
+    /// A tablespace is to go to two places.
+    #[error("--tablespace {}=NEW is given twice: say once where it goes", path.display())]
+    MappedTwice {
+        /// The location that was named.
+        path: PathBuf,
     },
     /// Not enough room.
     #[error(
@@ -281,19 +322,32 @@ pub enum RestoreError {
 }
 
 impl RestoreError {
-    /// What to do about a restore that was begun, if that is not the message's own word.
-    pub fn next_step(&self) -> &'static str {
+    /// What to do about what the restore `left`, if that is not the message's own word.
+    pub fn next_step(&self, left: Left) -> &'static str {
         const RESUME: &str = "; go on with --resume once the cause is gone";
+        const OLDER: &str = "; another backup may be whole: name it with --backup";
+        const AGAIN: &str = "; what was there is deleted, or a part of it: once the cause is gone, start \
+                             anew with --force";
         const OTHER: &str = "; --resume cannot help: take another backup with --backup and --force";
         let is_gone = |error: &StoreError| {
             error.kind == StoreErrorKind::NotFound && error.operation != "list"
         };
+        let is_in_backup = match self {
+            Self::Repository(RepositoryError::Store(error)) => is_gone(error),
+            Self::Repository(error) => error.is_damage(),
+            Self::Inconsistent { .. } => true,
+            _ => false,
+        };
         match self {
-            Self::Repository(RepositoryError::Store(error)) if is_gone(error) => OTHER,
-            Self::Repository(error) if error.is_damage() => OTHER,
-            Self::Inconsistent { .. } => OTHER,
-            Self::Repository(_) | Self::Wal(_) | Self::File { .. } | Self::NoRoom { .. } => RESUME,
-            Self::NotEmpty { .. } => "; a restore was stopped there: go on with it with --resume",
+            _ if is_in_backup && left == Left::Nothing => OLDER,
+            _ if is_in_backup => OTHER,
+            _ if left == Left::Nothing => "",
+            Self::Repository(_) | Self::Wal(_) | Self::File { .. } | Self::NoRoom { .. } => {
+                if left == Left::Emptied { AGAIN } else { RESUME }
+            }
+            Self::NotEmpty { .. } if left == Left::Begun => {
+                "; a restore was stopped there: go on with it with --resume"
+            }
             // Refused before anything was done, by words that say what to do.
             _ => "",
         }
@@ -378,14 +432,17 @@ pub async fn restore(
     let done = if options.resume {
         read_state(&layout, &backup.backup_id)?
     } else {
-        clear(&layout, options)?;
+        let full = to_empty(&layout, options)?;
+        // What a stopped restore has on disk takes its room already: this is for a new one alone.
+        require_room(&layout, &members, &full)?;
+        try_roots(&layout)?;
+        lock(&layout, &mut locks)?;
+        clear(&layout, &full)?;
         BTreeSet::new()
     };
     make_roots(&layout, &members)?;
     lock(&layout, &mut locks)?;
-    // What a stopped restore has on disk takes its room already.
     if !options.resume {
-        require_room(&layout, &members)?;
         begin_state(&layout, &backup.backup_id)?;
     }
     make_members(&layout, backup, &members)?;
@@ -445,17 +502,27 @@ async fn choose_place(
     repository: &Repository,
     options: &RestoreOptions,
 ) -> Result<Option<Place>, RestoreError> {
-    if let Some(system_identifier) = options.system_identifier {
-        return Ok(Some(repository.place(options.group, system_identifier)));
-    }
-    let mut places = repository.places(options.group).await?;
-    match places.len() {
-        0 => Ok(None),
-        1 => Ok(places.pop()),
-        _ => {
-            let found = places.iter().map(|place| place.system_identifier).collect();
-            Err(RestoreError::SeveralClusters { group: options.group, found })
+    let places = repository.places(options.group).await?;
+    let found: Vec<_> = places.iter().map(|place| place.system_identifier).collect();
+    let chosen = one_of(found, options, || repository.location())?;
+    Ok(places.into_iter().find(|place| Some(place.system_identifier) == chosen))
+}
+
+/// Which of the database clusters that were found is meant.
+fn one_of(
+    found: Vec<u64>,
+    options: &RestoreOptions,
+    location: impl Fn() -> String,
+) -> Result<Option<u64>, RestoreError> {
+    let group = options.group;
+    match (options.system_identifier, found.as_slice()) {
+        (_, []) => Ok(None),
+        (Some(asked), _) if found.contains(&asked) => Ok(Some(asked)),
+        (Some(asked), _) => {
+            Err(RestoreError::NoSuchCluster { asked, group, location: location(), found })
         }
+        (None, [only]) => Ok(Some(*only)),
+        (None, _) => Err(RestoreError::SeveralClusters { group, found }),
     }
 }
 
@@ -464,6 +531,9 @@ async fn choose_place(
 fn say_unreadable(catalog: &Catalog, options: &RestoreOptions) -> Result<(), RestoreError> {
     for (backup_id, error) in &catalog.unreadable {
         let reason = chain(error).to_string();
+        if catalog.is_locked() {
+            return Err(RestoreError::NoKey { reason });
+        }
         if options.backup.as_ref() == Some(backup_id) || catalog.backups.is_empty() {
             return Err(RestoreError::Unreadable { backup_id: backup_id.clone(), reason });
         }
@@ -584,8 +654,47 @@ async fn write_manifest(layout: &Layout, manifest: &ObjectReader) -> Result<(), 
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// To the end, beside a server that lives.
+    pub(crate) fn options() -> RestoreOptions {
+        RestoreOptions {
+            to: PathBuf::from("/to"),
+            group: 0,
+            system_identifier: None,
+            backup: None,
+            target: Target::End,
+            timeline: TargetTimeline::Latest,
+            action: "pause".to_owned(),
+            tablespaces: Vec::new(),
+            force: false,
+            resume: false,
+            archive_off: true,
+            restore_command: String::new(),
+        }
+    }
+
+    #[test]
+    fn a_cluster_that_is_not_there_is_told_from_none() {
+        let options = |system_identifier| RestoreOptions { system_identifier, ..options() };
+        let nothing: Result<_, &str> = Ok(None);
+        for (found, asked, expected) in [
+            (&[][..], None, nothing),
+            (&[], Some(5), nothing),
+            (&[7], None, Ok(Some(7))),
+            (&[7, 8], Some(8), Ok(Some(8))),
+            (&[7, 8], None, Err("several database clusters for group 0: 7, 8")),
+            (&[7, 8], Some(5), Err("system identifier 5 for group 0 in here; there are: 7, 8")),
+        ] {
+            let chosen = one_of(found.to_vec(), &options(asked), || "here".to_owned());
+            match (chosen, expected) {
+                (Ok(chosen), Ok(expected)) => assert_eq!(chosen, expected, "{found:?} {asked:?}"),
+                (Err(error), Err(says)) => assert!(error.to_string().contains(says), "{error}"),
+                (chosen, _) => panic!("{found:?} {asked:?}: {chosen:?}"),
+            }
+        }
+    }
 
     #[test]
     fn a_restore_is_resumed_only_where_that_can_help() {
@@ -605,9 +714,14 @@ mod tests {
             (RestoreError::UnderWay { path: path() }, false, false),
             (RestoreError::NothingToResume { path: path() }, false, false),
         ] {
-            let next = error.next_step();
+            let next = error.next_step(Left::Begun);
             let says = (next.contains("with --resume"), next.contains("cannot help"));
             assert_eq!(says, (resume, other), "{error}: {next}");
+            let nothing = error.next_step(Left::Nothing);
+            assert_eq!(!nothing.is_empty(), other, "{error}: {nothing}");
+            assert!(!nothing.contains("--resume"), "{error}: {nothing}");
+            let emptied = error.next_step(Left::Emptied);
+            assert!(!emptied.contains("with --resume"), "{error}: {emptied}");
         }
     }
 }

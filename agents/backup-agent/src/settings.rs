@@ -119,6 +119,8 @@ fn recovery_settings(reach: &Reach, options: &RestoreOptions) -> Vec<(&'static s
         // A subscription is in the backup with the name of its slot at the publisher: the copy would take
         // the changes that are for the server that lives on.
         settings.push(("max_logical_replication_workers", "0".to_owned()));
+        // The standbys and the receiver that it names are the living server's: each commit would wait for ever.
+        settings.push(("synchronous_standby_names", String::new()));
     }
     settings
 }
@@ -177,13 +179,26 @@ recovery_target_action = 'pause'
 ";
 
     /// What stays of them in a copy.
-    const COPY: &str = "archive_mode = 'off'\nmax_logical_replication_workers = '0'\n";
+    const COPY: &str = "archive_mode = 'off'\nmax_logical_replication_workers = '0'\n\
+                        synchronous_standby_names = ''\n";
 
     #[test]
     fn the_settings_hold_the_target_and_no_other() {
         assert_eq!(written("", &to_name(), Then::End), OURS);
         let gap = Then::Gap { segment: "000000010000000000000004".to_owned() };
         assert!(written("", &to_name(), gap).contains("wal-fetch %f %p --until 0/4000000'\n"));
+    }
+
+    #[test]
+    fn the_commits_of_a_copy_wait_for_nobody_and_those_of_a_replacement_as_before() {
+        let before = "synchronous_standby_names = 'ANY 1 (postgres_2, pgmesh_backup)'\n";
+        for (archive_off, last) in
+            [(true, "synchronous_standby_names = ''"), (false, before.trim_end())]
+        {
+            let text = written(before, &options(Target::Immediate, archive_off), Then::End);
+            let mut set = text.lines().filter(|line| line.starts_with("synchronous_standby_names"));
+            assert_eq!(set.next_back(), Some(last), "{text}");
+        }
     }
 
     #[test]

@@ -37,6 +37,31 @@ pub(crate) struct Job {
     first: u32,
 }
 
+/// What stands there while `--force` empties the directory.
+const EMPTIED: &str = "emptied by --force";
+
+/// What an earlier restore left in a data directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// Nothing.
+    Nothing,
+    /// An old cluster of which some may be deleted, and nothing of a backup.
+    Emptied,
+    /// A part of a backup: it can go on.
+    Begun,
+}
+
+impl Left {
+    /// Looks into a directory.
+    pub fn in_directory(data: &Path) -> Self {
+        match fs::read_to_string(data.join(STATE_FILE)) {
+            Ok(text) if text.trim_end() == EMPTIED => Self::Emptied,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Self::Nothing,
+            Ok(_) | Err(_) => Self::Begun,
+        }
+    }
+}
+
 /// What a restore is of and where it goes: a resumed one must agree in every line.
 fn state_head(layout: &Layout, backup_id: &BackupId) -> Vec<String> {
     let roots = layout.roots.iter().map(|root| format!("to {}", root.display()));
@@ -49,7 +74,7 @@ pub(crate) fn begin_emptying(data: &Path) -> Result<(), RestoreError> {
     let path = data.join(STATE_FILE);
     let written = || -> io::Result<()> {
         let mut file = File::create(&path)?;
-        file.write_all(b"emptied by --force\n")?;
+        file.write_all(format!("{EMPTIED}\n").as_bytes())?;
         file.sync_all()?;
         File::open(data)?.sync_all()
     };
@@ -60,7 +85,13 @@ pub(crate) fn begin_emptying(data: &Path) -> Result<(), RestoreError> {
 pub(crate) fn begin_state(layout: &Layout, backup_id: &BackupId) -> Result<(), RestoreError> {
     let path = layout.data.join(STATE_FILE);
     let text = state_head(layout, backup_id).join("\n") + "\n";
-    fs::write(&path, text).map_err(file_error("write", &path))
+    let provisional = path.with_extension("new");
+    let written = fs::write(&provisional, text).and_then(|()| fs::rename(&provisional, &path));
+    written.map_err(|error| {
+        // What stays would be somebody's to the next restore.
+        drop(fs::remove_file(&provisional));
+        file_error("write", &path)(error)
+    })
 }
 
 /// Reads what an earlier run had on disk.
@@ -71,6 +102,9 @@ pub(crate) fn read_state(
     let data = layout.data.clone();
     if data.join("postmaster.pid").exists() {
         return Err(RestoreError::InUse { path: data });
+    }
+    if Left::in_directory(&data) == Left::Emptied {
+        return Err(RestoreError::OnlyEmptied { path: data });
     }
     let path = data.join(STATE_FILE);
     let text = match fs::read_to_string(&path) {

@@ -9,7 +9,7 @@ use shared::table::Table;
 use shared::telemetry::chain;
 
 use crate::catalog::Catalog;
-use crate::commands::none_of;
+use crate::commands::{none_of, print_json};
 use crate::listing::heading;
 use crate::manifest::{BackupId, Commit};
 use crate::progress::Progress;
@@ -339,7 +339,7 @@ fn complain(table: &mut Table, values: &mut Vec<Value>, place: &Place, object: &
 }
 
 fn print(as_json: bool, values: &[Value], text: String) -> anyhow::Result<()> {
-    shared::cli::print(if as_json { format!("{:#}\n", json!(values)) } else { text })
+    if as_json { print_json(&json!(values)) } else { shared::cli::print(text) }
 }
 
 fn plural(count: usize) -> &'static str {

@@ -175,6 +175,10 @@ pub struct Upload {
     part_bytes: u64,
 }
 
+/// A key of S3 has 1024 bytes at most, and what stands behind the prefix needs its own.
+/// Source: Amazon S3 User Guide, "Naming Amazon S3 objects".
+const PREFIX_BYTES_MAX: usize = 512;
+
 impl StoreConfig {
     /// Adds every problem with these keys.
     pub fn check(&self, problems: &mut Problems) {
@@ -198,6 +202,11 @@ impl StoreConfig {
         if self.prefix.starts_with('/') || self.prefix.ends_with('/') || self.prefix.contains("//")
         {
             problems.add("repository.prefix", "must not begin or end with a slash");
+        }
+        if self.prefix.len() > PREFIX_BYTES_MAX {
+            let len = self.prefix.len();
+            let problem = format!("{len} bytes; must be at most {PREFIX_BYTES_MAX}");
+            problems.add("repository.prefix", problem);
         }
         if self.prefix.split('/').any(|part| matches!(part, "." | ".."))
             || self.prefix.contains(char::is_control)

@@ -55,14 +55,27 @@ fn default_attempt_timeout() -> Duration {
 
 impl S3Config {
     pub(in crate::store) fn check(&self, problems: &mut Problems) {
+        let plain = |c: char| c.is_ascii_alphanumeric() || ".-_:".contains(c);
         if self.bucket.is_empty() {
             problems.add("repository.s3.bucket", "must not be empty");
+        } else if !self.bucket.starts_with("arn:") && !self.bucket.chars().all(plain) {
+            problems.add("repository.s3.bucket", "must be letters, digits, dots, -, _ and :");
         }
-        if let Some(endpoint) = &self.endpoint
-            && !endpoint.starts_with("http://")
-            && !endpoint.starts_with("https://")
-        {
-            problems.add("repository.s3.endpoint", "must begin with http:// or https://");
+        if let Some(endpoint) = &self.endpoint {
+            let schemes = ["http://", "https://"];
+            let is_host = |rest: &str| {
+                !rest.is_empty()
+                    && !rest.starts_with(['/', ':'])
+                    && !rest.contains(char::is_whitespace)
+            };
+            let problem = match schemes.iter().find_map(|scheme| endpoint.strip_prefix(scheme)) {
+                None => Some("must begin with http:// or https://"),
+                Some(rest) if !is_host(rest) => Some("must be like https://s3.example.org:9000"),
+                Some(_) => None,
+            };
+            if let Some(problem) = problem {
+                problems.add("repository.s3.endpoint", problem);
+            }
         }
         if self.access_key_id_file.is_some() != self.secret_access_key_file.is_some() {
             problems.add(
@@ -103,6 +116,25 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_bucket_has_a_name_that_stores_take() {
+        for (bucket, is_right) in [
+            ("backups", true),
+            ("Old_Bucket.2-x", true),
+            // Ceph's, of another tenant.
+            ("tenant:backups", true),
+            ("arn:aws:s3:eu-west-1:123456789012:accesspoint/backups", true),
+            ("", false),
+            ("a/b", false),
+            ("A B", false),
+        ] {
+            let config: S3Config = toml::from_str(&format!("bucket = \"{bucket}\"")).unwrap();
+            let mut problems = Problems::default();
+            config.check(&mut problems);
+            assert_eq!(problems.found().is_empty(), is_right, "{bucket}");
+        }
+    }
+
+    #[test]
     fn every_broken_rule_is_shown_with_its_key() {
         for (text, expected) in [
             ("", None),
@@ -111,6 +143,13 @@ mod tests {
             (
                 "endpoint = \"http://s3\"\nca_file = \"/ca\"",
                 Some("ca_file: has no use with an http:// endpoint"),
+            ),
+            ("endpoint = \"https://s3.example.org:9000/path\"", None),
+            ("endpoint = \"http://[::1]:9000\"", None),
+            ("endpoint = \"http://\"", Some("endpoint: must be like https://s3.example.org:9000")),
+            (
+                "endpoint = \"http://a b\"",
+                Some("endpoint: must be like https://s3.example.org:9000"),
             ),
             ("endpoint = \"s3\"", Some("endpoint: must begin with http:// or https://")),
             (
