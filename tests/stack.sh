@@ -10,14 +10,16 @@ source "$(dirname "${BASH_SOURCE[0]}")/../init-scripts/stack.sh"
 
 usage() {
     cat <<'TEXT'
-Usage: tests/stack.sh [--full [UP OPTION…]]
+Usage: tests/stack.sh [--only STEP | --full [UP OPTION…]]
 
 Tries the stack that init-scripts/up.sh brought up on this machine: clients by TLS and SCRAM through HAProxy and
 PgBouncer, who is refused, what each role may, that every configuration is taken by its program, that no secret
-is to be read, and that a coordinator primary whose container is killed is replaced without a lost commit, and that each other
-part may be killed.
+is to be read, that a coordinator primary whose container is killed is replaced without a lost commit, that each other
+part may be killed, and what operators do: switchover, rolling update, worker groups, rotation, restore, with the errors
+counted that clients see.
 
-  --full   from init-scripts/up.sh with these options to init-scripts/down.sh, and that nothing is left then
+  --only STEP   one of clients roles configurations failover losses switchover secrets
+  --full        from init-scripts/up.sh with these options to init-scripts/down.sh, and that nothing is left then
 
 The last line is "N passed, N failed, N skipped". Exit: 0 all passed, 1 otherwise, 2 wrong use.
 TEXT
@@ -321,18 +323,42 @@ no_password_in_statements() {
 
 # --- a lost primary -------------------------------------------------------------------------------
 
-# Writes through HAProxy, each time as a new client, and prints the time of each commit that was confirmed.
+# Two clients write. One connects anew for each row, through HAProxy, with the password that is in the file then (and
+# reads it once more where that is refused, as it may be replaced in that moment); the other stays connected,
+# through PgBouncer. Of each: the time of each confirmed commit with its number, and the time of each error.
 start_writer() {
     client pgmesh_admin 5432 "$strict" "SET ROLE pgmesh_owner; DROP TABLE IF EXISTS confirmed;
         CREATE TABLE confirmed (n bigint PRIMARY KEY); GRANT ALL ON confirmed TO pgmesh_app" >/dev/null 2>&1
-    docker exec pgmesh-test-client rm -f /tmp/stop /tmp/confirmed
+    docker exec pgmesh-test-client bash -c 'rm -f /tmp/stop && : >/tmp/confirmed && : >/tmp/errors && : >/tmp/confirmed.kept && : >/tmp/errors.kept'
     docker exec --detach pgmesh-test-client bash -c '
-        export PGPASSWORD=$(</passwords/pgmesh_app_password) PGCONNECT_TIMEOUT=2 n=0
+        export PGCONNECT_TIMEOUT=2
+        insert() {
+            PGPASSWORD=$(</passwords/pgmesh_app_password) timeout 5 psql --no-psqlrc --quiet "host=localhost port=5432 user=pgmesh_app dbname='"$DATABASE $strict"'" \
+                --command "INSERT INTO confirmed VALUES ($n)" 2>/tmp/error
+        }
         until [[ -e /tmp/stop ]]; do
-            n=$((n + 1))
-            timeout 5 psql --no-psqlrc --quiet "host=localhost port=5432 user=pgmesh_app dbname='"$DATABASE $strict"'" \
-                --command "INSERT INTO confirmed VALUES ($n)" 2>/tmp/error && echo "$EPOCHREALTIME $n" >>/tmp/confirmed
+            n=${EPOCHREALTIME/./}
+            if insert || { grep -q "password authentication failed" /tmp/error && sleep 0.5 && insert; }; then
+                echo "$EPOCHREALTIME $n" >>/tmp/confirmed
+            else
+                echo "$EPOCHREALTIME $(tr "\n" " " </tmp/error)" >>/tmp/errors
+            fi
         done'
+    docker exec --detach pgmesh-test-client bash -c '
+        export PGPASSWORD=$(</passwords/pgmesh_app_password) PGCONNECT_TIMEOUT=2
+        until [[ -e /tmp/stop ]]; do
+            until [[ -e /tmp/stop ]]; do echo "INSERT INTO confirmed VALUES (-${EPOCHREALTIME/./}) RETURNING n;" && sleep 0.05; done |
+                psql --no-psqlrc --quiet --no-align --tuples-only "host=localhost port=6432 user=pgmesh_app dbname='"$DATABASE $strict"'" 2>&1 |
+                while read -r line; do
+                    if [[ $line =~ ^-[0-9]+$ ]]; then echo "$EPOCHREALTIME $line" >>/tmp/confirmed.kept; else echo "$EPOCHREALTIME $line" >>/tmp/errors.kept; fi
+                done
+            sleep 0.1
+        done'
+    wait_hint="docker exec pgmesh-test-client cat /tmp/errors /tmp/errors.kept" wait_for 30 "the clients write" both_write
+}
+
+both_write() {
+    docker exec pgmesh-test-client test -s /tmp/confirmed -a -s /tmp/confirmed.kept
 }
 
 stop_writer() {
@@ -341,14 +367,53 @@ stop_writer() {
     sleep 6
 }
 
-# The longest time without a confirmed commit, in seconds.
-longest_gap() {
-    docker exec pgmesh-test-client cat /tmp/confirmed | awk 'NR > 1 && $1 - last > gap { gap = $1 - last } { last = $1 } END { printf "%.1f", gap }'
+# switchovers: when the coordinators had another primary, in seconds since 1970.
+switchovers() {
+    in_service coordinator-1 bash -c 'patronictl history --format json | python3 -c "
+import datetime, json, sys
+for it in json.load(sys.stdin):
+    if it.get(\"Timestamp\"): print(datetime.datetime.fromisoformat(it[\"Timestamp\"]).timestamp())"'
+}
+
+# errors_otherwise [WRITER]: those that are not within 8 s of a switchover.
+errors_otherwise() {
+    docker exec pgmesh-test-client cat "/tmp/errors${1:-}" |
+        awk 'NR == FNR { at[NR] = $1; next } { for (i in at) if ($1 > at[i] - 8 && $1 < at[i] + 8) next; print }' <(echo 0; switchovers) -
+}
+
+no_errors_otherwise() {
+    local found
+    found=$(errors_otherwise "${1:-}")
+    [[ -z $found ]] || { echo "$found" && return 1; }
+}
+
+# try_load WHAT [WRITER…]: ends the writers, and says what they saw.
+try_load() {
+    local what=$1 writer
+    shift
+    stop_writer
+    for writer in "" .kept; do
+        say "        $what: a client $(if [[ -z $writer ]]; then echo "that connects anew through HAProxy"; else echo "that stays connected through PgBouncer"; fi):" \
+            "$(lines_of "confirmed$writer") commits, longest gap $(longest_gap_of "$writer") s, $(lines_of "errors$writer") errors," \
+            "$(errors_otherwise "$writer" | wc -l) of them beyond switchovers"
+    done
+    for writer in "${@:-}"; do
+        try "$what: no error beyond the switchovers${writer:+, connected through PgBouncer}" no_errors_otherwise "$writer"
+    done
+    try "$what: no confirmed write is lost" all_confirmed_are_there
+}
+
+lines_of() {
+    docker exec pgmesh-test-client bash -c 'wc -l <"/tmp/$1"' lines "$1"
+}
+
+longest_gap_of() {
+    docker exec pgmesh-test-client cat "/tmp/confirmed$1" | longest_gap /dev/stdin
 }
 
 all_confirmed_are_there() {
     local confirmed there
-    confirmed=$(docker exec pgmesh-test-client bash -c 'cut -d " " -f 2 /tmp/confirmed | sort -n')
+    confirmed=$(docker exec pgmesh-test-client bash -c 'cut -d " " -f 2 /tmp/confirmed /tmp/confirmed.kept')
     there=$(client pgmesh_app 5432 "$strict" 'SELECT n FROM confirmed ORDER BY n')
     [[ -n $confirmed && -z $(comm -23 <(sort <<<"$confirmed") <(sort <<<"$there")) ]]
 }
@@ -369,7 +434,7 @@ try_failover() {
     try "after the primary was killed the verdict is healthy again" wait_for 240 "healthy again" is_well
     say "        after $((SECONDS - began)) s; $(leader_of 0) leads"
     stop_writer
-    gap=$(longest_gap)
+    gap=$(longest_gap_of '')
     say "        the longest time without a confirmed write: $gap s"
     try "no confirmed write is lost" all_confirmed_are_there
     try "the gap is below 30 s" awk -v gap="$gap" 'BEGIN { exit !(gap > 0 && gap < 30) }'
@@ -388,13 +453,41 @@ try_losses() {
         sleep 3
         try "after $service was killed the verdict is healthy again" wait_for 180 "healthy again" is_well
         stop_writer
-        try "nobody lost a write for it, nor waited for 10 s (longest: $(longest_gap) s)" uninterrupted
+        try "nobody lost a write for it, nor waited for 10 s (longest: $(longest_gap_of '') s)" uninterrupted
     done
     try "the coordinators' primary is the one before" equals "$leader" leader_of 0
 }
 
 uninterrupted() {
-    awk -v gap="$(longest_gap)" 'BEGIN { exit !(gap > 0 && gap < 10) }' && all_confirmed_are_there
+    awk -v gap="$(longest_gap_of '')" 'BEGIN { exit !(gap > 0 && gap < 10) }' && all_confirmed_are_there
+}
+
+# --- what operators do ----------------------------------------------------------------------------
+
+try_switchover() {
+    local leader
+    leader=$(leader_of 0)
+    start_writer
+    try "switchover.sh hands the coordinators over" "$root/init-scripts/switchover.sh"
+    try_load "switchover" "" .kept
+    try "another one leads" refused "expected $leader" equals "$leader" leader_of 0
+    try "switchover.sh to the primary does nothing" "$root/init-scripts/switchover.sh" 0 --to "$(leader_of 0)"
+    try "switchover.sh refuses a group without a standby" refused 'no standby of group 1 is fit to take over: it has none' "$root/init-scripts/switchover.sh" 1
+    try "switchover.sh refuses who is not there" refused 'is not in group 0' "$root/init-scripts/switchover.sh" --to nobody
+    try "switchover.sh refuses a standby that does not stream" refuses_unfit
+}
+
+# Its WAL receiver is kept from the primary as long as its PostgreSQL is stopped.
+refuses_unfit() {
+    local standby result=0
+    standby=$(coordinators | grep -vx "$(leader_of 0)" | head -n 1)
+    in_service "$standby" patronictl pause --wait >/dev/null
+    in_service "$standby" pg_ctl --pgdata=/var/lib/postgresql/17/main --mode=fast --silent stop
+    sleep 5
+    refused "no standby of group 0 is fit to take over; $standby: it is" "$root/init-scripts/switchover.sh" || result=1
+    in_service "$standby" patronictl resume --wait >/dev/null
+    wait_for 120 "healthy again" is_well
+    return "$result"
 }
 
 # --- nothing is left ------------------------------------------------------------------------------
@@ -417,10 +510,11 @@ nothing_left() {
 }
 
 main() {
-    local full=no
+    local full=no step steps=(clients roles configurations failover losses switchover secrets)
     case ${1:-} in
     '') ;;
     --full) full=yes && shift ;;
+    --only) [[ " ${steps[*]} " == *" ${2:-} "* ]] || { usage >&2 && exit 2; } && steps=("$2") ;;
     -h | --help) usage && return 0 ;;
     *) usage >&2 && exit 2 ;;
     esac
@@ -431,12 +525,7 @@ main() {
     load_remembered_profile
     start_client
     try "status.sh says that all is well" "$root/init-scripts/status.sh"
-    try_clients
-    try_roles
-    try_configurations
-    try_failover
-    try_losses
-    try_secrets
+    for step in "${steps[@]}"; do "try_$step"; done
     docker rm --force --volumes pgmesh-test-client >/dev/null
     rm -rf "$production"
     if [[ $full == yes ]]; then
