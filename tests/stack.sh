@@ -18,7 +18,7 @@ is to be read, that a coordinator primary whose container is killed is replaced 
 part may be killed, and what operators do: switchover, rolling update, worker groups, rotation, restore, with the errors
 counted that clients see.
 
-  --only STEP   one of clients roles configurations failover losses switchover secrets
+  --only STEP   one of clients roles configurations failover losses switchover workers secrets
   --full        from init-scripts/up.sh with these options to init-scripts/down.sh, and that nothing is left then
 
 The last line is "N passed, N failed, N skipped". Exit: 0 all passed, 1 otherwise, 2 wrong use.
@@ -490,6 +490,38 @@ refuses_unfit() {
     return "$result"
 }
 
+try_workers() {
+    local group container
+    try "remove-worker.sh refuses to go below two groups" refused 'one of the last 2' "$root/init-scripts/remove-worker.sh" 1
+    try "add-worker.sh adds a group" "$root/init-scripts/add-worker.sh"
+    group=$(worker_groups | tail -n 1)
+    try "it serves" equals "worker-$group-1" leader_of "$group"
+    try "it has its roles" equals 1 in_service "worker-$group-1" psql --no-psqlrc --quiet --no-align --tuples-only "$DATABASE" \
+        --command "SELECT count(*) FROM pg_roles WHERE rolname = 'pgmesh_app'"
+    try "the lag exporter sees it" sees "worker-$group-1" lag-exporter lag-exporter show
+    try "the backup agent has its backup" sees "$group" backup-agent backup-agent list --group "$group"
+    try "status.sh shows it, and that all is well" "$root/init-scripts/status.sh"
+    in_service "worker-$group-1" psql --quiet "$DATABASE" --command 'CREATE TABLE mine (id int)'
+    try "remove-worker.sh refuses a group with tables that nobody moves" refused 'tables of its own in database app: mine' "$root/init-scripts/remove-worker.sh" "$group"
+    in_service "worker-$group-1" psql --quiet "$DATABASE" --command 'DROP TABLE mine'
+    start_writer
+    try "remove-worker.sh removes it" "$root/init-scripts/remove-worker.sh" "$group"
+    try_load "remove-worker" "" .kept
+    try "its volume stays" docker volume inspect "${STACK}_worker-$group-1"
+    try "remove-worker.sh removes the volume later" "$root/init-scripts/remove-worker.sh" "$group" --remove-volumes
+    try "then it is gone" refused 'no such volume' docker volume inspect "${STACK}_worker-$group-1"
+    try "its backup stays" sees "$group" backup-agent backup-agent list --group "$group"
+    try "the verdict is healthy" is_well
+    try "remove-worker.sh refuses a group that is not there" refused 'there is no worker group 99' "$root/init-scripts/remove-worker.sh" 99
+}
+
+# sees WHAT SERVICE COMMAND…
+sees() {
+    local what=$1
+    shift
+    in_service "$@" | grep -- "$what" >/dev/null
+}
+
 # --- nothing is left ------------------------------------------------------------------------------
 
 nothing_left() {
@@ -510,7 +542,7 @@ nothing_left() {
 }
 
 main() {
-    local full=no step steps=(clients roles configurations failover losses switchover secrets)
+    local full=no step steps=(clients roles configurations failover losses switchover workers secrets)
     case ${1:-} in
     '') ;;
     --full) full=yes && shift ;;
