@@ -383,11 +383,13 @@ take_running() {
         name=$(upper "${service%-1}")_IMAGE
         [[ $service != coordinator-1 ]] || name=POSTGRES_IMAGE
         printf -v "$name" '%s' "$(docker service inspect --format '{{.Spec.TaskTemplate.ContainerSpec.Image}}' "${STACK}_$service" 2>/dev/null)"
+        # What a stopped restore-cluster.sh has ended is as it was deployed last.
+        [[ -n ${!name} ]] || printf -v "$name" '%s' "$(sed -n 's/^    image: //p' "$RENDERED/$service.yml" 2>/dev/null)"
         [[ -n ${!name} || $service == s3-for-tests ]] ||
             die "the service $service is not deployed" "init-scripts/up.sh mends the stack; then start again"
     done
     CITUS=no NETWORK_OPTIONS='{}'
-    ! docker service inspect --format '{{.Spec.TaskTemplate.ContainerSpec.Env}}' "${STACK}_coordinator-1" | grep PATRONI_CITUS_GROUP >/dev/null || CITUS=yes
+    ! grep -q PATRONI_CITUS_GROUP "$RENDERED/coordinator-1.yml" || CITUS=yes
     [[ $(docker network inspect --format '{{index .Options "encrypted"}}' "${STACK}_data") != true ]] || NETWORK_OPTIONS='{encrypted: "true"}'
 }
 

@@ -18,7 +18,7 @@ is to be read, that a coordinator primary whose container is killed is replaced 
 part may be killed, and what operators do: switchover, rolling update, worker groups, rotation, restore, with the errors
 counted that clients see.
 
-  --only STEP   one of clients roles configurations failover losses switchover workers secrets
+  --only STEP   one of clients roles configurations failover losses switchover workers restore secrets
   --full        from init-scripts/up.sh with these options to init-scripts/down.sh, and that nothing is left then
 
 The last line is "N passed, N failed, N skipped". Exit: 0 all passed, 1 otherwise, 2 wrong use.
@@ -522,15 +522,42 @@ sees() {
     in_service "$@" | grep -- "$what" >/dev/null
 }
 
+try_restore() {
+    local moment
+    client pgmesh_admin 5432 "$strict" "SET ROLE pgmesh_owner; DROP TABLE IF EXISTS restored; CREATE TABLE restored (what text); GRANT ALL ON restored TO pgmesh_app" >/dev/null 2>&1
+    client pgmesh_app 5432 "$strict" "INSERT INTO restored VALUES ('before')"
+    moment=$(client pgmesh_app 5432 "$strict" "SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US+00')")
+    sleep 1
+    client pgmesh_app 5432 "$strict" "INSERT INTO restored VALUES ('after')"
+    try "restore-cluster.sh asks" refused 'not confirmed' "$root/init-scripts/restore-cluster.sh" --latest </dev/null
+    try "restore-cluster.sh refuses a moment that cannot be reached, and the databases run as before" \
+        refused 'the databases run as before' "$root/init-scripts/restore-cluster.sh" --target-time '2020-01-01 00:00:00+00' --yes
+    try "what was there is there" equals $'before\nafter' client pgmesh_app 5432 "$strict" 'SELECT * FROM restored'
+    try "restore-cluster.sh --latest" "$root/init-scripts/restore-cluster.sh" --latest --yes
+    try "it reaches the last commit" equals $'before\nafter' client pgmesh_app 5432 "$strict" 'SELECT * FROM restored'
+    try "restore-cluster.sh --target-time" "$root/init-scripts/restore-cluster.sh" --target-time "$moment" --yes
+    try "it reaches the moment, and no more" equals before client pgmesh_app 5432 "$strict" 'SELECT * FROM restored'
+    try "restore-cluster.sh --remove-old-volumes" "$root/init-scripts/restore-cluster.sh" --remove-old-volumes
+    try "the verdict is healthy" is_well
+}
+
 # --- nothing is left ------------------------------------------------------------------------------
+
+# What versions before the stack left behind.
+make_earlier() {
+    docker network create --label "$stack_label=up" pgmesh-earlier >/dev/null
+    docker run --detach --name pgmesh-earlier --label "$stack_label=up" --network pgmesh-earlier "$base_image" sleep 60 >/dev/null
+    docker volume create --label "$stack_label=up" pgmesh-earlier >/dev/null
+}
 
 nothing_left() {
     local left
     left=$({
         docker ps --all --format 'container {{.Names}}' --filter "label=com.docker.stack.namespace=$STACK"
         docker ps --all --format 'container {{.Names}}' --filter "label=$stack_label=$STACK"
+        docker ps --all --format 'container {{.Names}}' --filter "label=$stack_label=up"
         docker volume ls --format 'volume {{.Name}}' | grep -E "^volume (${STACK}[_-]|pgmesh)" || true
-        docker network ls --format 'network {{.Name}}' | grep "^network ${STACK}_" || true
+        docker network ls --format 'network {{.Name}}' | grep -E "^network (${STACK}_|pgmesh-earlier)" || true
         [[ $(docker info --format '{{.Swarm.ControlAvailable}}') != true ]] || {
             docker secret ls --format 'secret {{.Name}}' | grep "^secret ${STACK}_" || true
             docker config ls --format 'config {{.Name}}' | grep "^config ${STACK}_" || true
@@ -542,7 +569,7 @@ nothing_left() {
 }
 
 main() {
-    local full=no step steps=(clients roles configurations failover losses switchover workers secrets)
+    local full=no step steps=(clients roles configurations failover losses switchover workers restore secrets)
     case ${1:-} in
     '') ;;
     --full) full=yes && shift ;;
@@ -561,6 +588,7 @@ main() {
     docker rm --force --volumes pgmesh-test-client >/dev/null
     rm -rf "$production"
     if [[ $full == yes ]]; then
+        make_earlier
         try "down.sh removes the stack" "$root/init-scripts/down.sh"
         try "nothing is left" nothing_left
     fi
