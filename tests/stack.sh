@@ -18,7 +18,7 @@ is to be read, that a coordinator primary whose container is killed is replaced 
 part may be killed, and what operators do: switchover, rolling update, worker groups, rotation, restore, with the errors
 counted that clients see.
 
-  --only STEP   one of clients roles configurations failover losses switchover workers restore secrets
+  --only STEP   one of clients roles configurations failover losses switchover workers rotation restore secrets
   --full        from init-scripts/up.sh with these options to init-scripts/down.sh, and that nothing is left then
 
 The last line is "N passed, N failed, N skipped". Exit: 0 all passed, 1 otherwise, 2 wrong use.
@@ -522,6 +522,26 @@ sees() {
     in_service "$@" | grep -- "$what" >/dev/null
 }
 
+# Roles of applications, of agents and of Patroni, the key of the backups, and the repository's own.
+try_rotation() {
+    local name old
+    for name in pgmesh_app_password pgmesh_backup_password pgmesh_replication_password pgmesh_backup_key s3; do
+        old=$(cat "$secrets/$name" 2>/dev/null || true)
+        start_writer
+        try "rotate-secret.sh $name" "$root/init-scripts/rotate-secret.sh" "$name"
+        try_load "rotation of $name" "" .kept
+        [[ $name != *_password ]] || try "the old password is refused" refused 'password authentication failed' old_password "${name%_password}" "$old"
+    done
+    try "backups under the older key can be read" in_service backup-agent backup-agent verify --group 0
+    try "a backup under the new key is taken" in_service backup-agent backup-agent backup --group 0
+    try "rotate-secret.sh refuses what is no secret" refused 'no secret that can be rotated' "$root/init-scripts/rotate-secret.sh" nothing
+}
+
+old_password() {
+    docker exec --interactive pgmesh-test-client bash -c 'read -r PGPASSWORD && export PGPASSWORD && exec psql --no-psqlrc \
+        "host=localhost user=$1 port=5432 dbname=postgres sslmode=require" --command "SELECT 1"' old "$1" <<<"$2"
+}
+
 try_restore() {
     local moment
     client pgmesh_admin 5432 "$strict" "SET ROLE pgmesh_owner; DROP TABLE IF EXISTS restored; CREATE TABLE restored (what text); GRANT ALL ON restored TO pgmesh_app" >/dev/null 2>&1
@@ -569,7 +589,7 @@ nothing_left() {
 }
 
 main() {
-    local full=no step steps=(clients roles configurations failover losses switchover workers restore secrets)
+    local full=no step steps=(clients roles configurations failover losses switchover workers rotation restore secrets)
     case ${1:-} in
     '') ;;
     --full) full=yes && shift ;;
