@@ -402,6 +402,8 @@ bring_up() {
     SECONDS=$SECONDS "$scripts/certificates.sh" "$profile"
     SECONDS=$SECONDS "$scripts/secrets.sh" "$profile"
     remember_profile
+    [[ ! -e $group_file || $(worker_groups | wc -l) == "$WORKER_GROUPS" ]] ||
+        say "  worker groups are $(worker_groups | xargs), as add-worker.sh and remove-worker.sh left them, whatever WORKER_GROUPS=$WORKER_GROUPS says"
     render_all
     deploy_all
     wait_until_running
