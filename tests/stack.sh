@@ -15,7 +15,7 @@ Usage: tests/stack.sh [--only STEP | --full [UP OPTION…]]
 Tries the stack that init-scripts/up.sh brought up on this machine: clients by TLS and SCRAM through HAProxy and
 PgBouncer, who is refused, what each role may, that every configuration is taken by its program, that no secret
 is to be read, that a coordinator primary whose container is killed is replaced without a lost commit, that each other
-part may be killed, and what operators do: switchover, rolling update, worker groups, rotation, restore, with the errors
+part may be killed, and what operators do: switchover, worker groups, rotation, restore, with the errors
 counted that clients see.
 
   --only STEP   one of clients roles configurations failover losses switchover workers rotation restore secrets
