@@ -258,6 +258,7 @@ render_configs() {
     render "$root/configs/haproxy/haproxy.cfg" >"$RENDERED/haproxy.cfg"
     render "$root/configs/pgbouncer/pgbouncer.ini" >"$RENDERED/pgbouncer.ini"
     render "$root/configs/pgbouncer/userlist.txt" >"$RENDERED/userlist.txt"
+    cp "$root/configs/pgbouncer/run.sh" "$RENDERED/pgbouncer.sh"
     render "$root/configs/redis/redis.conf" >"$RENDERED/redis.conf"
     render "$root/configs/prometheus/prometheus.yml" >"$RENDERED/prometheus.yml"
     render "$root/configs/prometheus/grafana-prometheus.yml" >"$RENDERED/grafana-prometheus.yml"
