@@ -104,4 +104,18 @@ SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus') AS has_citus
 \else
     \warn 'pgmesh_rebalance has no password: /run/secrets/pgmesh_rebalance_password is missing'
 \endif
+
+-- Those that Patroni makes, with the password of that day: a rotated one, and one from before a restore.
+\set has_password `test -r /run/secrets/postgres_password && echo true || echo false`
+\if :has_password
+    \set password `cat /run/secrets/postgres_password`
+    ALTER ROLE postgres PASSWORD :'password';
+\endif
+\set has_password `test -r /run/secrets/pgmesh_rewind_password && echo true || echo false`
+SELECT :'has_password' = 'true' AND EXISTS (SELECT FROM pg_roles WHERE rolname = 'pgmesh_rewind') AS has_password
+\gset
+\if :has_password
+    \set password `cat /run/secrets/pgmesh_rewind_password`
+    ALTER ROLE pgmesh_rewind PASSWORD :'password';
+\endif
 \unset password

@@ -35,17 +35,23 @@ stack_containers() {
     docker ps --all --quiet --filter "label=com.docker.stack.namespace=$STACK"
 }
 
+# Earlier versions started a demonstration without Swarm, and gave everything of it this label.
+readonly earlier="$stack_label=up"
+
 own_containers() {
     docker ps --all --filter "label=$stack_label=$STACK" --format '{{.Names}}'
+    docker ps --all --filter "label=$earlier" --format '{{.Names}}'
 }
 
 volumes() {
     docker volume ls --filter "label=com.docker.stack.namespace=$STACK" --format '{{.Name}}'
     docker volume ls --filter "label=$stack_label=$STACK" --format '{{.Name}}'
+    docker volume ls --filter "label=$earlier" --format '{{.Name}}'
 }
 
 networks() {
     docker network ls --filter "label=com.docker.stack.namespace=$STACK" --format '{{.Name}}'
+    docker network ls --filter "label=$earlier" --format '{{.Name}}'
 }
 
 secrets_of_swarm() {
@@ -66,11 +72,11 @@ remove_stack() {
     [[ -z $(services) ]] || say "stops $(services | wc -l) services"
     docker stack rm "$STACK" >"$cache/log/down.log" 2>&1 || die "docker stack rm failed" "see $cache/log/down.log"
     wait_hint="docker ps --filter label=com.docker.stack.namespace=$STACK" wait_for 180 "the containers have not stopped" no_containers
-    wait_hint="docker network ls" wait_for 60 "the networks are not gone" no_networks
+    wait_hint="docker network ls" wait_for 60 "the networks are not gone" no_networks_of_stack
 }
 
 no_containers() { [[ -z $(stack_containers) ]]; }
-no_networks() { [[ -z $(networks) ]]; }
+no_networks_of_stack() { [[ -z $(docker network ls --quiet --filter "label=com.docker.stack.namespace=$STACK") ]]; }
 
 # On a machine that is no manager, or left the Swarm, something may be left.
 remove_rest() {
@@ -99,8 +105,7 @@ main() {
         esac
         shift
     done
-    exec 9>"$cache/up.lock"
-    flock --nonblock 9 || die "init-scripts/up.sh or another down.sh runs" "wait until it has ended"
+    lock_stack
     docker_answers || die "no Docker engine answers, so nothing of the stack runs" "to remove its data too, start Docker and run this again"
 
     mapfile -t names < <(own_containers)

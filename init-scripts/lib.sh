@@ -124,6 +124,16 @@ wait_for() {
     done
 }
 
+# has_line LINE: whether what is read has it. It reads all, so that nobody writes to a pipe that is closed.
+has_line() {
+    grep -xF -- "$1" >/dev/null
+}
+
+# longest_gap FILE: the longest time between two of the times in it, in seconds.
+longest_gap() {
+    awk 'NR > 1 && $1 - last > gap { gap = $1 - last } { last = $1 } END { printf "%.1f", gap }' "$1"
+}
+
 # --- the Docker engine ----------------------------------------------------------------------------
 
 docker_answers() {

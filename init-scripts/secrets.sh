@@ -17,6 +17,7 @@ your own there before the first run. Then each file becomes a Swarm secret, with
 --files-only none does.
 
 .cache/up/secrets/pgmesh_backup_key is what backups can be read with, and nothing else: keep a copy elsewhere.
+init-scripts/rotate-secret.sh replaces what is there.
 TEXT
 }
 
@@ -34,7 +35,7 @@ make_all() {
     chmod 0700 "$up"
     [[ -e $up/salt ]] || (umask 077 && random_hex 32 >"$up/salt.new" && mv "$up/salt.new" "$up/salt")
     for name in "${database_passwords[@]}" haproxy redis grafana; do make_secret "${name}_password" random_hex 24; done
-    make_secret pgmesh_backup_key openssl rand -base64 32
+    [[ -n $(backup_keys) ]] || make_secret pgmesh_backup_key openssl rand -base64 32
     if [[ $S3_FOR_TESTS == yes ]]; then
         make_secret s3_access_key_id random_hex 10
         make_secret s3_secret_access_key random_hex 24

@@ -1,15 +1,28 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034,SC2153,SC2154  # variables that the files of the stack name; those of lib.sh and of the profile
-# Functions of the stack, shared by up.sh, down.sh, status.sh, certificates.sh and secrets.sh: the profile,
-# what there is of each kind, images, and the files that are made from stack.yml and configs/. Sourced after
-# lib.sh, never run.
+# Functions of the stack, shared by the scripts of init-scripts/ and tests/stack.sh: the profile, what there is
+# of each kind, images, the files that are made from stack.yml and configs/, deploying them, and what the
+# running stack says. Sourced after lib.sh, never run.
 
 readonly STACK=${PGMESH_STACK:-pgmesh}
 readonly ROOT=$root
 readonly up="${PGMESH_UP:-$cache/up}"
 readonly secrets="$up/secrets"
 readonly RENDERED="$up/stack"
+readonly scripts="$root/init-scripts"
 readonly stack_label=pgmesh.stack
+readonly start_limit_s=600
+# The name of the secret that rotate-secret.sh is replacing; until it has ended.
+readonly rotation="$up/rotating"
+# Progress bars where the script writes to a terminal.
+terminal=()
+[[ ! -t 1 ]] || terminal=(--tty)
+
+# lock_stack: one script at a time changes the stack.
+lock_stack() {
+    exec 9>"$cache/up.lock"
+    flock --nonblock 9 || die "another script of init-scripts/ is changing the stack" "wait until it has ended"
+}
 
 # --- the profile ----------------------------------------------------------------------------------
 
@@ -27,12 +40,15 @@ load_profile() {
     done <"$file"
 }
 
+# As up.sh deployed it, with what its environment had.
 load_remembered_profile() {
-    load_profile "$(cat "$up/profile" 2>/dev/null || echo small)"
+    if [[ -e $up/values ]]; then load_profile "$up/values"; else load_profile "$(cat "$up/profile" 2>/dev/null || echo small)"; fi
 }
 
 remember_profile() {
+    local name
     printf '%s\n' "$profile" >"$up/profile"
+    sed -nE 's/^([A-Z][A-Z0-9_]*)=.*/\1/p' "$profile" | while read -r name; do printf '%s=%s\n' "$name" "${!name}"; done >"$up/values"
 }
 
 # --- what there is --------------------------------------------------------------------------------
@@ -55,8 +71,29 @@ members_of() {
     if (($1 == 0)); then coordinators; else numbered "worker-$1" "$WORKER_MEMBERS"; fi
 }
 
+# worker_groups: as many as the profile says, until add-worker.sh or remove-worker.sh has changed it: then
+# this file has each group there ever was, with "joining", "leaving" or "removed" where that holds.
+readonly group_file="$up/worker-groups"
+worker_groups() {
+    if [[ -e $group_file ]]; then awk '$2 != "removed" { print $1 }' "$group_file"; else seq 1 "$WORKER_GROUPS"; fi
+}
+
 groups() {
-    seq 0 "$WORKER_GROUPS"
+    echo 0
+    worker_groups
+}
+
+# note_group GROUP STATE: in that file.
+note_group() {
+    local others
+    others=$(cat "$group_file" 2>/dev/null || worker_groups)
+    { awk -v group="$1" '$1 != group' <<<"$others" && echo "$1 $2"; } | sort -n >"$group_file.new"
+    mv "$group_file.new" "$group_file"
+}
+
+# state_of_group GROUP: "joining", "leaving", "removed"; nothing of one that is simply there.
+state_of_group() {
+    [[ ! -e $group_file ]] || awk -v group="$1" '$1 == group { print $2 }' "$group_file"
 }
 
 databases() {
@@ -79,6 +116,11 @@ place_of() {
     echo $(((number - 1 + shift) % PLACES + 1))
 }
 
+# generation: what the names of the databases' volumes end with: nothing, until restore-cluster.sh made new ones.
+generation() {
+    cat "$up/generation" 2>/dev/null || true
+}
+
 patroni_scope() {
     if [[ $CITUS == yes ]]; then echo "$STACK"; else echo "$1"; fi
 }
@@ -93,6 +135,16 @@ certified() {
 
 readonly database_passwords=(postgres pgmesh_replication pgmesh_rewind pgmesh_backup pgmesh_lag pgmesh_health
     pgmesh_rebalance pgmesh_admin pgmesh_app pgmesh_readonly pgmesh_mcp pgmesh_pgbouncer)
+
+# backup_keys: the numbers of the backup's keys, which are their ids. The highest writes; the others read.
+backup_keys() {
+    find "$secrets" -name 'pgmesh_backup_key*' ! -name '*.new' 2>/dev/null | sed -nE 's/.*_backup_key$/1/p; s/.*_backup_key_([0-9]+)$/\1/p' | sort -n
+}
+
+# backup_key_name NUMBER: of its secret.
+backup_key_name() {
+    if (($1 == 1)); then echo pgmesh_backup_key; else echo "pgmesh_backup_key_$1"; fi
+}
 
 # --- hashes and names -----------------------------------------------------------------------------
 
@@ -145,7 +197,7 @@ each() {
 # The variables that follow from the profile. Names of members have no blanks.
 # shellcheck disable=SC2046
 derive() {
-    local etcd coordinator pgbouncer haproxy group
+    local etcd coordinator pgbouncer haproxy group key name
     mapfile -t etcd < <(etcd_members)
     mapfile -t coordinator < <(coordinators)
     mapfile -t pgbouncer < <(pgbouncers)
@@ -161,6 +213,14 @@ derive() {
     done)
     PGBOUNCER_TABLES=$(each $'[[pgbouncer]]\nname = "%s"\nhost = "%s"\nport = 6432\nuser = "pgmesh_health"\npassword_file = "/run/secrets/pgmesh_health_password"\ndatabase = "'"$DATABASE"$'"\ngroup = 0\ntls = "verify-full"\nca_file = "/etc/pgmesh/ca.crt"\n\n' "${pgbouncer[@]}")
     HAPROXY_TABLES=$(each $'[[haproxy]]\nname = "%s"\nurl = "http://%s:8404/stats"\nuser = "pgmesh"\npassword_file = "/run/secrets/haproxy_password"\nwrite_backend = "postgres_write"\nread_backend = "postgres_read"\ngroup = 0\n\n' "${haproxy[@]}")
+    BACKUP_KEY_TABLES='' BACKUP_KEY_SECRETS='' BACKUP_KEY_DEFINITIONS=''
+    for key in $(backup_keys); do
+        name=$(backup_key_name "$key") BACKUP_WRITE_KEY=$key
+        BACKUP_KEY_TABLES+=$(printf '[[encryption.keys]]\nid = "%s"\nfile = "/run/secrets/%s"' "$key" "$name")$'\n'
+        BACKUP_KEY_SECRETS+=$(printf '      - {source: %s, target: %s, uid: "999", gid: "999", mode: 0400}' "$name" "$name")$'\n'
+        BACKUP_KEY_DEFINITIONS+=$(printf '  %s: {external: true, name: "%s_%s_%s"}' "$name" "$STACK" "$name" "$(secret_hash "$secrets/$name")")$'\n'
+    done
+    BACKUP_KEY_SECRETS=${BACKUP_KEY_SECRETS%$'\n'} BACKUP_KEY_DEFINITIONS=${BACKUP_KEY_DEFINITIONS%$'\n'}
     GRAFANA_IMAGE=${GRAFANA_IMAGE:-grafana/grafana:11.6.0}
 }
 
@@ -198,6 +258,7 @@ render_configs() {
     render "$root/configs/haproxy/haproxy.cfg" >"$RENDERED/haproxy.cfg"
     render "$root/configs/pgbouncer/pgbouncer.ini" >"$RENDERED/pgbouncer.ini"
     render "$root/configs/pgbouncer/userlist.txt" >"$RENDERED/userlist.txt"
+    cp "$root/configs/pgbouncer/run.sh" "$RENDERED/pgbouncer.sh"
     render "$root/configs/redis/redis.conf" >"$RENDERED/redis.conf"
     render "$root/configs/prometheus/prometheus.yml" >"$RENDERED/prometheus.yml"
     render "$root/configs/prometheus/grafana-prometheus.yml" >"$RENDERED/grafana-prometheus.yml"
@@ -224,6 +285,7 @@ of_certificate() {
 
 render_database() {
     local kind=${1%%-*} memory cpus
+    GENERATION=$(generation)
     MEMBER=$1 GROUP=$(group_of "$1") PLACE=$(place_of "$1")
     # With Citus Patroni puts the group below the scope by itself.
     PATRONI_NAMESPACE="/service/$STACK/" PATRONI_SCOPE=$(patroni_scope "$GROUP") CITUS_ENVIRONMENT=''
@@ -315,6 +377,34 @@ detect_citus() {
     ! docker run --rm --entrypoint bash "$POSTGRES_IMAGE" -c 'test -e "$(pg_config --pkglibdir 2>/dev/null || echo /usr/lib/postgresql/17/lib)/citus.so"' || CITUS=yes
 }
 
+# take_running: images, Citus and networks as they are deployed, for what changes one thing of a running stack.
+take_running() {
+    local service name
+    for service in coordinator-1 etcd-1 haproxy-1 pgbouncer-1 redis prometheus alertmanager "${agents[@]}" s3-for-tests; do
+        name=$(upper "${service%-1}")_IMAGE
+        [[ $service != coordinator-1 ]] || name=POSTGRES_IMAGE
+        printf -v "$name" '%s' "$(docker service inspect --format '{{.Spec.TaskTemplate.ContainerSpec.Image}}' "${STACK}_$service" 2>/dev/null)"
+        # What a stopped restore-cluster.sh has ended is as it was deployed last.
+        [[ -n ${!name} ]] || printf -v "$name" '%s' "$(sed -n 's/^    image: //p' "$RENDERED/$service.yml" 2>/dev/null)"
+        [[ -n ${!name} || $service == s3-for-tests ]] ||
+            die "the service $service is not deployed" "init-scripts/up.sh mends the stack; then start again"
+    done
+    CITUS=no NETWORK_OPTIONS='{}'
+    ! grep -q PATRONI_CITUS_GROUP "$RENDERED/coordinator-1.yml" || CITUS=yes
+    [[ $(docker network inspect --format '{{index .Options "encrypted"}}' "${STACK}_data") != true ]] || NETWORK_OPTIONS='{encrypted: "true"}'
+}
+
+# open_stack: how each script begins that changes a running stack.
+open_stack() {
+    docker_answers || die "no Docker engine answers" "start it: systemctl start docker"
+    [[ $(docker info --format '{{.Swarm.ControlAvailable}}') == true ]] ||
+        die "this machine is no manager of a Swarm" "run this on a manager; init-scripts/up.sh makes one of a single machine"
+    lock_stack
+    load_remembered_profile
+    [[ -n $(services) ]] || die "the stack $STACK is not deployed" "init-scripts/up.sh"
+    take_running
+}
+
 # --- services and their containers ----------------------------------------------------------------
 
 # container_of SERVICE: the id of its container on this machine; nothing where there is none.
@@ -332,7 +422,7 @@ missing_services() {
     services | awk '{ split($2, n, "/"); if (n[1] + 0 < n[2] + 0) print $1 }'
 }
 
-# leader_of GROUP: its primary, by the key in etcd; nothing while there is none, or no member is on this machine.
+# leader_of GROUP: its primary, as the servers of this machine say; nothing while there is none, or it is elsewhere.
 leader_of() {
     local member container
     for member in $(members_of "$1"); do
@@ -343,4 +433,289 @@ leader_of() {
             return 0
         }
     done
+}
+
+# --- deploying ------------------------------------------------------------------------------------
+
+# deploy FILE…: those of $RENDERED.
+deploy() {
+    local file files=()
+    for file in "$@"; do files+=(--compose-file "$RENDERED/$file.yml"); done
+    docker stack deploy --with-registry-auth --resolve-image never "${files[@]}" "$STACK" >"$cache/log/deploy.log" 2>&1 ||
+        die "docker stack deploy failed: $(tail -n 1 "$cache/log/deploy.log")" "see $cache/log/deploy.log and $RENDERED"
+}
+
+spec_of_service() {
+    docker service inspect --format '{{index .Spec.Labels "pgmesh.spec"}}' "${STACK}_$1" 2>/dev/null || true
+}
+
+spec_of_file() {
+    sed -n 's/.*pgmesh\.spec: "\([0-9a-f]*\)".*/\1/p' "$RENDERED/$1.yml"
+}
+
+# update_changed MEMBER…: those that are deployed otherwise than they are rendered. A group's primary comes
+# after its standbys, so that a group has one switchover.
+update_changed() {
+    local member group changed=() primaries=()
+    [[ -n $(services) ]] || return 0
+    for member in "$@"; do
+        [[ -n $(spec_of_service "$member") && $(spec_of_service "$member") != $(spec_of_file "$member") ]] || continue
+        changed+=("$member")
+    done
+    [[ ${#changed[@]} -gt 0 ]] || return 0
+    say "updates what has changed: ${changed[*]}"
+    for group in $(groups); do primaries+=("$(leader_of "$group")"); done
+    for member in "${changed[@]}"; do
+        [[ " ${primaries[*]} " == *" $member "* ]] || update_member "$member"
+    done
+    for member in "${changed[@]}"; do
+        [[ " ${primaries[*]} " != *" $member "* ]] || update_member "$member"
+    done
+}
+
+# One member after the other, and a primary only once another one leads.
+update_member() {
+    local member=$1 group deployed_at
+    deployed_at=$(date --utc +%Y-%m-%dT%H:%M:%S)
+    if [[ $member == coordinator-* || $member == worker-* ]]; then
+        group=$(group_of "$member")
+        if [[ $(leader_of "$group") == "$member" && $(members_of "$group" | wc -l) -gt 1 ]]; then
+            say "  $member hands over its group"
+            patronictl "$member" switchover --leader "$member" --force >"$cache/log/switchover.log" 2>&1 ||
+                die "the switchover away from $member failed" "see $cache/log/switchover.log; init-scripts/status.sh"
+        fi
+    fi
+    say "  updates $member"
+    # What stack.yml has, the agents above all, comes last: it may need what the servers have then.
+    deploy networks "$member"
+    wait_hint="init-scripts/status.sh" wait_for 300 "$member is updated" update_is_over "$member"
+    ! ended_badly "$member" || {
+        "$scripts/status.sh" "$member" >&2 || true
+        die "the update of $member did not start, and was rolled back" "see the lines above, mend it, start again"
+    }
+    wait_hint="init-scripts/status.sh" wait_for 600 "$member serves" serves "$member"
+}
+
+update_is_over() {
+    case $(docker service inspect --format '{{if .UpdateStatus}}{{.UpdateStatus.State}}{{end}}' "${STACK}_$1") in
+    updating | rollback_started) return 1 ;;
+    esac
+}
+
+# serves MEMBER: it is back in its role. Of one on another machine Swarm's word is taken.
+serves() {
+    local container
+    [[ $(services | awk -v name="$1" '$1 == name { split($2, n, "/"); print n[1] }') -ge 1 ]] || return 1
+    container=$(container_of "$1")
+    [[ -n $container ]] || return 0
+    [[ $(docker inspect --format '{{.State.Health.Status}}' "$container") == healthy ]] || return 1
+    case $1 in
+    coordinator-* | worker-*)
+        [[ $(docker exec "$container" psql --no-psqlrc --quiet --no-align --tuples-only --dbname postgres --command \
+            "SELECT NOT pg_is_in_recovery() OR EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming')" 2>/dev/null) == t ]]
+        ;;
+    esac
+}
+
+# failed_tasks SERVICE: the ids of its tasks that failed, as far back as Swarm knows.
+failed_tasks() {
+    docker service ps --no-trunc --filter desired-state=shutdown --format '{{.ID}} {{.CurrentState}}' "${STACK}_$1" 2>/dev/null |
+        awk '$2 == "Failed" || $2 == "Rejected" { print $1 }' | sort
+}
+
+# What failed before this deployment says nothing about it.
+declare -A failed_before
+note_failed_tasks() {
+    local service
+    for service in $(missing_services); do failed_before[$service]=$(failed_tasks "$service"); done
+}
+
+failures_since() {
+    comm -13 <(printf '%s\n' "${failed_before[$1]:-}") <(failed_tasks "$1") | wc -l
+}
+
+# ended_badly SERVICE: its update since the deployment, if Swarm gave it up.
+ended_badly() {
+    docker service inspect --format '{{if .UpdateStatus}}{{.UpdateStatus.State}} {{.UpdateStatus.StartedAt.Format "2006-01-02T15:04:05"}}{{end}}' \
+        "${STACK}_$1" 2>/dev/null | awk -v since="$deployed_at" '$1 ~ /^(paused|rollback)/ && $2 >= since { found = 1 } END { exit !found }'
+}
+
+updating() {
+    docker service ls --quiet --filter "label=com.docker.stack.namespace=$STACK" |
+        xargs -r docker service inspect --format '{{if .UpdateStatus}}{{.UpdateStatus.State}}{{end}}' | grep -q '^updating'
+}
+
+# An update that does not start is rolled back by Swarm: the stack runs on, and is not what was asked for.
+check_updates() {
+    local service
+    while updating; do sleep 1; done
+    for service in $(services | cut -d ' ' -f 1); do
+        ! ended_badly "$service" || {
+            "$scripts/status.sh" "$service" >&2 || true
+            die "the update of $service did not start, and was rolled back" "see the lines above, mend it, start again"
+        }
+    done
+}
+
+# Until all tasks run. One that failed three times is looked at before the time is up.
+wait_until_running() {
+    local missing last='' began=$SECONDS service
+    while missing=$(missing_services) && [[ -n $missing || -z $(services) ]]; do
+        [[ $missing == "$last" ]] || say "  waits for ${missing//$'\n'/, }"
+        last=$missing
+        for service in $missing; do
+            (($(failures_since "$service") < 3)) || {
+                "$scripts/status.sh" "$service" >&2 || true
+                die "$service does not start" "see the lines above, mend it, start again"
+            }
+        done
+        ((SECONDS - began < start_limit_s)) || {
+            "$scripts/status.sh" >&2 || true
+            die "not everything runs within $start_limit_s s: ${missing//$'\n'/, }" "see the lines above, mend it, start again"
+        }
+        sleep 2
+    done
+}
+
+# patronictl MEMBER ARGUMENT…: in the container of that server.
+patronictl() {
+    local container
+    container=$(container_of "$1")
+    shift
+    docker exec "$container" patronictl "$@"
+}
+
+# any_database: a server whose container is on this machine and runs.
+any_database() {
+    local member
+    for member in $(databases); do
+        [[ -z $(container_of "$member") ]] || { echo "$member" && return 0; }
+    done
+    die "no database server runs on this machine" "run this on a machine of one (docker stack ps $STACK), or: init-scripts/status.sh"
+}
+
+# group_options GROUP: how patronictl is told the group: its scope, or with Citus its number.
+group_options() {
+    if [[ $CITUS == yes ]]; then printf '%s\n' "$STACK" --group "$1"; else echo "$1"; fi
+}
+
+# patroni_members GROUP: "name role state lag" of each, as Patroni has it in etcd; the role without blanks.
+patroni_members() {
+    local options
+    mapfile -t options < <(group_options "$1")
+    docker exec "$(container_of "$(any_database)")" bash -o pipefail -c 'patronictl list --format json "$@" | python3 -c "
+import json, sys
+for it in json.load(sys.stdin):
+    print(it[\"Member\"], it[\"Role\"].replace(\" \", \"\"), it[\"State\"].replace(\" \", \"-\"), it.get(\"Lag in MB\", 0))"' list "${options[@]}"
+}
+
+# What bootstrap.dcs of patroni.yml says holds for new clusters only; so it is brought into those that run.
+bring_in_dynamic_settings() {
+    local group member options=()
+    for group in $(groups); do
+        member=$(leader_of "$group")
+        [[ -n $member ]] || continue
+        [[ $CITUS != yes ]] || options=(--group "$group")
+        docker exec "$(container_of "$member")" bash -euo pipefail -c '
+            python3 -c "import json, yaml; print(json.dumps(yaml.safe_load(open(\"/etc/pgmesh/patroni.yml\"))[\"bootstrap\"][\"dcs\"]))" |
+                patronictl edit-config --apply - --force "$@"' patronictl "${options[@]}" >"$cache/log/edit-config-$group.log" 2>&1 ||
+            die "patronictl edit-config failed in group $group" "see $cache/log/edit-config-$group.log"
+        restart_where_pending "$group" "$member"
+    done
+}
+
+# restart_where_pending GROUP PRIMARY: some settings hold after a restart only; the primary is last.
+restart_where_pending() {
+    local member pending
+    # Patroni's next turn notices what has changed.
+    sleep 5
+    pending=$(docker exec "$(container_of "$2")" bash -c '
+        patronictl list --format json "$1" |
+            python3 -c "import json, sys; print(*[it[\"Member\"] for it in json.load(sys.stdin) if it.get(\"Pending restart\")])"' \
+        list "$(patroni_scope "$1")")
+    for member in $(members_of "$1" | grep -vx "$2") "$2"; do
+        [[ " $pending " == *" $member "* ]] || continue
+        say "  restarts PostgreSQL of $member, for settings that need it"
+        patronictl "$2" restart --force --pending "$(patroni_scope "$1")" "$member" >"$cache/log/restart-$member.log" 2>&1 ||
+            die "$member did not restart" "see $cache/log/restart-$member.log"
+        wait_hint="init-scripts/status.sh" wait_for 120 "$member serves" serves "$member"
+    done
+}
+
+# Secrets and configs that nobody uses any more: what was rotated, renewed, edited.
+prune() {
+    local name
+    for name in $(docker secret ls --filter "label=$stack_label=$STACK" --format '{{.Name}}'); do
+        grep -qF "\"$name\"" "$RENDERED"/*.yml || docker secret rm "$name" >/dev/null 2>&1 || true
+    done
+    for name in $(docker config ls --filter "label=com.docker.stack.namespace=$STACK" --format '{{.Name}}'); do
+        grep -qF "\"$name\"" "$RENDERED"/*.yml || docker config rm "$name" >/dev/null 2>&1 || true
+    done
+}
+
+# --- the verdict ----------------------------------------------------------------------------------
+
+health() {
+    local container
+    container=$(container_of health-monitor)
+    if [[ -n $container ]]; then docker exec "$container" health-monitor check; else health_elsewhere; fi
+}
+
+# health_elsewhere: the verdict of a health monitor on another machine, by its page, as `check` would print it.
+health_elsewhere() {
+    local machine body found
+    machine=$(docker service ps --filter desired-state=running --format '{{.Node}}' "${STACK}_health-monitor" | head -n 1)
+    [[ -n $machine ]] || return 3
+    machine=$(docker node inspect --format '{{.Status.Addr}}' "$machine")
+    body=$(exec 3<>"/dev/tcp/$machine/9631" && printf 'GET /status HTTP/1.0\r\n\r\n' >&3 && timeout 5 cat <&3) || return 3
+    [[ $body == *'"verdict":'* ]] || return 3
+    found=$(grep -oE '"component":\{[^}]*\},"verdict":\{"next":"([^"\\]|\\.)*","reason":"([^"\\]|\\.)*","since":[^,]*,"status":"(warning|unknown|critical)"' <<<"$body" |
+        sed -E 's/.*"kind":"([a-z]*)","name":"([^"]*)".*"reason":"(.*)","since":.*"status":"([a-z]*)"$/\U\4\E  \1 \2  \3/' || true)
+    [[ -n $found ]] || return 0
+    printf 'STATUS\n%s\n\n' "$found"
+    return 1
+}
+
+# findings [PATTERN]: what is not ok, but for lines that match; fails where there is something.
+findings() {
+    health >"$cache/log/health.log" 2>&1 && return 0
+    sed -n '/^STATUS/,/^$/p' "$cache/log/health.log" | sed '1d;/^$/d' | grep -vE "${1:-^$}" && return 1
+    # Without a table it could not say what is wrong.
+    grep -q '^STATUS' "$cache/log/health.log"
+}
+
+# wait_until_well SECONDS [PATTERN]: the health monitor's verdict is ok, but for what matches.
+wait_until_well() {
+    local began=$SECONDS said='' found
+    until found=$(findings "${2:-}"); do
+        found=$(tr -s ' ' <<<"${found%%$'\n'*}")
+        [[ -z $found || ${found%%[0-9]*} == "$said" ]] || say "  not yet: $found"
+        said=${found%%[0-9]*}
+        ((SECONDS - began < $1)) || {
+            cat "$cache/log/health.log" >&2
+            "$scripts/status.sh" >&2 || true
+            die "the health monitor does not find everything well within $1 s" "see what it says above, mend it, start again"
+        }
+        sleep 2
+    done
+}
+
+# --- asking ---------------------------------------------------------------------------------------
+
+# agent COMMAND…: of the backup agent that runs.
+agent() {
+    local container
+    container=$(container_of backup-agent)
+    [[ -n $container ]] || die "the backup agent does not run on this machine" \
+        "run this where it does: $(docker service ps --filter desired-state=running --format '{{.Node}}' "${STACK}_backup-agent" | xargs); or: init-scripts/status.sh backup-agent"
+    docker exec "${terminal[@]}" "$container" backup-agent --log-format text "$@"
+}
+
+# sql CONTAINER DATABASE QUERY: as the superuser, inside the container.
+sql() {
+    docker exec "$1" psql --no-psqlrc --quiet --no-align --tuples-only --set ON_ERROR_STOP=1 --dbname "$2" --command "$3"
+}
+
+sql_is() {
+    [[ $(sql "$1" postgres "$2") == "$3" ]]
 }

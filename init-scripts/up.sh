@@ -8,11 +8,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 # shellcheck source=init-scripts/stack.sh
 source "$(dirname "${BASH_SOURCE[0]}")/stack.sh"
 
-readonly scripts="$root/init-scripts"
 readonly config=/etc/pgmesh/backup-agent.toml
 readonly database_data=/var/lib/postgresql/17
 readonly demo_scale=10
-readonly start_limit_s=600
 readonly copy=pgmesh-restored
 readonly load=pgmesh-load
 
@@ -171,68 +169,8 @@ check_ports() {
 
 # --- deploying ------------------------------------------------------------------------------------
 
-# deploy FILE…: those of $RENDERED.
-deploy() {
-    local file files=()
-    for file in "$@"; do files+=(--compose-file "$RENDERED/$file.yml"); done
-    docker stack deploy --with-registry-auth --resolve-image never "${files[@]}" "$STACK" >"$cache/log/deploy.log" 2>&1 ||
-        die "docker stack deploy failed: $(tail -n 1 "$cache/log/deploy.log")" "see $cache/log/deploy.log and $RENDERED"
-}
-
-spec_of_service() {
-    docker service inspect --format '{{index .Spec.Labels "pgmesh.spec"}}' "${STACK}_$1" 2>/dev/null || true
-}
-
-spec_of_file() {
-    sed -n 's/.*pgmesh\.spec: "\([0-9a-f]*\)".*/\1/p' "$RENDERED/$1.yml"
-}
-
-# One member after the other, and a primary only once another one leads.
-update_member() {
-    local member=$1 group deployed_at
-    deployed_at=$(date --utc +%Y-%m-%dT%H:%M:%S)
-    if [[ $member == coordinator-* || $member == worker-* ]]; then
-        group=$(group_of "$member")
-        if [[ $(leader_of "$group") == "$member" && $(members_of "$group" | wc -l) -gt 1 ]]; then
-            say "  $member hands over its group"
-            patronictl "$member" switchover --leader "$member" --force >"$cache/log/switchover.log" 2>&1 ||
-                die "the switchover away from $member failed" "see $cache/log/switchover.log; init-scripts/status.sh"
-        fi
-    fi
-    say "  updates $member"
-    # What stack.yml has, the agents above all, comes last: it may need what the servers have then.
-    deploy networks "$member"
-    wait_hint="init-scripts/status.sh" wait_for 300 "$member is updated" update_is_over "$member"
-    ! ended_badly "$member" || {
-        "$scripts/status.sh" "$member" >&2 || true
-        die "the update of $member did not start, and was rolled back" "see the lines above, mend it, start again"
-    }
-    wait_hint="init-scripts/status.sh" wait_for 600 "$member serves" serves "$member"
-}
-
-update_is_over() {
-    case $(docker service inspect --format '{{if .UpdateStatus}}{{.UpdateStatus.State}}{{end}}' "${STACK}_$1") in
-    updating | rollback_started) return 1 ;;
-    esac
-}
-
-# serves MEMBER: it is back in its role. Of one on another machine Swarm's word is taken.
-serves() {
-    local container
-    [[ $(services | awk -v name="$1" '$1 == name { split($2, n, "/"); print n[1] }') -ge 1 ]] || return 1
-    container=$(container_of "$1")
-    [[ -n $container ]] || return 0
-    [[ $(docker inspect --format '{{.State.Health.Status}}' "$container") == healthy ]] || return 1
-    case $1 in
-    coordinator-* | worker-*)
-        [[ $(docker exec "$container" psql --no-psqlrc --quiet --no-align --tuples-only --dbname postgres --command \
-            "SELECT NOT pg_is_in_recovery() OR EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming')" 2>/dev/null) == t ]]
-        ;;
-    esac
-}
-
 deploy_all() {
-    local member names changed=() missing
+    local member names missing
     # Those that a run before this one began, if it was stopped.
     while updating; do sleep 1; done
     mapfile -t names < <(members)
@@ -240,195 +178,14 @@ deploy_all() {
     # What does not run is made anew (its volumes stay): otherwise a mended service that takes its time would be
     # rolled back to what did not run.
     for member in "${missing[@]}"; do docker service rm "${STACK}_$member" >/dev/null; done
-    if [[ -n $(services) ]]; then
-        for member in "${names[@]}"; do
-            [[ -z $(spec_of_service "$member") || $(spec_of_service "$member") == $(spec_of_file "$member") ]] || changed+=("$member")
-        done
-        [[ ${#changed[@]} -eq 0 ]] || say "updates what has changed: ${changed[*]}"
-        for member in "${changed[@]}"; do update_member "$member"; done
-    fi
+    update_changed "${names[@]}"
     note_failed_tasks
     deployed_at=$(date --utc +%Y-%m-%dT%H:%M:%S)
     say "deploys the stack: $(services | wc -l) services are there, $((${#names[@]} + $(grep -c '^    image:' "$RENDERED/stack.yml"))) are to be"
     deploy stack "${names[@]}"
 }
 
-# failed_tasks SERVICE: the ids of its tasks that failed, as far back as Swarm knows.
-failed_tasks() {
-    docker service ps --no-trunc --filter desired-state=shutdown --format '{{.ID}} {{.CurrentState}}' "${STACK}_$1" 2>/dev/null |
-        awk '$2 == "Failed" || $2 == "Rejected" { print $1 }' | sort
-}
-
-# What failed before this deployment says nothing about it.
-declare -A failed_before
-note_failed_tasks() {
-    local service
-    for service in $(missing_services); do failed_before[$service]=$(failed_tasks "$service"); done
-}
-
-failures_since() {
-    comm -13 <(printf '%s\n' "${failed_before[$1]:-}") <(failed_tasks "$1") | wc -l
-}
-
-# ended_badly SERVICE: its update since the deployment, if Swarm gave it up.
-ended_badly() {
-    docker service inspect --format '{{if .UpdateStatus}}{{.UpdateStatus.State}} {{.UpdateStatus.StartedAt.Format "2006-01-02T15:04:05"}}{{end}}' \
-        "${STACK}_$1" 2>/dev/null | awk -v since="$deployed_at" '$1 ~ /^(paused|rollback)/ && $2 >= since { found = 1 } END { exit !found }'
-}
-
-updating() {
-    docker service ls --quiet --filter "label=com.docker.stack.namespace=$STACK" |
-        xargs -r docker service inspect --format '{{if .UpdateStatus}}{{.UpdateStatus.State}}{{end}}' | grep -q '^updating'
-}
-
-# An update that does not start is rolled back by Swarm: the stack runs on, and is not what was asked for.
-check_updates() {
-    local service
-    while updating; do sleep 1; done
-    for service in $(services | cut -d ' ' -f 1); do
-        ! ended_badly "$service" || {
-            "$scripts/status.sh" "$service" >&2 || true
-            die "the update of $service did not start, and was rolled back" "see the lines above, mend it, start again"
-        }
-    done
-}
-
-# Until all tasks run. One that failed three times is looked at before the time is up.
-wait_until_running() {
-    local missing last='' began=$SECONDS service
-    while missing=$(missing_services) && [[ -n $missing || -z $(services) ]]; do
-        [[ $missing == "$last" ]] || say "  waits for ${missing//$'\n'/, }"
-        last=$missing
-        for service in $missing; do
-            (($(failures_since "$service") < 3)) || {
-                "$scripts/status.sh" "$service" >&2 || true
-                die "$service does not start" "see the lines above, mend it, start again"
-            }
-        done
-        ((SECONDS - began < start_limit_s)) || {
-            "$scripts/status.sh" >&2 || true
-            die "not everything runs within $start_limit_s s: ${missing//$'\n'/, }" "see the lines above, mend it, start again"
-        }
-        sleep 2
-    done
-}
-
-patronictl() {
-    local container
-    container=$(container_of "$1")
-    shift
-    docker exec "$container" patronictl "$@"
-}
-
-# What bootstrap.dcs of patroni.yml says holds for new clusters only; so it is brought into those that run.
-bring_in_dynamic_settings() {
-    local group member options=()
-    for group in $(groups); do
-        member=$(leader_of "$group")
-        [[ -n $member ]] || continue
-        [[ $CITUS != yes ]] || options=(--group "$group")
-        docker exec "$(container_of "$member")" bash -euo pipefail -c '
-            python3 -c "import json, yaml; print(json.dumps(yaml.safe_load(open(\"/etc/pgmesh/patroni.yml\"))[\"bootstrap\"][\"dcs\"]))" |
-                patronictl edit-config --apply - --force "$@"' patronictl "${options[@]}" >"$cache/log/edit-config-$group.log" 2>&1 ||
-            die "patronictl edit-config failed in group $group" "see $cache/log/edit-config-$group.log"
-        restart_where_pending "$group" "$member"
-    done
-}
-
-# restart_where_pending GROUP PRIMARY: some settings hold after a restart only; the primary is last.
-restart_where_pending() {
-    local member pending
-    # Patroni's next turn notices what has changed.
-    sleep 5
-    pending=$(docker exec "$(container_of "$2")" bash -c '
-        patronictl list --format json "$1" |
-            python3 -c "import json, sys; print(*[it[\"Member\"] for it in json.load(sys.stdin) if it.get(\"Pending restart\")])"' \
-        list "$(patroni_scope "$1")")
-    for member in $(members_of "$1" | grep -vx "$2") "$2"; do
-        [[ " $pending " == *" $member "* ]] || continue
-        say "  restarts PostgreSQL of $member, for settings that need it"
-        patronictl "$2" restart --force --pending "$(patroni_scope "$1")" "$member" >"$cache/log/restart-$member.log" 2>&1 ||
-            die "$member did not restart" "see $cache/log/restart-$member.log"
-        wait_hint="init-scripts/status.sh" wait_for 120 "$member serves" serves "$member"
-    done
-}
-
-# Secrets and configs that nobody uses any more: what was rotated, renewed, edited.
-prune() {
-    local name
-    for name in $(docker secret ls --filter "label=$stack_label=$STACK" --format '{{.Name}}'); do
-        grep -qF "\"$name\"" "$RENDERED"/*.yml || docker secret rm "$name" >/dev/null 2>&1 || true
-    done
-    for name in $(docker config ls --filter "label=com.docker.stack.namespace=$STACK" --format '{{.Name}}'); do
-        grep -qF "\"$name\"" "$RENDERED"/*.yml || docker config rm "$name" >/dev/null 2>&1 || true
-    done
-}
-
-# --- the verdict ----------------------------------------------------------------------------------
-
-health() {
-    local container
-    container=$(container_of health-monitor)
-    if [[ -n $container ]]; then docker exec "$container" health-monitor check; else health_elsewhere; fi
-}
-
-# health_elsewhere: the verdict of a health monitor on another machine, by its page, as `check` would print it.
-health_elsewhere() {
-    local machine body found
-    machine=$(docker service ps --filter desired-state=running --format '{{.Node}}' "${STACK}_health-monitor" | head -n 1)
-    [[ -n $machine ]] || return 3
-    machine=$(docker node inspect --format '{{.Status.Addr}}' "$machine")
-    body=$(exec 3<>"/dev/tcp/$machine/9631" && printf 'GET /status HTTP/1.0\r\n\r\n' >&3 && timeout 5 cat <&3) || return 3
-    [[ $body == *'"verdict":'* ]] || return 3
-    found=$(grep -oE '"component":\{[^}]*\},"verdict":\{"next":"([^"\\]|\\.)*","reason":"([^"\\]|\\.)*","since":[^,]*,"status":"(warning|unknown|critical)"' <<<"$body" |
-        sed -E 's/.*"kind":"([a-z]*)","name":"([^"]*)".*"reason":"(.*)","since":.*"status":"([a-z]*)"$/\U\4\E  \1 \2  \3/' || true)
-    [[ -n $found ]] || return 0
-    printf 'STATUS\n%s\n\n' "$found"
-    return 1
-}
-
-# findings [PATTERN]: what is not ok, but for lines that match; fails where there is something.
-findings() {
-    health >"$cache/log/health.log" 2>&1 && return 0
-    sed -n '/^STATUS/,/^$/p' "$cache/log/health.log" | sed '1d;/^$/d' | grep -vE "${1:-^$}" && return 1
-    # Without a table it could not say what is wrong.
-    grep -q '^STATUS' "$cache/log/health.log"
-}
-
-# wait_until_well SECONDS [PATTERN]: the health monitor's verdict is ok, but for what matches.
-wait_until_well() {
-    local began=$SECONDS said='' found
-    until found=$(findings "${2:-}"); do
-        found=$(tr -s ' ' <<<"${found%%$'\n'*}")
-        [[ -z $found || ${found%%[0-9]*} == "$said" ]] || say "  not yet: $found"
-        said=${found%%[0-9]*}
-        ((SECONDS - began < $1)) || {
-            cat "$cache/log/health.log" >&2
-            "$scripts/status.sh" >&2 || true
-            die "the health monitor does not find everything well within $1 s" "see what it says above, mend it, start again"
-        }
-        sleep 2
-    done
-}
-
 # --- the proof ------------------------------------------------------------------------------------
-
-# Progress bars where this script writes to a terminal.
-terminal=()
-[[ ! -t 1 ]] || terminal=(--tty)
-
-agent() {
-    docker exec "${terminal[@]}" "$(container_of backup-agent)" backup-agent --config "$config" --log-format text "$@"
-}
-
-# sql CONTAINER DATABASE QUERY: as the superuser, inside the container.
-sql() {
-    docker exec "$1" psql --no-psqlrc --quiet --no-align --tuples-only --set ON_ERROR_STOP=1 --dbname "$2" --command "$3"
-}
-
-sql_is() {
-    [[ $(sql "$1" postgres "$2") == "$3" ]]
-}
 
 # A pgbench database, with some data that does not compress and a large object besides. The table
 # "filled" comes last and says that all of it is there.
@@ -526,7 +283,7 @@ prepare_copy() {
     docker volume rm --force "$copy" "$copy-secrets" >/dev/null
     docker volume create --label "$stack_label=$STACK" "$copy" >/dev/null
     docker volume create --label "$stack_label=$STACK" "$copy-secrets" >/dev/null
-    (umask 077 && tar -C "$secrets" -c pgmesh_backup_password pgmesh_backup_key s3_access_key_id s3_secret_access_key \
+    (umask 077 && cd "$secrets" && tar -c pgmesh_backup_password pgmesh_backup_key* s3_access_key_id s3_secret_access_key \
         tls_backup-agent_certificate tls_backup-agent_key) |
         docker run --rm --interactive --user 0 --entrypoint bash --volume "$copy-secrets:/secrets" "$POSTGRES_IMAGE" -c '
             cd /secrets && tar -x && mv tls_backup-agent_certificate tls_certificate && mv tls_backup-agent_key tls_key &&
@@ -544,7 +301,7 @@ prepare_copy() {
 restore_copy() {
     prepare_copy
     docker run --rm --init "${terminal[@]}" "${copy_options[@]}" --entrypoint backup-agent "$BACKUP_AGENT_IMAGE" \
-        --config "$config" --log-format text restore --group 0 --to "$database_data/main" --target-time "$moment" \
+        --log-format text restore --group 0 --to "$database_data/main" --target-time "$moment" \
         --target-action promote --archive-mode off ||
         die "the restore failed" "see the message above"
     docker run --detach --init --name "$copy" "${copy_options[@]}" --no-healthcheck --entrypoint postgres-entrypoint \
@@ -645,6 +402,8 @@ bring_up() {
     SECONDS=$SECONDS "$scripts/certificates.sh" "$profile"
     SECONDS=$SECONDS "$scripts/secrets.sh" "$profile"
     remember_profile
+    [[ ! -e $group_file || $(worker_groups | wc -l) == "$WORKER_GROUPS" ]] ||
+        say "  worker groups are $(worker_groups | xargs), as add-worker.sh and remove-worker.sh left them, whatever WORKER_GROUPS=$WORKER_GROUPS says"
     render_all
     deploy_all
     wait_until_running
@@ -671,8 +430,8 @@ main() {
         esac
         shift
     done
-    exec 9>"$cache/up.lock"
-    flock --nonblock 9 || die "another init-scripts/up.sh or down.sh runs" "wait until it has ended"
+    lock_stack
+    [[ ! -e $rotation ]] || die "the rotation of $(<"$rotation") was interrupted" "init-scripts/rotate-secret.sh $(<"$rotation")"
     mkdir -p "$secrets"
     chmod 0700 "$up"
     load_profile "${profile_name:-$(cat "$up/profile" 2>/dev/null || echo small)}"

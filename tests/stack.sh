@@ -10,14 +10,16 @@ source "$(dirname "${BASH_SOURCE[0]}")/../init-scripts/stack.sh"
 
 usage() {
     cat <<'TEXT'
-Usage: tests/stack.sh [--full [UP OPTION…]]
+Usage: tests/stack.sh [--only STEP | --full [UP OPTION…]]
 
 Tries the stack that init-scripts/up.sh brought up on this machine: clients by TLS and SCRAM through HAProxy and
 PgBouncer, who is refused, what each role may, that every configuration is taken by its program, that no secret
-is to be read, and that a coordinator primary whose container is killed is replaced without a lost commit, and that each other
-part may be killed.
+is to be read, that a coordinator primary whose container is killed is replaced without a lost commit, that each other
+part may be killed, and what operators do: switchover, worker groups, rotation, restore, with the errors
+counted that clients see.
 
-  --full   from init-scripts/up.sh with these options to init-scripts/down.sh, and that nothing is left then
+  --only STEP   one of clients roles configurations failover losses switchover workers rotation restore secrets
+  --full        from init-scripts/up.sh with these options to init-scripts/down.sh, and that nothing is left then
 
 The last line is "N passed, N failed, N skipped". Exit: 0 all passed, 1 otherwise, 2 wrong use.
 TEXT
@@ -321,18 +323,42 @@ no_password_in_statements() {
 
 # --- a lost primary -------------------------------------------------------------------------------
 
-# Writes through HAProxy, each time as a new client, and prints the time of each commit that was confirmed.
+# Two clients write. One connects anew for each row, through HAProxy, with the password that is in the file then (and
+# reads it once more where that is refused, as it may be replaced in that moment); the other stays connected,
+# through PgBouncer. Of each: the time of each confirmed commit with its number, and the time of each error.
 start_writer() {
     client pgmesh_admin 5432 "$strict" "SET ROLE pgmesh_owner; DROP TABLE IF EXISTS confirmed;
         CREATE TABLE confirmed (n bigint PRIMARY KEY); GRANT ALL ON confirmed TO pgmesh_app" >/dev/null 2>&1
-    docker exec pgmesh-test-client rm -f /tmp/stop /tmp/confirmed
+    docker exec pgmesh-test-client bash -c 'rm -f /tmp/stop && : >/tmp/confirmed && : >/tmp/errors && : >/tmp/confirmed.kept && : >/tmp/errors.kept'
     docker exec --detach pgmesh-test-client bash -c '
-        export PGPASSWORD=$(</passwords/pgmesh_app_password) PGCONNECT_TIMEOUT=2 n=0
+        export PGCONNECT_TIMEOUT=2
+        insert() {
+            PGPASSWORD=$(</passwords/pgmesh_app_password) timeout 5 psql --no-psqlrc --quiet "host=localhost port=5432 user=pgmesh_app dbname='"$DATABASE $strict"'" \
+                --command "INSERT INTO confirmed VALUES ($n)" 2>/tmp/error
+        }
         until [[ -e /tmp/stop ]]; do
-            n=$((n + 1))
-            timeout 5 psql --no-psqlrc --quiet "host=localhost port=5432 user=pgmesh_app dbname='"$DATABASE $strict"'" \
-                --command "INSERT INTO confirmed VALUES ($n)" 2>/tmp/error && echo "$EPOCHREALTIME $n" >>/tmp/confirmed
+            n=${EPOCHREALTIME/./}
+            if insert || { grep -q "password authentication failed" /tmp/error && sleep 0.5 && insert; }; then
+                echo "$EPOCHREALTIME $n" >>/tmp/confirmed
+            else
+                echo "$EPOCHREALTIME $(tr "\n" " " </tmp/error)" >>/tmp/errors
+            fi
         done'
+    docker exec --detach pgmesh-test-client bash -c '
+        export PGPASSWORD=$(</passwords/pgmesh_app_password) PGCONNECT_TIMEOUT=2
+        until [[ -e /tmp/stop ]]; do
+            until [[ -e /tmp/stop ]]; do echo "INSERT INTO confirmed VALUES (-${EPOCHREALTIME/./}) RETURNING n;" && sleep 0.05; done |
+                psql --no-psqlrc --quiet --no-align --tuples-only "host=localhost port=6432 user=pgmesh_app dbname='"$DATABASE $strict"'" 2>&1 |
+                while read -r line; do
+                    if [[ $line =~ ^-[0-9]+$ ]]; then echo "$EPOCHREALTIME $line" >>/tmp/confirmed.kept; else echo "$EPOCHREALTIME $line" >>/tmp/errors.kept; fi
+                done
+            sleep 0.1
+        done'
+    wait_hint="docker exec pgmesh-test-client cat /tmp/errors /tmp/errors.kept" wait_for 30 "the clients write" both_write
+}
+
+both_write() {
+    docker exec pgmesh-test-client test -s /tmp/confirmed -a -s /tmp/confirmed.kept
 }
 
 stop_writer() {
@@ -341,14 +367,53 @@ stop_writer() {
     sleep 6
 }
 
-# The longest time without a confirmed commit, in seconds.
-longest_gap() {
-    docker exec pgmesh-test-client cat /tmp/confirmed | awk 'NR > 1 && $1 - last > gap { gap = $1 - last } { last = $1 } END { printf "%.1f", gap }'
+# switchovers: when the coordinators had another primary, in seconds since 1970.
+switchovers() {
+    in_service coordinator-1 bash -c 'patronictl history --format json | python3 -c "
+import datetime, json, sys
+for it in json.load(sys.stdin):
+    if it.get(\"Timestamp\"): print(datetime.datetime.fromisoformat(it[\"Timestamp\"]).timestamp())"'
+}
+
+# errors_otherwise [WRITER]: those that are not within 8 s of a switchover.
+errors_otherwise() {
+    docker exec pgmesh-test-client cat "/tmp/errors${1:-}" |
+        awk 'NR == FNR { at[NR] = $1; next } { for (i in at) if ($1 > at[i] - 8 && $1 < at[i] + 8) next; print }' <(echo 0; switchovers) -
+}
+
+no_errors_otherwise() {
+    local found
+    found=$(errors_otherwise "${1:-}")
+    [[ -z $found ]] || { echo "$found" && return 1; }
+}
+
+# try_load WHAT [WRITER…]: ends the writers, and says what they saw.
+try_load() {
+    local what=$1 writer
+    shift
+    stop_writer
+    for writer in "" .kept; do
+        say "        $what: a client $(if [[ -z $writer ]]; then echo "that connects anew through HAProxy"; else echo "that stays connected through PgBouncer"; fi):" \
+            "$(lines_of "confirmed$writer") commits, longest gap $(longest_gap_of "$writer") s, $(lines_of "errors$writer") errors," \
+            "$(errors_otherwise "$writer" | wc -l) of them beyond switchovers"
+    done
+    for writer in "${@:-}"; do
+        try "$what: no error beyond the switchovers${writer:+, connected through PgBouncer}" no_errors_otherwise "$writer"
+    done
+    try "$what: no confirmed write is lost" all_confirmed_are_there
+}
+
+lines_of() {
+    docker exec pgmesh-test-client bash -c 'wc -l <"/tmp/$1"' lines "$1"
+}
+
+longest_gap_of() {
+    docker exec pgmesh-test-client cat "/tmp/confirmed$1" | longest_gap /dev/stdin
 }
 
 all_confirmed_are_there() {
     local confirmed there
-    confirmed=$(docker exec pgmesh-test-client bash -c 'cut -d " " -f 2 /tmp/confirmed | sort -n')
+    confirmed=$(docker exec pgmesh-test-client bash -c 'cut -d " " -f 2 /tmp/confirmed /tmp/confirmed.kept')
     there=$(client pgmesh_app 5432 "$strict" 'SELECT n FROM confirmed ORDER BY n')
     [[ -n $confirmed && -z $(comm -23 <(sort <<<"$confirmed") <(sort <<<"$there")) ]]
 }
@@ -369,7 +434,7 @@ try_failover() {
     try "after the primary was killed the verdict is healthy again" wait_for 240 "healthy again" is_well
     say "        after $((SECONDS - began)) s; $(leader_of 0) leads"
     stop_writer
-    gap=$(longest_gap)
+    gap=$(longest_gap_of '')
     say "        the longest time without a confirmed write: $gap s"
     try "no confirmed write is lost" all_confirmed_are_there
     try "the gap is below 30 s" awk -v gap="$gap" 'BEGIN { exit !(gap > 0 && gap < 30) }'
@@ -388,24 +453,131 @@ try_losses() {
         sleep 3
         try "after $service was killed the verdict is healthy again" wait_for 180 "healthy again" is_well
         stop_writer
-        try "nobody lost a write for it, nor waited for 10 s (longest: $(longest_gap) s)" uninterrupted
+        try "nobody lost a write for it, nor waited for 10 s (longest: $(longest_gap_of '') s)" uninterrupted
     done
     try "the coordinators' primary is the one before" equals "$leader" leader_of 0
 }
 
 uninterrupted() {
-    awk -v gap="$(longest_gap)" 'BEGIN { exit !(gap > 0 && gap < 10) }' && all_confirmed_are_there
+    awk -v gap="$(longest_gap_of '')" 'BEGIN { exit !(gap > 0 && gap < 10) }' && all_confirmed_are_there
+}
+
+# --- what operators do ----------------------------------------------------------------------------
+
+try_switchover() {
+    local leader
+    leader=$(leader_of 0)
+    start_writer
+    try "switchover.sh hands the coordinators over" "$root/init-scripts/switchover.sh"
+    try_load "switchover" "" .kept
+    try "another one leads" refused "expected $leader" equals "$leader" leader_of 0
+    try "switchover.sh to the primary does nothing" "$root/init-scripts/switchover.sh" 0 --to "$(leader_of 0)"
+    try "switchover.sh refuses a group without a standby" refused 'no standby of group 1 is fit to take over: it has none' "$root/init-scripts/switchover.sh" 1
+    try "switchover.sh refuses who is not there" refused 'is not in group 0' "$root/init-scripts/switchover.sh" --to nobody
+    try "switchover.sh refuses a standby that does not stream" refuses_unfit
+}
+
+# Its WAL receiver is kept from the primary as long as its PostgreSQL is stopped.
+refuses_unfit() {
+    local standby result=0
+    standby=$(coordinators | grep -vx "$(leader_of 0)" | head -n 1)
+    in_service "$standby" patronictl pause --wait >/dev/null
+    in_service "$standby" pg_ctl --pgdata=/var/lib/postgresql/17/main --mode=fast --silent stop
+    sleep 5
+    refused "no standby of group 0 is fit to take over; $standby: it is" "$root/init-scripts/switchover.sh" || result=1
+    in_service "$standby" patronictl resume --wait >/dev/null
+    wait_for 120 "healthy again" is_well
+    return "$result"
+}
+
+try_workers() {
+    local group container
+    try "remove-worker.sh refuses to go below two groups" refused 'one of the last 2' "$root/init-scripts/remove-worker.sh" 1
+    try "add-worker.sh adds a group" "$root/init-scripts/add-worker.sh"
+    group=$(worker_groups | tail -n 1)
+    try "it serves" equals "worker-$group-1" leader_of "$group"
+    try "it has its roles" equals 1 in_service "worker-$group-1" psql --no-psqlrc --quiet --no-align --tuples-only "$DATABASE" \
+        --command "SELECT count(*) FROM pg_roles WHERE rolname = 'pgmesh_app'"
+    try "the lag exporter sees it" sees "worker-$group-1" lag-exporter lag-exporter show
+    try "the backup agent has its backup" sees "$group" backup-agent backup-agent list --group "$group"
+    try "status.sh shows it, and that all is well" "$root/init-scripts/status.sh"
+    in_service "worker-$group-1" psql --quiet "$DATABASE" --command 'CREATE TABLE mine (id int)'
+    try "remove-worker.sh refuses a group with tables that nobody moves" refused 'tables of its own in database app: mine' "$root/init-scripts/remove-worker.sh" "$group"
+    in_service "worker-$group-1" psql --quiet "$DATABASE" --command 'DROP TABLE mine'
+    start_writer
+    try "remove-worker.sh removes it" "$root/init-scripts/remove-worker.sh" "$group"
+    try_load "remove-worker" "" .kept
+    try "its volume stays" docker volume inspect "${STACK}_worker-$group-1"
+    try "remove-worker.sh removes the volume later" "$root/init-scripts/remove-worker.sh" "$group" --remove-volumes
+    try "then it is gone" refused 'no such volume' docker volume inspect "${STACK}_worker-$group-1"
+    try "its backup stays" sees "$group" backup-agent backup-agent list --group "$group"
+    try "the verdict is healthy" is_well
+    try "remove-worker.sh refuses a group that is not there" refused 'there is no worker group 99' "$root/init-scripts/remove-worker.sh" 99
+}
+
+# sees WHAT SERVICE COMMAND…
+sees() {
+    local what=$1
+    shift
+    in_service "$@" | grep -- "$what" >/dev/null
+}
+
+# Roles of applications, of agents and of Patroni, the key of the backups, and the repository's own.
+try_rotation() {
+    local name old
+    for name in pgmesh_app_password pgmesh_backup_password pgmesh_replication_password pgmesh_backup_key s3; do
+        old=$(cat "$secrets/$name" 2>/dev/null || true)
+        start_writer
+        try "rotate-secret.sh $name" "$root/init-scripts/rotate-secret.sh" "$name"
+        try_load "rotation of $name" "" .kept
+        [[ $name != *_password ]] || try "the old password is refused" refused 'password authentication failed' old_password "${name%_password}" "$old"
+    done
+    try "backups under the older key can be read" in_service backup-agent backup-agent verify --group 0
+    try "a backup under the new key is taken" in_service backup-agent backup-agent backup --group 0
+    try "rotate-secret.sh refuses what is no secret" refused 'no secret that can be rotated' "$root/init-scripts/rotate-secret.sh" nothing
+}
+
+old_password() {
+    docker exec --interactive pgmesh-test-client bash -c 'read -r PGPASSWORD && export PGPASSWORD && exec psql --no-psqlrc \
+        "host=localhost user=$1 port=5432 dbname=postgres sslmode=require" --command "SELECT 1"' old "$1" <<<"$2"
+}
+
+try_restore() {
+    local moment
+    client pgmesh_admin 5432 "$strict" "SET ROLE pgmesh_owner; DROP TABLE IF EXISTS restored; CREATE TABLE restored (what text); GRANT ALL ON restored TO pgmesh_app" >/dev/null 2>&1
+    client pgmesh_app 5432 "$strict" "INSERT INTO restored VALUES ('before')"
+    moment=$(client pgmesh_app 5432 "$strict" "SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US+00')")
+    sleep 1
+    client pgmesh_app 5432 "$strict" "INSERT INTO restored VALUES ('after')"
+    try "restore-cluster.sh asks" refused 'not confirmed' "$root/init-scripts/restore-cluster.sh" --latest </dev/null
+    try "restore-cluster.sh refuses a moment that cannot be reached, and the databases run as before" \
+        refused 'the databases run as before' "$root/init-scripts/restore-cluster.sh" --target-time '2020-01-01 00:00:00+00' --yes
+    try "what was there is there" equals $'before\nafter' client pgmesh_app 5432 "$strict" 'SELECT * FROM restored'
+    try "restore-cluster.sh --latest" "$root/init-scripts/restore-cluster.sh" --latest --yes
+    try "it reaches the last commit" equals $'before\nafter' client pgmesh_app 5432 "$strict" 'SELECT * FROM restored'
+    try "restore-cluster.sh --target-time" "$root/init-scripts/restore-cluster.sh" --target-time "$moment" --yes
+    try "it reaches the moment, and no more" equals before client pgmesh_app 5432 "$strict" 'SELECT * FROM restored'
+    try "restore-cluster.sh --remove-old-volumes" "$root/init-scripts/restore-cluster.sh" --remove-old-volumes
+    try "the verdict is healthy" is_well
 }
 
 # --- nothing is left ------------------------------------------------------------------------------
+
+# What versions before the stack left behind.
+make_earlier() {
+    docker network create --label "$stack_label=up" pgmesh-earlier >/dev/null
+    docker run --detach --name pgmesh-earlier --label "$stack_label=up" --network pgmesh-earlier "$base_image" sleep 60 >/dev/null
+    docker volume create --label "$stack_label=up" pgmesh-earlier >/dev/null
+}
 
 nothing_left() {
     local left
     left=$({
         docker ps --all --format 'container {{.Names}}' --filter "label=com.docker.stack.namespace=$STACK"
         docker ps --all --format 'container {{.Names}}' --filter "label=$stack_label=$STACK"
+        docker ps --all --format 'container {{.Names}}' --filter "label=$stack_label=up"
         docker volume ls --format 'volume {{.Name}}' | grep -E "^volume (${STACK}[_-]|pgmesh)" || true
-        docker network ls --format 'network {{.Name}}' | grep "^network ${STACK}_" || true
+        docker network ls --format 'network {{.Name}}' | grep -E "^network (${STACK}_|pgmesh-earlier)" || true
         [[ $(docker info --format '{{.Swarm.ControlAvailable}}') != true ]] || {
             docker secret ls --format 'secret {{.Name}}' | grep "^secret ${STACK}_" || true
             docker config ls --format 'config {{.Name}}' | grep "^config ${STACK}_" || true
@@ -417,10 +589,11 @@ nothing_left() {
 }
 
 main() {
-    local full=no
+    local full=no step steps=(clients roles configurations failover losses switchover workers rotation restore secrets)
     case ${1:-} in
     '') ;;
     --full) full=yes && shift ;;
+    --only) [[ " ${steps[*]} " == *" ${2:-} "* ]] || { usage >&2 && exit 2; } && steps=("$2") ;;
     -h | --help) usage && return 0 ;;
     *) usage >&2 && exit 2 ;;
     esac
@@ -431,15 +604,11 @@ main() {
     load_remembered_profile
     start_client
     try "status.sh says that all is well" "$root/init-scripts/status.sh"
-    try_clients
-    try_roles
-    try_configurations
-    try_failover
-    try_losses
-    try_secrets
+    for step in "${steps[@]}"; do "try_$step"; done
     docker rm --force --volumes pgmesh-test-client >/dev/null
     rm -rf "$production"
     if [[ $full == yes ]]; then
+        make_earlier
         try "down.sh removes the stack" "$root/init-scripts/down.sh"
         try "nothing is left" nothing_left
     fi

@@ -1,0 +1,159 @@
+#!/usr/bin/env bash
+# Takes a worker group out of the running stack. See --help.
+set -euo pipefail
+
+# shellcheck source=init-scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+# shellcheck source=init-scripts/stack.sh
+source "$(dirname "${BASH_SOURCE[0]}")/stack.sh"
+
+readonly least=2
+
+usage() {
+    cat <<'TEXT'
+Usage: init-scripts/remove-worker.sh GROUP [--remove-volumes]
+
+Takes a worker group away: with Citus it takes no new shards any more, and the rebalance agent moves those that it
+has; then a backup of it is taken, its services end, and Patroni, Citus, the health monitor and Prometheus forget
+it. Its backups stay in the repository. So do its volumes, unless --remove-volumes is given: on this machine; on
+others they are removed by hand.
+
+Refused: below two worker groups; while the cluster is not well; while the rebalance agent cannot empty it (it
+must be in mode "apply"); and without Citus while tables stand there, which nobody else can move.
+
+If it was stopped, run it again. Run again with --remove-volumes, it removes the volumes that were kept.
+
+Exit: 0 the group is gone, 1 refused or failed, 2 wrong use.
+TEXT
+}
+
+volumes_of_group() {
+    docker volume ls --format '{{.Name}}' | grep -E "^${STACK}_worker-$group-[0-9]+(_[0-9]+)?\$" || true
+}
+
+remove_volumes() {
+    local names
+    mapfile -t names < <(volumes_of_group)
+    if [[ ${#names[@]} -eq 0 ]]; then
+        say "no volume of worker group $group is on this machine"
+    elif [[ $volumes == yes ]]; then
+        docker volume rm "${names[@]}" >/dev/null
+        say "removed volumes: ${names[*]}"
+    else
+        say "its volumes stay: ${names[*]} (init-scripts/remove-worker.sh $group --remove-volumes removes them)"
+    fi
+}
+
+# Whether it may go at all.
+check_group() {
+    local found
+    (($(worker_groups | grep -vcx "$group") >= least)) ||
+        die "worker group $group is one of the last $least, and there are never fewer" "init-scripts/add-worker.sh first"
+    [[ $(state_of_group "$group") != joining ]] || die "worker group $group is only half there" "init-scripts/add-worker.sh first: it goes on"
+    found=$(findings) || die "the cluster is not well: $(head -n 1 <<<"$found" | tr -s ' ')" "init-scripts/status.sh; mend it, start again"
+}
+
+superuser() {
+    sql "$(container_of "$(leader_of "$1")")" "$DATABASE" "$2"
+}
+
+drain() {
+    if [[ $CITUS == yes ]]; then
+        say "worker group $group takes no new shards; the rebalance agent moves those that it has"
+        superuser 0 "SELECT citus_set_node_property(nodename, nodeport, 'shouldhaveshards', false)
+            FROM pg_dist_node WHERE groupid = $group AND noderole = 'primary'" >/dev/null
+        docker exec "${terminal[@]}" "$(container_of rebalance-agent)" rebalance-agent drain "$group" --wait ||
+            die "worker group $group is not empty" "see the line above; docker exec \$(docker ps -qf name=${STACK}_rebalance-agent) rebalance-agent status"
+    else
+        refuse_tables
+    fi
+}
+
+# Tables in any database, but for what init-scripts/ made there.
+refuse_tables() {
+    local container database found
+    container=$(container_of "$(leader_of "$group")")
+    [[ -n $container ]] || die "the primary of worker group $group is on another machine" "run this there"
+    for database in $(sql "$container" postgres 'SELECT datname FROM pg_database WHERE datallowconn AND NOT datistemplate'); do
+        found=$(sql "$container" "$database" "SELECT string_agg(oid::regclass::text, ', ') FROM (
+            SELECT oid FROM pg_class WHERE relkind IN ('r', 'p', 'm') AND relpersistence <> 't'
+                AND relnamespace::regnamespace::text NOT IN ('pg_catalog', 'information_schema', 'pgmesh') LIMIT 5) AS tables")
+        [[ -z $found ]] || die "worker group $group has tables of its own in database $database: $found" \
+            "without Citus nobody moves them: copy them elsewhere (pg_dump) and drop them there, then start again"
+    done
+}
+
+no_containers() {
+    local name
+    for name in "${members[@]}"; do [[ -z $(container_of "$name") ]] || return 1; done
+}
+
+# What Patroni keeps of it in etcd; it asks for each word of this.
+forget_in_patroni() {
+    local options leader=''
+    mapfile -t options < <(group_options "$group")
+    leader=$(patroni_members "$group" | awk '$2 == "Leader" { print $1 }' || true)
+    printf '%s\n' "${options[0]}" 'Yes I am aware' ${leader:+"$leader"} |
+        docker exec --interactive "$(container_of coordinator-1)" patronictl remove "${options[@]}" >"$cache/log/patroni-remove.log" 2>&1 ||
+        die "patronictl could not remove group $group" "see $cache/log/patroni-remove.log"
+}
+
+forget() {
+    local name container
+    forget_in_patroni
+    if [[ $CITUS == yes ]]; then
+        superuser 0 "SELECT citus_remove_node(nodename, nodeport) FROM pg_dist_node WHERE groupid = $group ORDER BY noderole DESC" >/dev/null
+        docker exec "$(container_of rebalance-agent)" rebalance-agent undrain "$group" >/dev/null
+    fi
+    container=$(container_of health-monitor)
+    for name in "${members[@]}"; do
+        [[ -z $container ]] || docker exec "$container" health-monitor forget --group "$group" "$name" >"$cache/log/forget.log" 2>&1 ||
+            die "the health monitor does not forget $name" "see $cache/log/forget.log, start again"
+        rm -f "$secrets/tls_${name}_certificate" "$secrets/tls_${name}_key" "$up/certificates/$name"
+    done
+}
+
+main() {
+    local group='' volumes=no members name services_there=()
+    while [[ $# -gt 0 ]]; do
+        case $1 in
+        --remove-volumes) volumes=yes ;;
+        -h | --help) usage && return 0 ;;
+        *) [[ $1 =~ ^[1-9][0-9]*$ && -z $group ]] || { usage >&2 && exit 2; } && group=$1 ;;
+        esac
+        shift
+    done
+    [[ -n $group ]] || { usage >&2 && exit 2; }
+    open_stack
+    if [[ $(state_of_group "$group") == removed ]]; then
+        say "worker group $group is removed already"
+        remove_volumes
+        return 0
+    fi
+    worker_groups | has_line "$group" || die "there is no worker group $group" "one of: $(worker_groups | xargs)"
+    mapfile -t members < <(members_of "$group")
+    for name in "${members[@]}"; do
+        [[ -z $(spec_of_service "$name") ]] || services_there+=("${STACK}_$name")
+    done
+    if [[ ${#services_there[@]} -gt 0 ]]; then
+        check_group
+        drain
+        say "takes the last backup of worker group $group"
+        agent backup --group "$group" || die "the backup failed: nothing was removed" "docker service logs ${STACK}_backup-agent; then start again"
+        note_group "$group" leaving
+        say "ends ${services_there[*]}"
+        docker service rm "${services_there[@]}" >/dev/null
+    fi
+    wait_hint="docker ps" wait_for 180 "the containers of worker group $group end" no_containers
+    forget
+    note_group "$group" removed
+    render_all
+    deploy stack
+    wait_until_running
+    prune
+    wait_until_well 300
+    say "worker group $group is gone, and all is well; its backups stay (backup-agent list --group $group)"
+    remove_volumes
+}
+
+main "$@"
