@@ -416,8 +416,8 @@ async fn check_archiving(
     }
     if mode == "off" {
         return Err(format!(
-            "nothing takes the primary's WAL: no receiver is connected to slot {slot} \
-             (`backup-agent run`), and archive_mode is off"
+            "nothing takes the primary's WAL: no receiver is connected to slot {slot}, and archive_mode \
+             is off. If `backup-agent run` runs, its log says what keeps it from receiving"
         ));
     }
     if row.get("failing") {

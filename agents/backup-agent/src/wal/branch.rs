@@ -12,13 +12,14 @@ use crate::repository::Place;
 /// Refuses a history that does not say which timeline its own came from.
 pub(super) fn require_parent(file: &str, text: &[u8]) -> Result<(), WalError> {
     // The size of a segment does not matter to the name of a history file.
-    let Ok(WalFile::History { timeline: 2.. }) = WalFile::parse(file, SEGMENT_BYTES_MIN) else {
+    let Ok(WalFile::History { timeline }) = WalFile::parse(file, SEGMENT_BYTES_MIN) else {
         return Ok(());
     };
-    if !read_history(file, text)?.is_empty() {
-        return Ok(());
-    }
-    let reason = "it names no timeline before its own, so nothing would lead there".to_owned();
+    let reason = match read_history(file, text)?.last() {
+        Some(parent) if parent.timeline < timeline => return Ok(()),
+        Some(parent) => format!("it names timeline {} as one before its own", parent.timeline),
+        None => "it names no timeline before its own, so nothing would lead there".to_owned(),
+    };
     Err(WalError::History { name: file.to_owned(), reason })
 }
 
@@ -144,7 +145,10 @@ mod tests {
             ("00000002.history", "1\t0/5000060\tno recovery target specified\n", true),
             ("00000002.history", "", false),
             ("00000002.history", "# nothing\n\n", false),
-            ("00000001.history", "", true),
+            ("00000001.history", "", false),
+            ("00000001.history", "1\t0/5000060\t\n", false),
+            ("00000004.history", "1\t0/5000060\t\n7\t0/6000000\t\n", false),
+            ("00000004.history", "1\t0/5000060\t\n3\t0/6000000\t\n", true),
             ("000000020000000000000005.00000028.backup", "", true),
         ] {
             let found = require_parent(file, text.as_bytes());
