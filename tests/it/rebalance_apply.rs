@@ -170,6 +170,105 @@ async fn writers_wait_no_longer_than_the_lock_timeout() {
     agent.terminate().await.assert_success();
 }
 
+/// Everybody who uses the table waits behind it, for as long as the move lasts.
+#[tokio::test]
+async fn a_statement_that_waits_behind_a_move_is_let_through() {
+    if postgres_is_missing() {
+        return;
+    }
+    let cluster = Cluster::skewed().await;
+    cluster.configure(APPLY);
+    cluster.copies_for(60).await;
+    let agent = cluster.starts();
+    cluster.begins().await;
+    let (alters, writes) =
+        (cluster.coordinator.connect().await, cluster.coordinator.connect().await);
+    let began = Instant::now();
+    let (altered, written) = tokio::join!(
+        alters.batch_execute("ALTER TABLE events ADD COLUMN a int"),
+        writes.batch_execute("SELECT pg_sleep(0.2); INSERT INTO events VALUES (1)"),
+    );
+    altered.unwrap();
+    written.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    let reason = cluster.ended("yielded").await;
+    let words = "on the coordinator has waited for 1s behind it, and all who use the table behind that: \
+                 ALTER TABLE events ADD COLUMN a int";
+    assert!(reason.starts_with("pid ") && reason.ends_with(words), "{reason}");
+    agent.terminate().await.assert_success();
+}
+
+/// The error that ends a statement comes before its locks are given back.
+#[tokio::test]
+async fn a_session_that_does_not_end_keeps_all_else_from_beginning() {
+    if postgres_is_missing() {
+        return;
+    }
+    let cluster = Cluster::skewed().await;
+    cluster.configure(APPLY);
+    cluster.copies_for(300).await;
+    cluster.change("UPDATE stand_in.copying SET is_stubborn = true").await;
+    let agent = cluster.starts();
+    cluster.begins().await;
+    let alters = cluster.coordinator.connect().await;
+    let alter =
+        alters.batch_execute("SET statement_timeout = '5s'; ALTER TABLE events ADD COLUMN a int");
+    alter.await.unwrap_err();
+    let reason = cluster.ended("unknown").await;
+    let words = " on the coordinator still holds the locks of shard 10";
+    assert!(reason.contains("; session ") && reason.contains(words), "{reason}");
+    let status = async || cluster.agent().run(&["status"]).await.stdout;
+    eventually("it is told", LIMIT, async || status().await.contains("bring back or fence ")).await;
+    sleep(Duration::from_secs(6)).await;
+    assert_eq!((cluster.ends().await.len(), cluster.under_way().await), (1, 1));
+
+    cluster.copies_for(0).await;
+    let end =
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query ~ '^SELECT citus_move'";
+    cluster.change(end).await;
+    cluster.is_balanced().await;
+    let finished = agent.terminate().await;
+    finished.assert_success();
+    assert!(finished.stdout.contains("a move that has ended keeps its locks"), "{finished}");
+}
+
+/// No writer waits for an index that is built on the target.
+#[tokio::test]
+async fn an_index_may_take_longer_than_writers_may_wait() {
+    if postgres_is_missing() {
+        return;
+    }
+    let cluster = Cluster::skewed().await;
+    cluster.configure(&format!("{APPLY}apply.lock_timeout = \"500ms\"\n"));
+    cluster.change("UPDATE stand_in.copying SET indexing_seconds = 4").await;
+    let agent = cluster.starts();
+    eventually("one is moved", LIMIT, async || cluster.places().await != [1; 4]).await;
+    let ends = cluster.ends().await;
+    assert!(ends.iter().all(|it| matches!(it.0.as_str(), "moved" | "started")), "{ends:?}");
+    agent.terminate().await.assert_success();
+}
+
+#[tokio::test]
+async fn a_command_waits_for_what_it_began_though_that_spends_the_budget() {
+    if postgres_is_missing() {
+        return;
+    }
+    let cluster = Cluster::skewed().await;
+    cluster.configure(&format!("{APPLY}budget.moves_per_run = 1\n"));
+    // Longer than until the next look.
+    cluster.copies_for(8).await;
+    let finished = cluster.agent().run(&["move", "102009", "2"]).await;
+    finished.assert_success();
+    assert_eq!(cluster.places().await, [1, 2, 1, 1]);
+    assert!(finished.stderr.contains("move ended"), "{finished}");
+    // What is left of a drain is another matter.
+    cluster.copies_for(0).await;
+    let finished = cluster.agent().run(&["drain", "1"]).await;
+    finished.assert_code(1);
+    assert!(finished.stderr.contains("not now: moves of 1 shard group began"), "{finished}");
+    assert_eq!(cluster.places().await.iter().filter(|it| **it == 2).count(), 2);
+}
+
 #[tokio::test]
 async fn a_move_ends_with_its_agent() {
     if postgres_is_missing() {

@@ -389,6 +389,11 @@ async fn writers_of_a_reference_table_hardly_wait_while_it_is_copied() {
     sleep(Duration::from_secs(12)).await;
     holder.batch_execute("ROLLBACK").await.unwrap();
     let beside = writers.longest().await;
+    println!(
+        "a copy of a reference table beside an open transaction: a writer waited {beside:?} at most"
+    );
+    let rests = async || !citus.is_moving().await;
+    eventually("nothing is moved", LIMIT, rests).await;
     agent.terminate().await.assert_success();
     // Another one does not know that it rests.
     let writers = Writers::to(&citus, "countries").await;

@@ -39,9 +39,13 @@ impl Jobs {
     }
 
     fn configure(&self, extra: &str) {
+        self.configure_as(APPLY, extra);
+    }
+
+    fn configure_as(&self, mode: &str, extra: &str) {
         let window = if extra.contains("window = ") { "" } else { ALWAYS };
         self.cluster.configure(&format!(
-            "{APPLY}{window}apply.engine = \"job\"\nbalance.strategy = \"citus\"\n\
+            "{mode}{window}apply.engine = \"job\"\nbalance.strategy = \"citus\"\n\
              etcd.endpoints = {:?}\n{extra}",
             self.etcd.endpoints()
         ));
@@ -129,6 +133,40 @@ async fn all_that_citus_plans_is_moved_as_one_job() {
     assert!(!finished.stdout.contains("WARN"), "{finished}");
     assert!(finished.stdout.contains("to move as one job"), "{finished}");
     assert_eq!(jobs.states().await, "1 finished: done done");
+}
+
+/// What it would do next must not be begun: that is a reason to stop.
+#[tokio::test]
+async fn a_gate_that_keeps_moves_from_beginning_ends_a_job() {
+    if is_missing() {
+        return;
+    }
+    let jobs = Jobs::planned("").await;
+    let agent = jobs.begins().await;
+    jobs.etcd.etcdctl(&["put", "/pgmesh/tests/activity/backup/2", "{}"]).await.assert_success();
+    jobs.are("1 cancelled: cancelled cancelled").await;
+    let reason = jobs.cluster.ended("closed").await;
+    assert!(reason.starts_with("a backup is under way; 0 of 2 moves are done"), "{reason}");
+    agent.terminate().await.assert_success();
+}
+
+#[tokio::test]
+async fn a_job_is_watched_by_one_that_moves_nothing_if_nobody_else_does() {
+    if is_missing() {
+        return;
+    }
+    let jobs = Jobs::planned("").await;
+    let agent = jobs.begins().await;
+    agent.kill9().await;
+    jobs.configure_as(&APPLY.replace("\"apply\"", "\"dry_run\""), "");
+    let agent = jobs.cluster.starts();
+    sleep(Duration::from_secs(8)).await;
+    assert_eq!(jobs.states().await, "1 running: running blocked");
+    jobs.cluster.agent().run(&["pause", "--comment", "stop it"]).await.assert_success();
+    jobs.are("1 cancelled: cancelled cancelled").await;
+    let reason = jobs.cluster.ended("stopped").await;
+    assert!(reason.starts_with("paused: stop it; "), "{reason}");
+    agent.terminate().await.assert_success();
 }
 
 #[tokio::test]

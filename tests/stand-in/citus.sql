@@ -66,9 +66,15 @@ CREATE TABLE stand_in.progress (shardid bigint, source int, target int, progress
 CREATE SEQUENCE stand_in.shardid START 102008;
 -- How long a move copies. At its end it needs the lock on the other table, as a real one that of the shard,
 -- and keeps it for so long.
-CREATE TABLE stand_in.copying (seconds float NOT NULL, locked_seconds float NOT NULL DEFAULT 0);
+-- Before that it builds an index for so long, and meanwhile its progress answers nobody, as a real one whose
+-- target has a table locked. One that is stubborn does not end when it is cancelled, as if a node did not answer.
+CREATE TABLE stand_in.copying (
+    seconds float NOT NULL, locked_seconds float NOT NULL DEFAULT 0, indexing_seconds float NOT NULL DEFAULT 0,
+    is_stubborn bool NOT NULL DEFAULT false);
 INSERT INTO stand_in.copying VALUES (0.2);
 CREATE TABLE stand_in.cutover ();
+CREATE TABLE stand_in.constraints ();
+CREATE TABLE stand_in.indexing ();
 
 CREATE FUNCTION stand_in.may_fail(name text) RETURNS void LANGUAGE plpgsql SECURITY DEFINER AS $$
 DECLARE reason text := (SELECT message FROM stand_in.failure WHERE function = name);
@@ -164,6 +170,7 @@ CREATE FUNCTION pg_catalog.get_rebalance_progress()
 #variable_conflict use_column
 BEGIN
     PERFORM stand_in.may_fail('get_rebalance_progress');
+    PERFORM FROM stand_in.indexing;
     -- A real one has a daemon that drops what moves left, after citus.defer_shard_delete_interval.
     DELETE FROM pg_dist_cleanup
      WHERE policy_type = 2 AND operation_id BETWEEN 1000000 AND extract(epoch FROM clock_timestamp()) - 2;
@@ -174,7 +181,10 @@ BEGIN
             SELECT placement.shardid, source.nodeid, source.nodeid, 1,
                    CASE WHEN EXISTS (SELECT FROM pg_locks AS lock
                                       WHERE lock.pid = pg_locks.pid AND lock.relation = 'stand_in.cutover'::regclass)
-                        THEN 'Final Catchup' ELSE 'Copying Data' END,
+                        THEN 'Final Catchup'
+                        WHEN EXISTS (SELECT FROM pg_locks AS lock
+                                      WHERE lock.pid = pg_locks.pid AND lock.relation = 'stand_in.constraints'::regclass)
+                        THEN 'Creating Constraints' ELSE 'Copying Data' END,
                    pg_locks.pid,
                    coalesce((SELECT bytes FROM stand_in.size WHERE size.shardid = placement.shardid), 0)
               FROM pg_locks
@@ -195,12 +205,29 @@ DECLARE
     source int := (SELECT groupid FROM pg_dist_node WHERE nodeid = source_node_id);
     target int := (SELECT groupid FROM pg_dist_node WHERE nodeid = target_node_id);
     moved record;
+    how stand_in.copying := (SELECT it FROM stand_in.copying AS it);
 BEGIN
+    EXECUTE format('LOCK TABLE %s IN SHARE UPDATE EXCLUSIVE MODE',
+                   (SELECT logicalrelid FROM pg_dist_shard WHERE shardid = shard_id));
     PERFORM pg_advisory_xact_lock(hashtext('move'), shard_id::int);
-    PERFORM pg_sleep(seconds) FROM stand_in.copying;
+    IF how.is_stubborn THEN
+        BEGIN
+            PERFORM pg_sleep(how.seconds);
+        EXCEPTION WHEN query_canceled THEN
+            PERFORM pg_sleep(how.seconds);
+        END;
+    ELSE
+        PERFORM pg_sleep(how.seconds);
+    END IF;
     PERFORM stand_in.may_fail('citus_move_shard_placement');
+    IF 0 < how.indexing_seconds THEN
+        LOCK TABLE stand_in.constraints IN SHARE MODE;
+        PERFORM pg_sleep(1);
+        LOCK TABLE stand_in.indexing IN ACCESS EXCLUSIVE MODE;
+        PERFORM pg_sleep(how.indexing_seconds);
+    END IF;
     LOCK TABLE stand_in.cutover IN ACCESS EXCLUSIVE MODE;
-    PERFORM pg_sleep(locked_seconds) FROM stand_in.copying;
+    PERFORM pg_sleep(how.locked_seconds);
     FOR moved IN
         SELECT other.shardid, other.logicalrelid
           FROM pg_dist_shard AS first

@@ -6,8 +6,10 @@
 //! likes. `citus_move_shard_placement` in a session of ours does not: it waits `lock_timeout`, and fails.
 
 mod job;
+mod locks;
 mod progress;
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -16,14 +18,16 @@ use shared::lease::Claim;
 use shared::pg::{ConnectError, Connection, Node, QueryError, Settings, connect};
 use shared::telemetry::chain;
 use thiserror::Error;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout_at};
 use tokio_postgres::error::SqlState;
-use tracing::debug;
+use tracing::{debug, error};
 
 use crate::config::Apply;
 use crate::ledger::{End, Outcome};
 use crate::memory::MemoryError;
-pub use progress::{Cutover, Progress, Standstill};
+use crate::words::held;
+use locks::Movers;
+pub use progress::{Progress, Standstill};
 
 /// So often a move is asked how far it is …
 const TICK: Duration = Duration::from_millis(500);
@@ -45,7 +49,15 @@ const CHECK: &str = "
            (SELECT nodeid FROM pg_dist_node
              WHERE groupid = $3::int AND noderole::text = 'primary' AND isactive AND shouldhaveshards),
            EXISTS (SELECT FROM pg_dist_placement
-                    WHERE shardid = $1::bigint AND groupid = $2::int AND shardstate = 1)";
+                    WHERE shardid = $1::bigint AND groupid = $2::int AND shardstate = 1),
+           pg_backend_pid(),
+           (SELECT format('bring back or fence %s, whichever does not answer',
+                          string_agg(nodename || ':' || nodeport, ' or ' ORDER BY groupid = $2::int))
+              FROM pg_dist_node
+             WHERE groupid IN ($2::int, $3::int) AND noderole::text = 'primary')";
+
+/// Whether a session has not come to its end.
+const LIVES: &str = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1)";
 
 /// Whether a node that is to have shards lacks one of those. Citus looks at its first reference table
 /// only: if a node has that, it copies none of the others.
@@ -153,8 +165,8 @@ impl Hand<'_> {
             Ok(connection) => connection,
             Err(error) => return End::new(Outcome::Failed, chain(&error).to_string()),
         };
-        let sql = match check(&connection, order).await {
-            Ok(Ok(sql)) => sql,
+        let Statement { sql, pid, next } = match check(&connection, order).await {
+            Ok(Ok(statement)) => statement,
             Ok(Err(reason)) => return End::new(Outcome::Failed, reason),
             Err(error) => return End::new(Outcome::Failed, chain(&error).to_string()),
         };
@@ -163,21 +175,74 @@ impl Hand<'_> {
             if order.copies { is_copied(&connection, order.shards).await } else { Ok(()) }
         };
         tokio::pin!(work);
-        let is_building = AtomicBool::new(false);
-        let why = tokio::select! {
-            ended = &mut work => return self.end(ended, None),
-            why = halted => why,
-            why = self.watch(order.shards, &is_building, show) => why,
-            never = self.see_builds(order.shards, &is_building) => match never {},
+        let (movers, is_building) = (Movers::default(), AtomicBool::new(false));
+        let (ended, broken_off) = tokio::select! {
+            ended = &mut work => (Some(ended), None),
+            why = halted => (None, Some(why)),
+            why = Box::pin(self.watch(order, pid, &movers, &is_building, show)) => {
+                (None, Some(why))
+            }
+            why = Box::pin(self.see_locks(&movers, order.copies)) => (None, Some(why)),
+            never = Box::pin(self.see_builds(order.shards, &is_building)) => match never {},
         };
-        // It drops what it has copied; what it cannot, Citus does later.
-        Box::pin(connection.cancel()).await;
-        if let Ok(ended) = timeout(CANCEL_LIMIT, work).await {
-            return self.end(ended, Some(why));
+        let deadline = Instant::now() + CANCEL_LIMIT;
+        let ended = if ended.is_some() {
+            ended
+        } else {
+            // It drops what it has copied; what it cannot, Citus does later.
+            Box::pin(connection.cancel()).await;
+            timeout_at(deadline, work).await.ok()
+        };
+        let end = match (ended, broken_off) {
+            (Some(Ok(())), _) => return End::new(Outcome::Moved, ""),
+            (Some(Err(error)), broken_off) => self.end(error, broken_off),
+            (None, why) => {
+                let reason = why.map(|it| it.reason).unwrap_or_default();
+                let reason = format!("{reason}; and it does not answer to being cancelled");
+                End::new(Outcome::Unknown, reason)
+            }
+        };
+        match Box::pin(self.is_over(&connection, pid, deadline)).await {
+            Ok(true) => end,
+            Ok(false) => {
+                let held = held(pid, order.shard);
+                error!(reason = held, next, "a move that has ended keeps its locks");
+                let reason = format!("{}; {held}: {next}", end.reason);
+                End { keeps_locks: true, ..End::new(Outcome::Unknown, reason) }
+            }
+            Err(error) => {
+                let why = chain(&error);
+                let reason =
+                    format!("{}; and whether its session has ended is unknown: {why}", end.reason);
+                End::new(Outcome::Unknown, reason)
+            }
         }
-        // The server ends it when it finds that nobody listens.
-        let reason = format!("{}; and it does not answer to being cancelled", why.reason);
-        End::new(Outcome::Unknown, reason)
+    }
+
+    /// Whether a session has come to its end. The error that ends a statement is sent before the server gives
+    /// back its locks, and that waits for all nodes that had a part in it.
+    async fn is_over(
+        &self,
+        connection: &Connection,
+        pid: i32,
+        deadline: Instant,
+    ) -> Result<bool, ApplyError> {
+        match timeout_at(deadline, connection.simple_query("ROLLBACK")).await {
+            Ok(Ok(_)) => return Ok(true),
+            Ok(Err(QueryError::Failed { source, .. })) if source.code().is_some() => {
+                return Ok(true);
+            }
+            _ => {}
+        }
+        let mut other = None;
+        loop {
+            let row = self.kept(&mut other).await?.query_one(LIVES, &[&pid]).await?;
+            let lives: bool = row.get(0);
+            if !lives || deadline < Instant::now() {
+                return Ok(!lives);
+            }
+            sleep(TICK).await;
+        }
     }
 
     /// A session for what takes its time.
@@ -216,15 +281,13 @@ impl Hand<'_> {
     }
 
     /// What came of it. `broken_off` says how it was to end, if it was.
-    fn end(&self, ended: Result<(), ApplyError>, broken_off: Option<End>) -> End {
-        let error = match ended {
-            // It was quicker.
-            Ok(()) => return End::new(Outcome::Moved, ""),
-            Err(ApplyError::BrokenOff { reason }) => return End::new(Outcome::Stopped, reason),
-            Err(error @ ApplyError::Lacking { .. }) => {
+    fn end(&self, error: ApplyError, broken_off: Option<End>) -> End {
+        let error = match error {
+            ApplyError::BrokenOff { reason } => return End::new(Outcome::Stopped, reason),
+            error @ ApplyError::Lacking { .. } => {
                 return End::new(Outcome::Failed, error.to_string());
             }
-            Err(error) => error,
+            error => error,
         };
         let code = match &error {
             ApplyError::Query(QueryError::Failed { source, .. }) => source.code().cloned(),
@@ -245,36 +308,37 @@ impl Hand<'_> {
         }
     }
 
-    /// Asks how far the move is, until it stands still or keeps its writers waiting for too long.
+    /// Asks how far the move is, until it stands still. `pid` is the session that does it, unless Citus names
+    /// another.
     async fn watch(
         &self,
-        shards: &[i64],
+        order: Order<'_>,
+        pid: i32,
+        movers: &Movers,
         is_building: &AtomicBool,
         mut show: impl FnMut(&Progress),
     ) -> End {
-        let Apply { lock_timeout, stall_timeout, .. } = *self.limits;
-        let (mut standstill, mut cutover) =
-            (Standstill::new(stall_timeout), Cutover::new(lock_timeout));
-        let (mut connection, mut is_near) = (None, false);
+        let mut standstill = Standstill::new(self.limits.stall_timeout);
+        let (mut connection, mut is_near, mut last) = (None, false, None);
+        movers.are(&[pid]);
         loop {
             sleep(if is_near { TICK_NEAR_THE_END } else { TICK }).await;
-            let asked = self.ask(&mut connection, shards);
-            let answer =
-                if is_near { timeout(lock_timeout, asked).await.ok() } else { Some(asked.await) };
-            let progress = match answer {
-                Some(Ok(progress)) => progress,
-                unknown => {
-                    if let Some(Err(error)) = unknown {
-                        debug!(error = %chain(&error), "how far the move is, is unknown");
-                    }
+            let progress = match self.ask(&mut connection, order.shards).await {
+                Ok((mover, progress)) => {
+                    let mut all = BTreeMap::from([(pid, Progress::default())]);
+                    // A session of Citus' own copies, and does not tell at its end.
+                    last = mover.or(last.filter(|_| order.copies));
+                    all.insert(last.unwrap_or(pid), progress.clone());
+                    movers.see(&all);
+                    progress
+                }
+                Err(error) => {
+                    debug!(error = %chain(&error), "how far the move is, is unknown");
                     connection = None;
                     Progress::default()
                 }
             };
             let now = Instant::now();
-            if let Some(why) = cutover.see(&progress, now) {
-                return End::new(Outcome::NoLock, why);
-            }
             if is_building.swap(false, Ordering::Relaxed) {
                 standstill.went_on(now);
             }
@@ -282,7 +346,7 @@ impl Hand<'_> {
             if let Some(why) = standstill.see(known, now, |it| it.phase.clone()) {
                 return End::new(Outcome::Failed, why);
             }
-            is_near = cutover.is_near();
+            is_near = progress.is_near_the_end();
             show(&progress);
         }
     }
@@ -291,7 +355,7 @@ impl Hand<'_> {
         &self,
         connection: &mut Option<Connection>,
         shards: &[i64],
-    ) -> Result<Progress, ApplyError> {
+    ) -> Result<(Option<i32>, Progress), ApplyError> {
         Ok(progress::read(self.kept(connection).await?, shards).await?)
     }
 
@@ -300,9 +364,17 @@ impl Hand<'_> {
         &self,
         connection: &'a mut Option<Connection>,
     ) -> Result<&'a Connection, ConnectError> {
+        self.kept_to(self.coordinator, connection).await
+    }
+
+    async fn kept_to<'a>(
+        &self,
+        node: &Node,
+        connection: &'a mut Option<Connection>,
+    ) -> Result<&'a Connection, ConnectError> {
         let kept = match connection.take().filter(|it| !it.is_closed()) {
             Some(kept) => kept,
-            None => Box::pin(connect(self.settings, self.coordinator)).await?,
+            None => Box::pin(connect(self.settings, node)).await?,
         };
         Ok(connection.insert(kept))
     }
@@ -337,17 +409,26 @@ async fn is_copied(connection: &Connection, shards: &[i64]) -> Result<(), ApplyE
     }
 }
 
-/// The statement that moves it; or why it must not be.
+/// What moves it.
+struct Statement {
+    sql: String,
+    /// The session that does it.
+    pid: i32,
+    /// What to do if that does not end.
+    next: String,
+}
+
+/// What moves it; or why it must not be.
 async fn check(
     connection: &Connection,
     order: Order<'_>,
-) -> Result<Result<String, String>, QueryError> {
+) -> Result<Result<Statement, String>, QueryError> {
     let Order { copies, shard, from, to, .. } = order;
     let number = |group: u32| i32::try_from(group).unwrap_or(-1);
     let row = connection.query_one(CHECK, &[&shard, &number(from), &number(to)]).await?;
     let (is_coordinator, source, target, is_there): (bool, Option<i32>, Option<i32>, bool) =
         (row.get(0), row.get(1), row.get(2), row.get(3));
-    Ok(match (is_coordinator, source, target, is_there) {
+    let sql = match (is_coordinator, source, target, is_there) {
         (false, ..) => Err("the coordinator is no primary any more".to_owned()),
         (_, _, _, false) => Err(format!("shard {shard} is not on group {from} any more")),
         (_, None, ..) => Err(format!("group {from} has no active primary any more")),
@@ -357,5 +438,6 @@ async fn check(
         (_, Some(source), Some(target), true) => {
             Ok(format!("SELECT citus_move_shard_placement({shard}, {source}, {target}, 'auto')"))
         }
-    })
+    };
+    Ok(sql.map(|sql| Statement { sql, pid: row.get(4), next: row.get(5) }))
 }

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use chrono::{DateTime, Utc};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use serde_json::Value;
@@ -32,6 +33,10 @@ pub struct Board {
 struct State {
     report: Arc<Report>,
     trail: Trail,
+    /// Whether nothing was begun since the report was decided from.
+    is_fresh: bool,
+    /// When the cluster was last looked at and found.
+    succeeded_at: Option<DateTime<Utc>>,
 }
 
 impl Board {
@@ -39,7 +44,12 @@ impl Board {
     pub fn new(config: &Config) -> Self {
         let (cluster, mode) = (config.cluster.clone(), config.mode);
         let report = Report { cluster, mode, leads: None, moving: None, turn: Turn::Starting };
-        let state = State { report: Arc::new(report), trail: Trail::default() };
+        let state = State {
+            report: Arc::new(report),
+            trail: Trail::default(),
+            is_fresh: false,
+            succeeded_at: None,
+        };
         let it = Self {
             state: Arc::new(Mutex::new(state)),
             cluster: config.cluster.clone(),
@@ -77,6 +87,12 @@ impl Board {
         self.with(|it| Arc::clone(&it.report))
     }
 
+    /// The newest report, unless something was begun since it was decided from: what is under way closes gates
+    /// itself, and no one may judge by those.
+    pub(crate) fn fresh(&self) -> Option<Arc<Report>> {
+        self.with(|it| it.is_fresh.then(|| Arc::clone(&it.report)))
+    }
+
     /// What `/status` shows.
     pub fn status(&self) -> Value {
         let (report, audits) = self.with(|it| {
@@ -86,6 +102,11 @@ impl Board {
         let mut status = serde_json::to_value(&*report).unwrap_or_default();
         status["audit"] = Value::Array(audits.unwrap_or_default());
         status
+    }
+
+    /// When the cluster was last looked at and found: looks that fail since then do not change it.
+    pub(crate) fn succeeded_at(&self) -> Option<DateTime<Utc>> {
+        self.with(|it| it.succeeded_at)
     }
 
     #[cfg(test)]
@@ -107,6 +128,7 @@ impl Board {
             }
         });
         self.change(|it| (it.turn, it.leads) = (turn, leads));
+        self.with(|it| it.is_fresh = true);
     }
 
     /// Takes up what is known while something is under way: nothing is decided from it.
@@ -116,12 +138,17 @@ impl Board {
     }
 
     fn count_look(&self, turn: &Turn) {
-        let outcome = if matches!(turn, Turn::Unknown { .. }) { "failed" } else { "ok" };
+        let is_unknown = matches!(turn, Turn::Unknown { .. });
+        let outcome = if is_unknown { "failed" } else { "ok" };
+        if !is_unknown {
+            self.with(|it| it.succeeded_at = turn.at());
+        }
         self.looks.get_or_create(&self.labels(Some(outcome))).inc();
     }
 
     /// Shows what is moved now.
     pub(crate) fn show(&self, moving: Option<Moving>) {
+        self.with(|it| it.is_fresh &= moving.is_none());
         self.change(|it| it.moving = moving);
     }
 
@@ -152,8 +179,6 @@ fn tell(before: &Turn, now: &Turn) {
 
 #[cfg(test)]
 mod tests {
-    use chrono::Utc;
-
     use super::*;
     use crate::report::tests::{config, skewed, view};
 
@@ -174,11 +199,31 @@ mod tests {
         let reason = "no route to host".to_owned();
         board.publish(Turn::Unknown { at: Utc::now(), reason: reason.clone() }, None, "host-1");
         assert_eq!(board.report().turn.not_ready(), Some(reason));
+        assert!(board.succeeded_at().is_some(), "what was found last is");
         // What was decided before is history, and is not shown as if it were known.
         assert!(board.status()["plan"].is_null());
         for (outcome, expected) in [("ok", 2), ("failed", 1)] {
             assert_eq!(board.looks.get_or_create(&board.labels(Some(outcome))).get(), expected);
         }
+    }
+
+    /// What is under way closes gates itself.
+    #[test]
+    fn nothing_is_judged_by_what_was_seen_while_something_was_under_way() {
+        let board = Board::new(&config());
+        assert!(board.fresh().is_none());
+        let turn = || Turn::Decided(Box::new(view(skewed)));
+        board.publish(turn(), None, "host-1");
+        board.show(None);
+        assert!(board.fresh().is_some());
+        let entry = crate::ledger::tests::entry(0, 102, Outcome::Started);
+        board.show(Some(Moving { entry, phase: None, copied_bytes: None }));
+        board.refresh(turn());
+        assert!(board.fresh().is_none());
+        board.show(None);
+        assert!(board.fresh().is_none(), "how it ended is not written down yet");
+        board.publish(turn(), None, "host-1");
+        assert!(board.fresh().is_some());
     }
 
     #[test]

@@ -26,6 +26,8 @@ pub struct Catalogue {
     pub jobs: Known<Vec<Job>>,
     /// Moves under way, those that nobody scheduled as a job too.
     pub progress: Known<Vec<Progress>>,
+    /// Sessions of this agent, of any replica, that are at a move or at its end.
+    pub movers: Known<Vec<Mover>>,
     /// Whether each node reaches each other.
     pub links: Known<Vec<Link>>,
     /// What Citus would move.
@@ -106,11 +108,24 @@ pub struct Table {
     /// Whether logical replication can tell its rows apart: a primary key, another replica
     /// identity, or no rows of its own (partitioned).
     pub has_replica_identity: bool,
+    /// What else keeps logical replication from carrying it.
+    pub hindrance: Option<Hindrance>,
     /// Whether the agent's role may use its schema. If not, Citus tells none of the sizes on a node
     /// that has a shard of it, and warns.
     pub is_visible: bool,
     /// Its owner, as whom it is moved.
     pub owner: Owner,
+}
+
+/// What keeps logical replication from carrying a table.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Hindrance {
+    /// Its access method is not `heap`: writes to a `columnar` one fail while it is published.
+    AccessMethod(String),
+    /// It is `UNLOGGED`, and cannot be published.
+    Unlogged,
+    /// Row-level security is forced on its owner, as whom rows arrive.
+    RowSecurity,
 }
 
 /// The owner of a table, and what hangs on it.
@@ -182,6 +197,15 @@ pub struct Progress {
     pub target: String,
     /// `status`, in Citus' words.
     pub phase: String,
+}
+
+/// A session of this agent that is at a move, or at its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mover {
+    /// `pid`, on the coordinator.
+    pub pid: i32,
+    /// The shard; `None` if it copies reference tables.
+    pub shard: Option<i64>,
 }
 
 /// Whether one node reaches another.
@@ -284,7 +308,15 @@ pub(crate) mod tests {
         let owner =
             Owner { name: "app".to_owned(), can_login: true, can_create: true, is_ours: true };
         let name = format!("public.{name}");
-        Table { name, kind, colocation, has_replica_identity: true, is_visible: true, owner }
+        Table {
+            name,
+            kind,
+            colocation,
+            has_replica_identity: true,
+            hindrance: None,
+            is_visible: true,
+            owner,
+        }
     }
 
     /// A node of its own group, as a worker is.
@@ -312,6 +344,7 @@ pub(crate) mod tests {
             cleanup: Ok(Vec::new()),
             jobs: Ok(Vec::new()),
             progress: Ok(Vec::new()),
+            movers: Ok(Vec::new()),
             links: Ok(Vec::new()),
             citus_plan: Ok(Vec::new()),
         }

@@ -1,10 +1,14 @@
 //! The command line.
 
 use clap::{Args, Parser, Subcommand};
+use shared::cli::config_help;
+
+use crate::commands::AGENT;
 
 /// Says where shards should be, what is in the way of moving them there, and moves them.
 #[derive(Debug, Parser)]
 #[command(name = "rebalance-agent", version, max_term_width = 100)]
+#[command(mut_arg("config", |argument| config_help(argument, AGENT)))]
 pub struct Cli {
     /// What every agent has.
     #[command(flatten)]
@@ -43,7 +47,8 @@ pub enum Command {
     ///
     /// All guards, the window and the budget hold. With etcd the agents that run do it. Without, this
     /// command does, and returns when the node is empty or something is in the way; what it moves
-    /// counts for this command alone.
+    /// counts for this command alone. An agent that runs meanwhile knows nothing of it and moves shards
+    /// back: stop it first, or configure etcd.
     ///
     /// It does not keep Citus from putting shards of new tables there, and it removes nothing: both ask
     /// for a superuser. `status` says how, and when it is safe.
@@ -121,5 +126,7 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+        let help = Cli::command().render_help().to_string();
+        assert!(help.contains("rebalance-agent.toml"), "{help}");
     }
 }

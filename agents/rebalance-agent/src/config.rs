@@ -299,6 +299,9 @@ impl Default for Apply {
     }
 }
 
+/// `statement_timeout` is a number of milliseconds, of 31 bits.
+const MOVE_TIMEOUT_MAX: Duration = Duration::from_hours(24 * 24);
+
 impl Apply {
     fn check(&self, problems: &mut Problems) {
         if !(LOCK_TIMEOUT_MIN..=LOCK_TIMEOUT_MAX).contains(&self.lock_timeout) {
@@ -309,6 +312,9 @@ impl Apply {
         }
         if self.move_timeout < self.stall_timeout {
             problems.add("move_timeout", "must not be below stall_timeout");
+        }
+        if MOVE_TIMEOUT_MAX < self.move_timeout {
+            problems.add("move_timeout", "must be 24days or less: PostgreSQL takes no longer one");
         }
     }
 }
@@ -480,6 +486,28 @@ mod tests {
         let config = load(&text).unwrap();
         assert!(config.patroni.is_some() && config.etcd.is_some() && config.health.is_some());
         assert!(config.window.is_some() && (config.balance.weight(3) - 2.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn what_postgresql_would_not_take_or_nobody_could_compute_is_refused() {
+        let rest = "cluster = \"a\"\n[postgres]\nuser = \"a\"\n\
+                    [[nodes]]\ngroup = 0\nname = \"a\"\nhost = \"a\"\n";
+        let often = "window.schedule: opens more than 1000 times before it closes once: let it open \
+                     less often, or for less long\n";
+        for (text, expected) in [
+            ("apply.move_timeout = \"24days\"", None),
+            (
+                "apply.move_timeout = \"25days\"",
+                Some(
+                    "apply.move_timeout: must be 24days or less: PostgreSQL takes no longer one\n",
+                ),
+            ),
+            ("window = { schedule = \"* * * * *\", length = \"16h\" }", None),
+            ("window = { schedule = \"* * * * *\", length = \"17h\" }", Some(often)),
+        ] {
+            let found = load(&format!("{text}\n{rest}")).err();
+            assert_eq!(found.as_deref(), expected, "{text}");
+        }
     }
 
     #[test]

@@ -19,6 +19,7 @@ use crate::known::Known;
 use crate::ledger::{DAY, Ledger, Outcome, Spent};
 use crate::observation::Observation;
 use crate::window::Window;
+pub use tables::hindrance;
 
 /// How long a run is where no window says so.
 const RUN: TimeDelta = TimeDelta::hours(1);
@@ -43,6 +44,8 @@ pub enum Gate {
     ReferenceTables,
     /// Nobody else moves shards.
     Busy,
+    /// No session of a move that has ended keeps its locks.
+    Locks,
     /// Citus has cleaned up after moves.
     Cleanup,
     /// Nothing is left of moves that were broken off.
@@ -73,13 +76,15 @@ pub enum Gate {
     Disk,
     /// Rows can be told apart by logical replication.
     ReplicaIdentity,
+    /// Logical replication carries the tables.
+    Tables,
     /// The agent may move the tables, and their owner can.
     Owner,
 }
 
 impl Gate {
     /// All, in the order in which they are shown.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 26] = [
         Self::Coordinator,
         Self::Nodes,
         Self::Reachable,
@@ -88,6 +93,7 @@ impl Gate {
         Self::Sizes,
         Self::ReferenceTables,
         Self::Busy,
+        Self::Locks,
         Self::Cleanup,
         Self::Leftovers,
         Self::Window,
@@ -103,6 +109,7 @@ impl Gate {
         Self::Headroom,
         Self::Disk,
         Self::ReplicaIdentity,
+        Self::Tables,
         Self::Owner,
     ];
 
@@ -117,6 +124,7 @@ impl Gate {
             Self::Sizes => "sizes",
             Self::ReferenceTables => "reference_tables",
             Self::Busy => "busy",
+            Self::Locks => "locks",
             Self::Cleanup => "cleanup",
             Self::Leftovers => "leftovers",
             Self::Window => "window",
@@ -132,6 +140,7 @@ impl Gate {
             Self::Headroom => "headroom",
             Self::Disk => "disk",
             Self::ReplicaIdentity => "replica_identity",
+            Self::Tables => "tables",
             Self::Owner => "owner",
         }
     }
@@ -176,6 +185,12 @@ pub struct Refusal {
 }
 
 impl Refusal {
+    /// Whether it holds for every move. What would end any move that is under way keeps it from beginning.
+    pub fn is_for_all(&self) -> bool {
+        let is_coordinators = self.scope == Scope::Group(0) && self.ends_a_move().is_some();
+        self.scope == Scope::Cluster || is_coordinators
+    }
+
     /// How a move that is under way is to end because of it; `None` if it need not. Other gates close
     /// because of the move itself, or only make it wait: standbys that fall behind or are restarted, or a
     /// base backup, delay what comes next.

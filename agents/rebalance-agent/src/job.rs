@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::{Deserialize, Serialize};
 
+use crate::guard::{Gate, Refusal, Scope};
 use crate::ledger::{End, Entry, Ledger, Outcome};
 use crate::plan::{Move, Plan, Why, Wish};
 use crate::words::count;
@@ -123,6 +124,52 @@ impl Seen {
         let next = "see the logs of the coordinator and of both nodes";
         End::new(Outcome::Failed, format!("{what}; {next}"))
     }
+}
+
+/// What the moves of a job touch that are not done.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Remaining {
+    /// The groups they move from and to.
+    pub groups: BTreeSet<u32>,
+    /// Those they move to.
+    pub targets: BTreeSet<u32>,
+    /// The colocation groups of their tables.
+    pub colocations: BTreeSet<u32>,
+}
+
+/// Why a job must not go on: a gate has closed that would keep one of its moves from beginning, or a drain
+/// has begun, which comes first. Its own moves close gates, too: those of what is moved, is to be cleaned up or
+/// was spent say nothing. `remaining` is `None` while that is unknown: then all of it may concern the job.
+pub fn gate(
+    refusals: &[Refusal],
+    drains: &BTreeSet<u32>,
+    moves: &[Move],
+    remaining: Option<&Remaining>,
+) -> Option<End> {
+    let concerns = |scope| match scope {
+        Scope::Cluster | Scope::Group(0) => true,
+        Scope::Group(group) => remaining.is_none_or(|it| it.groups.contains(&group)),
+        Scope::Colocation(id) => remaining.is_none_or(|it| it.colocations.contains(&id)),
+        Scope::Shard(_) => false,
+    };
+    let of_itself = |gate| {
+        use Gate::{Budget, Busy, Cleanup, Leftovers, Setbacks, Sizes};
+        matches!(gate, Budget | Busy | Cleanup | Leftovers | Setbacks | Sizes)
+    };
+    let mut closed = refusals.iter().filter(|it| concerns(it.scope));
+    let closed = closed.find_map(|it| match it.ends_a_move() {
+        Some(outcome) => Some(End::new(outcome, &it.reason)),
+        None if of_itself(it.gate) => None,
+        None => Some(End::new(Outcome::Closed, &it.reason)),
+    });
+    let is_drained = |group: &&u32| remaining.is_some_and(|it| it.targets.contains(group));
+    let drained = drains.iter().find(is_drained).copied();
+    let drained =
+        drained.or_else(|| moves.iter().find(|it| it.why == Why::Drain).map(|it| it.from));
+    closed.or_else(|| {
+        let reason = format!("group {} is to be emptied, which comes first", drained?);
+        Some(End::new(Outcome::Stopped, reason))
+    })
 }
 
 /// What to do with a job that is ours.
@@ -318,6 +365,57 @@ mod tests {
         }
     }
 
+    /// A move that is under way may end; a job would begin one after the other.
+    #[test]
+    fn what_would_keep_a_move_from_beginning_ends_a_job() {
+        use Gate::{
+            Activity, BaseBackup, Budget, Busy, Cleanup, Disk, Headroom, Lag, Links, Owner,
+            ReplicaIdentity, Setbacks, Transactions, Window,
+        };
+        let remaining =
+            Remaining { groups: [1, 2].into(), targets: [2].into(), colocations: [1].into() };
+        let (closed, stopped) = (Some(Outcome::Closed), Some(Outcome::Stopped));
+        for (gate_, scope, expected, unknown) in [
+            (Window, Scope::Cluster, stopped, stopped),
+            (Disk, Scope::Group(2), closed, closed),
+            (Lag, Scope::Group(1), closed, closed),
+            (Lag, Scope::Group(3), None, closed),
+            (Lag, Scope::Group(0), closed, closed),
+            (Transactions, Scope::Group(2), closed, closed),
+            (BaseBackup, Scope::Group(1), closed, closed),
+            (Activity, Scope::Group(1), closed, closed),
+            (Headroom, Scope::Group(2), closed, closed),
+            (Links, Scope::Cluster, closed, closed),
+            (Owner, Scope::Colocation(1), closed, closed),
+            (ReplicaIdentity, Scope::Colocation(2), None, closed),
+            // As its own moves close them.
+            (Busy, Scope::Cluster, None, None),
+            (Cleanup, Scope::Cluster, None, None),
+            (Budget, Scope::Cluster, None, None),
+            (Setbacks, Scope::Cluster, None, None),
+            (Budget, Scope::Shard(1), None, None),
+        ] {
+            let (reason, next) = ("why".to_owned(), String::new());
+            let refusals = [Refusal { gate: gate_, scope, reason, next }];
+            let found = |it| gate(&refusals, &BTreeSet::new(), &[], it).map(|it| it.outcome);
+            assert_eq!(found(Some(&remaining)), expected, "{gate_:?} {scope}");
+            assert_eq!(found(None), unknown, "{gate_:?} {scope}");
+        }
+        let drained = |group: u32| {
+            let reason = format!("group {group} is to be emptied, which comes first");
+            Some(End::new(Outcome::Stopped, reason))
+        };
+        let of_drain = [Move { why: Why::Drain, ..planned(7, 3, 1) }];
+        for (drains, moves, expected) in [
+            (BTreeSet::from([2]), &[][..], drained(2)),
+            // There is nothing to move off it: it may stay empty.
+            (BTreeSet::from([3]), &[], None),
+            (BTreeSet::from([3]), &of_drain, drained(3)),
+        ] {
+            assert_eq!(gate(&[], &drains, moves, Some(&remaining)), expected, "{drains:?}");
+        }
+    }
+
     fn entry(minutes: i64, job: Option<i64>, outcome: Outcome) -> Entry {
         Entry {
             at: now() + TimeDelta::minutes(minutes),
@@ -325,6 +423,7 @@ mod tests {
             from: 1,
             to: 2,
             copies: false,
+            colocation: None,
             job,
             moves: 2,
             bytes: 2,

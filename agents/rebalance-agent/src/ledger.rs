@@ -1,6 +1,7 @@
 //! What was moved in the last 24 hours, and how each move or job ended: what budgets and rests are
 //! counted by. Pure.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
@@ -28,6 +29,8 @@ pub enum Outcome {
     Moved,
     /// It did not get its lock in time.
     NoLock,
+    /// It made way for a statement that waited behind it, and had others wait.
+    Yielded,
     /// It was to end: the window closed, somebody paused, the agent stopped.
     Stopped,
     /// It was broken off because a gate closed that it may have closed itself: a server was lost, a disk
@@ -41,8 +44,15 @@ pub enum Outcome {
 
 impl Outcome {
     /// All, as metrics list them.
-    pub const ENDS: [Self; 6] =
-        [Self::Moved, Self::NoLock, Self::Stopped, Self::Closed, Self::Failed, Self::Unknown];
+    pub const ENDS: [Self; 7] = [
+        Self::Moved,
+        Self::NoLock,
+        Self::Yielded,
+        Self::Stopped,
+        Self::Closed,
+        Self::Failed,
+        Self::Unknown,
+    ];
 
     /// Its name in metrics, logs and JSON.
     pub const fn name(self) -> &'static str {
@@ -50,6 +60,7 @@ impl Outcome {
             Self::Started => "started",
             Self::Moved => "moved",
             Self::NoLock => "no_lock",
+            Self::Yielded => "yielded",
             Self::Stopped => "stopped",
             Self::Closed => "closed",
             Self::Failed => "failed",
@@ -65,12 +76,14 @@ pub struct End {
     pub outcome: Outcome,
     /// Why: a sentence without full stop, empty if it was moved.
     pub reason: String,
+    /// Whether its session lives on, with its locks.
+    pub keeps_locks: bool,
 }
 
 impl End {
     /// For that reason.
     pub fn new(outcome: Outcome, reason: impl Into<String>) -> Self {
-        Self { outcome, reason: reason.into() }
+        Self { outcome, reason: reason.into(), keeps_locks: false }
     }
 }
 
@@ -88,6 +101,9 @@ pub struct Entry {
     /// Whether reference tables are copied, to each node that lacks them, and nothing is moved.
     #[serde(default)]
     pub copies: bool,
+    /// The colocation group of its tables; `None` if they are in none, or an older agent wrote it.
+    #[serde(default)]
+    pub colocation: Option<u32>,
     /// The number of Citus' background job, where one moves several shard groups, of which `shard`, `from`
     /// and `to` name the first; 0 if Citus did not take it.
     #[serde(default)]
@@ -142,18 +158,40 @@ pub struct Ledger {
     entries: Vec<Entry>,
     /// When somebody last said that what failed before is mended.
     resumed_at: Option<DateTime<Utc>>,
+    /// Those that are under way: nothing can be said of them yet.
+    under_way: Vec<(DateTime<Utc>, i64)>,
+}
+
+/// Why something rests.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Setback {
+    /// The colocation group whose moves failed; `None` if those of several did.
+    pub colocation: Option<u32>,
+    /// Until when.
+    pub until: DateTime<Utc>,
+    /// How many failed in a row.
+    pub failures: u32,
+    /// Why the last one did.
+    pub why: String,
 }
 
 impl Ledger {
     /// From what was kept, in any order.
     pub fn new(mut entries: Vec<Entry>) -> Self {
         entries.sort_by_key(|it| (it.at, it.shard));
-        Self { entries, resumed_at: None }
+        Self { entries, resumed_at: None, under_way: Vec::new() }
     }
 
     /// What failed before then makes nothing rest any more. It still counts for the budget.
     pub fn resumed(self, at: Option<DateTime<Utc>>) -> Self {
         Self { resumed_at: at.max(self.resumed_at), ..self }
+    }
+
+    /// What is known to be under way has not failed.
+    pub fn under_way(mut self, is_under_way: impl Fn(&Entry) -> bool) -> Self {
+        let begun = self.entries.iter().filter(|it| it.outcome == Outcome::Started);
+        self.under_way = begun.filter(|it| is_under_way(it)).map(|it| (it.at, it.shard)).collect();
+        self
     }
 
     /// Writes down a move, in place of what was said of it before, and forgets what is too old.
@@ -184,12 +222,32 @@ impl Ledger {
         })
     }
 
-    /// Until when nothing is moved because the last moves failed, how many did, and why the last one.
-    pub fn setbacks(&self) -> Option<(DateTime<Utc>, u32, String)> {
-        let (last, failures) = self.failures(|_| true)?;
+    /// What rests because the last moves failed: tables whose own moves did, and everything where those of
+    /// several did.
+    pub fn setbacks(&self) -> Vec<Setback> {
+        let mut found: Vec<_> =
+            self.colocations().filter_map(|it| self.setback(Some(it))).collect();
+        found.extend(self.setback(None));
+        found
+    }
+
+    /// The colocation groups of which something was moved.
+    fn colocations(&self) -> impl Iterator<Item = u32> {
+        let all: BTreeSet<u32> = self.entries.iter().filter_map(|it| it.colocation).collect();
+        all.into_iter()
+    }
+
+    fn setback(&self, colocation: Option<u32>) -> Option<Setback> {
+        let is_of = |it: &Entry| colocation.is_none() || it.colocation == colocation;
+        let (last, failures) = self.failures(is_of)?;
         let doublings = failures.checked_sub(SETBACKS_MAX)?;
         let until = last.last_at() + rest_after(SETBACK_REST_MIN, doublings);
-        Some((until, failures, last.why().to_owned()))
+        // What fails for one group of tables alone is no reason to leave others where they are.
+        let is_of_one = |one: u32| self.failed(|_| true).all(|it| it.colocation == Some(one));
+        if colocation.is_none() && last.colocation.is_some_and(is_of_one) {
+            return None;
+        }
+        Some(Setback { colocation, until, failures, why: last.why().to_owned() })
     }
 
     /// Until when a shard group is left alone after its last moves failed, and why.
@@ -227,16 +285,23 @@ impl Ledger {
         self
     }
 
-    /// The last failure and how many there are in a row, if the last of those moves failed. One that was
-    /// to end says nothing either way.
+    /// The last failure and how many there are in a row, if the last of those moves failed.
     fn failures(&self, is_of: impl Fn(&Entry) -> bool) -> Option<(&Entry, u32)> {
-        let is_old = |it: &Entry| self.resumed_at.is_some_and(|at| it.last_at() <= at);
-        let mut failed = self
-            .newest()
-            .filter(|it| is_of(it) && it.outcome != Outcome::Stopped)
-            .take_while(|it| it.outcome != Outcome::Moved && !is_old(it));
+        let mut failed = self.failed(is_of);
         let last = failed.next()?;
         Some((last, u32::try_from(failed.count()).unwrap_or(u32::MAX).saturating_add(1)))
+    }
+
+    /// Those of the last moves that failed in a row, the newest first. One that was to end, or is under way,
+    /// says nothing either way.
+    fn failed(&self, is_of: impl Fn(&Entry) -> bool) -> impl Iterator<Item = &Entry> {
+        let is_old = |it: &Entry| self.resumed_at.is_some_and(|at| it.last_at() <= at);
+        let says_nothing = |it: &Entry| {
+            it.outcome == Outcome::Stopped || self.under_way.contains(&(it.at, it.shard))
+        };
+        self.newest()
+            .filter(move |it| is_of(it) && !says_nothing(it))
+            .take_while(move |it| it.outcome != Outcome::Moved && !is_old(it))
     }
 }
 
@@ -250,20 +315,21 @@ pub fn kept_for() -> Duration {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     fn at(minute: i64) -> DateTime<Utc> {
         DateTime::from_timestamp(1_800_000_000 + 60 * minute, 0).unwrap()
     }
 
-    fn entry(minute: i64, shard: i64, outcome: Outcome) -> Entry {
+    pub(crate) fn entry(minute: i64, shard: i64, outcome: Outcome) -> Entry {
         Entry {
             at: at(minute),
             shard,
             from: 1,
             to: 2,
             copies: false,
+            colocation: None,
             job: None,
             moves: 1,
             bytes: 10,
@@ -375,7 +441,8 @@ mod tests {
         ] {
             let ledger = ledger.clone().resumed(resumed.map(at));
             assert_eq!(ledger.rest(1).map(|it| it.0), rest.map(at), "{resumed:?}");
-            assert_eq!(ledger.setbacks().map(|it| it.1), setback, "{resumed:?}");
+            let found = ledger.setbacks().first().map(|it| it.failures);
+            assert_eq!(found, setback, "{resumed:?}");
             assert_eq!(ledger.spent(at(0)).moves, 4);
         }
     }
@@ -393,9 +460,49 @@ mod tests {
             (vec![Failed; 40], Some((39 + 60, 40))),
         ] {
             let entries = (0..).zip(&outcomes).map(|(minute, it)| entry(minute, minute, *it));
-            let found = Ledger::new(entries.collect()).setbacks().map(|it| (it.0, it.1));
+            let found = Ledger::new(entries.collect()).setbacks();
+            let found = found.first().map(|it| (it.until, it.failures));
             let expected = expected.map(|(minute, times)| (at(minute), times));
             assert_eq!(found, expected, "{outcomes:?}");
         }
+    }
+
+    #[test]
+    fn failures_of_one_colocation_group_make_that_one_rest() {
+        use Outcome::{Failed, Moved, Stopped};
+        for (moves, expected) in [
+            (vec![(1, Failed); 2], vec![]),
+            (vec![(1, Failed); 3], vec![(Some(1), 3)]),
+            // The server that all of them go to, perhaps.
+            (vec![(1, Failed), (1, Failed), (2, Failed)], vec![(None, 3)]),
+            (
+                vec![(1, Failed), (1, Failed), (1, Failed), (2, Failed)],
+                vec![(Some(1), 3), (None, 4)],
+            ),
+            (
+                vec![(1, Failed), (1, Failed), (2, Moved), (1, Failed), (2, Stopped)],
+                vec![(Some(1), 3)],
+            ),
+            (vec![(1, Failed), (1, Failed), (1, Moved), (1, Failed)], vec![]),
+        ] {
+            let of = |(minute, (colocation, outcome)): (i64, &(u32, Outcome))| Entry {
+                colocation: Some(*colocation),
+                ..entry(minute, minute, *outcome)
+            };
+            let ledger = Ledger::new((0..).zip(&moves).map(of).collect());
+            let found = ledger.setbacks().into_iter().map(|it| (it.colocation, it.failures));
+            assert_eq!(found.collect::<Vec<_>>(), expected, "{moves:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_under_way_has_not_failed() {
+        let mut entries: Vec<_> = (0..2).map(|it| entry(it, 1, Outcome::Failed)).collect();
+        entries.push(entry(2, 1, Outcome::Started));
+        let ledger = Ledger::new(entries);
+        assert_eq!((ledger.rest(1).map(|it| it.0), ledger.setbacks().len()), (Some(at(2 + 4)), 1));
+        let ledger = ledger.under_way(|it| it.shard == 1);
+        assert_eq!((ledger.rest(1).map(|it| it.0), ledger.setbacks()), (Some(at(1 + 2)), vec![]));
+        assert_eq!(ledger.spent(at(0)).moves, 3);
     }
 }

@@ -99,7 +99,7 @@ impl Collector for ReportCollector {
         families.one("leader", help, None, report.leads.map(flag))?;
         let help = "Whether a shard group is moved now";
         families.one("moving", help, None, Some(flag(report.moving.is_some())))?;
-        let at = has_citus.and(report.turn.at()).map(seconds);
+        let at = self.0.succeeded_at().map(seconds);
         let help = "When the cluster was last looked at and found";
         families.one("last_success_timestamp", help, Some(&Unit::Seconds), at)?;
         match &report.turn {
@@ -197,6 +197,9 @@ mod tests {
 
     fn scrape(turn: Turn) -> String {
         let board = Board::new(&config());
+        if let Turn::Decided(_) = &turn {
+            board.refresh(turn.clone());
+        }
         board.set(report(turn));
         let mut registry = shared::metrics::registry();
         register(&mut registry, &board);
@@ -232,7 +235,7 @@ mod tests {
             "pgmesh_rebalance_node_draining{cluster=\"demo\",group=\"0\",node=\"coord:5432\"} 0.0",
             "pgmesh_rebalance_node_blocked{cluster=\"demo\",group=\"1\",node=\"w1:5432\"} 0.0",
             "pgmesh_rebalance_last_success_timestamp_seconds{cluster=\"demo\"} 1773108000.0",
-            "pgmesh_rebalance_looks_total{cluster=\"demo\",outcome=\"ok\"} 0",
+            "pgmesh_rebalance_looks_total{cluster=\"demo\",outcome=\"ok\"} 1",
         ] {
             assert!(text.lines().any(|it| it == line), "no line {line:?} in:\n{text}");
         }
@@ -258,6 +261,7 @@ mod tests {
                     "pgmesh_rebalance_moves_total{cluster=\"demo\",outcome=\"no_lock\"} 0",
                     "pgmesh_rebalance_moves_total{cluster=\"demo\",outcome=\"stopped\"} 0",
                     "pgmesh_rebalance_moves_total{cluster=\"demo\",outcome=\"unknown\"} 0",
+                    "pgmesh_rebalance_moves_total{cluster=\"demo\",outcome=\"yielded\"} 0",
                     "pgmesh_rebalance_moving{cluster=\"demo\"} 0.0",
                 ]
             );

@@ -19,6 +19,7 @@ use reqwest::Client;
 use shared::etcd::Etcd;
 use shared::http;
 use shared::pg::{ConnectError, Node, Settings, connect};
+use shared::telemetry::chain;
 use shared::topology::{GroupError, PatroniConfig, Topology, TopologyError, observe_group};
 use thiserror::Error;
 use tokio::time::timeout;
@@ -63,8 +64,13 @@ pub enum LookError {
     #[error(transparent)]
     Topology(#[from] TopologyError),
     /// There is no one primary of group 0.
-    #[error(transparent)]
-    Group(#[from] GroupError),
+    #[error("{error}{}", because(why))]
+    Group {
+        /// What it is.
+        error: GroupError,
+        /// Why each node that is unknown is.
+        why: Vec<String>,
+    },
     /// It takes no connection.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -82,6 +88,10 @@ pub enum LookError {
         /// The limit.
         limit: Duration,
     },
+}
+
+fn because(why: &[String]) -> String {
+    if why.is_empty() { String::new() } else { format!(": {}", why.join("; ")) }
 }
 
 /// Looks at the cluster. Keeps nothing from one look to the next but the topology.
@@ -161,7 +171,10 @@ impl Observer {
         let at = Utc::now();
         let members = self.topology.nodes().await?;
         let group = observe_group(&self.settings, &members, 0).await;
-        let (node, _) = group.primary()?;
+        let (node, _) = group.primary().map_err(|error| {
+            let unknown = group.nodes.iter().filter_map(|it| it.state.as_ref().err());
+            LookError::Group { error, why: unknown.map(|it| chain(it).to_string()).collect() }
+        })?;
         let connection = connect(&self.settings, node).await?;
         let wrong = |source| LookError::Answer { node: node.to_string(), source };
         let Some(version) = catalogue::version(&connection).await.map_err(wrong)? else {

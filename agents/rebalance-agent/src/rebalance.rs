@@ -2,22 +2,24 @@
 
 mod job;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use chrono::Utc;
 use shared::lease::{Claim, Identity, Leadership, Sharing, TTL, replica_name};
 use shared::pg::Node;
 use shared::telemetry::chain;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{debug, error, info, warn};
 
-use crate::apply::{Hand, Order, Progress};
+use crate::apply::{ApplyError, Hand, Order, Progress};
 use crate::board::Board;
 use crate::commands::AGENT;
 use crate::config::{Config, Mode};
 use crate::control::Control;
-use crate::guard::Scope;
+use crate::guard::{Gate, Scope};
+use crate::job::gate;
 use crate::ledger::{End, Entry, Outcome};
 use crate::memory::Memory;
 use crate::observe::{Observer, Seen};
@@ -30,6 +32,9 @@ use crate::window::Opening;
 const LOOK_MAX: Duration = Duration::from_secs(15);
 /// … and whether that is still wanted.
 const WANTED_EVERY: Duration = Duration::from_secs(5);
+
+/// How long etcd may take to say who leads.
+const LEADER_LIMIT: Duration = Duration::from_secs(5);
 
 /// Looks, decides and acts.
 #[derive(Debug)]
@@ -119,10 +124,23 @@ impl Rebalancer {
             let Some((turn, coordinator)) = shutdown.run_until_cancelled(self.look()).await else {
                 break;
             };
-            let claim = claim.filter(Claim::is_valid);
+            let mut claim = claim.filter(Claim::is_valid);
             let leads = (self.config.mode == Mode::Apply).then_some(claim.is_some());
             if let (Turn::Decided(view), Some(_)) = (&turn, &claim) {
                 self.forget(view).await;
+                for it in view.refusals.iter().filter(|it| it.gate == Gate::Locks) {
+                    error!(
+                        reason = it.reason,
+                        next = it.next,
+                        "a move that has ended keeps its locks"
+                    );
+                }
+            }
+            if let Turn::Decided(view) = &turn
+                && claim.is_none()
+                && self.watches_alone(view).await
+            {
+                claim = Some(Claim::unlimited());
             }
             let step = match &turn {
                 Turn::Decided(view) => {
@@ -146,6 +164,14 @@ impl Rebalancer {
             }
         }
         Ok(())
+    }
+
+    /// Whether nobody else would watch a job that was begun: one that moves nothing has no lease, and needs
+    /// none to watch and to stop what is known by its number.
+    async fn watches_alone(&self, view: &View) -> bool {
+        self.config.mode == Mode::DryRun
+            && view.begun.is_some()
+            && matches!(timeout(LEADER_LIMIT, self.memory.leader()).await, Ok(Ok(None)))
     }
 
     /// Does it, and returns after how long to look again.
@@ -201,8 +227,9 @@ impl Rebalancer {
             self.board.show(Some(moving));
         };
         let end = if claim.is_valid() {
-            let (coordinator, groups) = (hand.coordinator, (!entry.copies).then_some([from, to]));
-            let concern = Concern { coordinator, groups, colocation: Some(it.colocation) };
+            let groups = (!entry.copies).then_some([from, to]);
+            let what = Touched::Move { groups, colocation: it.colocation };
+            let concern = Concern { hand, what };
             hand.carry(order, self.halted(&concern, claim, shutdown), show).await
         } else {
             End::new(Outcome::Stopped, "another replica leads")
@@ -220,7 +247,8 @@ impl Rebalancer {
 
     /// Writes down how a move or a job ended, and cleans up after it.
     async fn ended(&self, hand: &Hand<'_>, mut entry: Entry, end: End, claim: &Claim) {
-        (entry.outcome, entry.reason) = (end.outcome, end.reason);
+        let End { outcome, reason, keeps_locks } = end;
+        (entry.outcome, entry.reason) = (outcome, reason);
         entry.ended_at = Some(Utc::now());
         self.board.count(&entry);
         // If that fails, it counts all the same, and as a failure.
@@ -228,8 +256,9 @@ impl Rebalancer {
             let shard = entry.shard;
             warn!(error = %chain(&error), shard, "how a move ended is not written down");
         }
-        // What is left of one that failed nobody needs.
+        // What is left of one that failed nobody needs; but one that has its locks uses it still.
         if entry.outcome != Outcome::Moved
+            && !keeps_locks
             && claim.is_valid()
             && let Err(error) = hand.clean_up().await
         {
@@ -245,6 +274,7 @@ impl Rebalancer {
             from: it.from,
             to: it.to,
             copies: it.why == Why::ReferenceTables,
+            colocation: (it.colocation != 0).then_some(it.colocation),
             job: None,
             moves: 1,
             bytes: it.bytes,
@@ -304,13 +334,12 @@ impl Rebalancer {
             sleep(self.config.interval.min(LOOK_MAX)).await;
             let (turn, coordinator) = self.look().await;
             let why = match &turn {
-                Turn::Decided(_) if coordinator.as_ref() != Some(concern.coordinator) => {
+                Turn::Decided(_) if coordinator.as_ref() != Some(concern.hand.coordinator) => {
                     Some(End::new(Outcome::Closed, "the coordinator has another primary"))
                 }
                 Turn::Decided(view) => {
                     unknown = 0;
-                    let mut refusals = view.refusals.iter().filter(|it| concern.is_of(it.scope));
-                    refusals.find_map(|it| Some(End::new(it.ends_a_move()?, &it.reason)))
+                    concern.ends(view).await
                 }
                 // A failover on the way to the coordinator ends the session by itself.
                 Turn::Unknown { reason, .. } => {
@@ -327,23 +356,52 @@ impl Rebalancer {
     }
 }
 
-/// What something that is under way touches, beside the cluster as a whole.
+/// What is under way, and who carries it.
 #[derive(Debug)]
 struct Concern<'a> {
-    coordinator: &'a Node,
-    /// From where and to where; `None` for all.
-    groups: Option<[u32; 2]>,
-    /// `None` for all.
-    colocation: Option<u32>,
+    hand: &'a Hand<'a>,
+    what: Touched,
+}
+
+/// What something that is under way touches, beside the cluster as a whole.
+#[derive(Debug)]
+enum Touched {
+    /// A move, or a copy.
+    Move {
+        /// From where and to where; `None` for all.
+        groups: Option<[u32; 2]>,
+        colocation: u32,
+    },
+    /// What is left of a job.
+    Job(i64),
 }
 
 impl Concern<'_> {
-    fn is_of(&self, scope: Scope) -> bool {
-        match scope {
-            Scope::Cluster | Scope::Group(0) => true,
-            Scope::Group(group) => self.groups.is_none_or(|it| it.contains(&group)),
-            Scope::Colocation(id) => self.colocation.is_none_or(|it| it == id),
-            Scope::Shard(_) => false,
+    /// How it is to end because of what was found, if it is.
+    async fn ends(&self, view: &View) -> Option<End> {
+        match self.what {
+            Touched::Move { groups, colocation } => {
+                let is_of = |scope| match scope {
+                    Scope::Cluster | Scope::Group(0) => true,
+                    Scope::Group(group) => groups.is_none_or(|it| it.contains(&group)),
+                    Scope::Colocation(id) => colocation == id,
+                    Scope::Shard(_) => false,
+                };
+                let mut refusals = view.refusals.iter().filter(|it| is_of(it.scope));
+                refusals.find_map(|it| Some(End::new(it.ends_a_move()?, &it.reason)))
+            }
+            Touched::Job(id) => {
+                let remaining = self.hand.remaining(id).await;
+                let unknown = |error: &ApplyError| {
+                    debug!(error = %chain(error), "what is left of a job is unknown");
+                };
+                let remaining = remaining.inspect_err(unknown).ok();
+                let drains = view.control.as_ref().map(|it| &it.drains);
+                let moves = view.plan.as_ref().map(|it| it.moves.as_slice());
+                let none = BTreeSet::new();
+                let (drains, moves) = (drains.unwrap_or(&none), moves.unwrap_or_default());
+                gate(&view.refusals, drains, moves, remaining.as_ref())
+            }
         }
     }
 }

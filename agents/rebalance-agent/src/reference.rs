@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::catalogue::{Catalogue, CitusNode, Placement, TableKind};
-use crate::guard::{Inputs, Refusal, Scope, spent};
+use crate::guard::{Inputs, Refusal, Scope, hindrance, spent};
 use crate::known::Known;
 use crate::ledger::Ledger;
 use crate::plan::{Budget, Move, ROOM_FACTOR, Why};
@@ -74,7 +74,13 @@ impl ReferenceCopy {
         let bytes: Known<u64> = sizes.iter().map(|(_, bytes)| bytes.clone()).sum();
         let bare = all.iter().filter(|it| !catalogue.tables[&it.table].has_replica_identity);
         let bare: Vec<_> = bare.map(|it| catalogue.tables[&it.table].name.clone()).collect();
+        let hindered = all.iter().find_map(|it| {
+            let table = &catalogue.tables[&it.table];
+            let (reason, next) = hindrance(table.hindrance.as_ref()?);
+            Some(format!("{} {reason}: {next}", table.name))
+        });
         let refused = match &bytes {
+            _ if hindered.is_some() => hindered,
             _ if !bare.is_empty() => {
                 let next = "give each a primary key, or ALTER TABLE … REPLICA IDENTITY";
                 Some(format!("{} has no replica identity: {next}", some(&bare)))
@@ -159,6 +165,7 @@ mod tests {
             from: copy.work.from,
             to: copy.work.to,
             copies: true,
+            colocation: None,
             job: None,
             moves: 1,
             bytes: copy.work.bytes,

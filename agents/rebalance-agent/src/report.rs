@@ -1,6 +1,6 @@
 //! What is known and decided, for `/status`, for the terminal and for `/metrics`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
@@ -9,7 +9,7 @@ use crate::balance::{Load, Loads, Place};
 use crate::catalogue::{CitusNode, Placement, TableKind};
 use crate::config::{Config, Engine, Mode};
 use crate::control::Control;
-use crate::guard::{Inputs, Refusal, Scope, refusals, spent};
+use crate::guard::{Inputs, Refusal, refusals, spent};
 use crate::job::Offer;
 use crate::known::Known;
 use crate::ledger::{Entry, Ledger, Outcome, Spent};
@@ -55,11 +55,24 @@ pub struct Moving {
 impl Moving {
     /// What Citus is at, if a replica of this agent has written down that it began it.
     fn seen(observation: &Observation, ledger: &Ledger) -> Option<Self> {
-        let shown = observation.catalogue.progress.as_ref().ok()?;
         let entry = ledger.newest().find(|it| it.outcome == Outcome::Started)?;
-        let it = shown.iter().find(|it| entry.shards.contains(&it.shard))?;
-        Some(Self { entry: entry.clone(), phase: Some(it.phase.clone()), copied_bytes: None })
+        let mut shown = observation.catalogue.progress.iter().flatten();
+        let phase = shown.find(|it| entry.shards.contains(&it.shard)).map(|it| it.phase.clone());
+        let is_at = is_at(observation, entry);
+        is_at.then(|| Self { entry: entry.clone(), phase, copied_bytes: None })
     }
+}
+
+/// Whether Citus is at what was begun.
+fn is_at(observation: &Observation, entry: &Entry) -> bool {
+    let catalogue = &observation.catalogue;
+    let mut jobs = catalogue.jobs.iter().flatten();
+    let mut shown = catalogue.progress.iter().flatten();
+    let mut movers = catalogue.movers.iter().flatten();
+    let is_it = |shard: Option<i64>| shard.map_or(entry.copies, |it| entry.shards.contains(&it));
+    jobs.any(|it| entry.job == Some(it.id))
+        || shown.any(|it| entry.shards.contains(&it.shard))
+        || movers.any(|it| is_it(it.shard))
 }
 
 /// What came of a look.
@@ -99,6 +112,9 @@ pub struct View {
     pub citus_version: String,
     /// The nodes that shards can be on.
     pub nodes: Vec<NodeView>,
+    /// Groups that have a weight and no node.
+    #[serde(default)]
+    pub weightless: Vec<u32>,
     /// Why nothing is moved now.
     pub refusals: Vec<Refusal>,
     /// Reference tables that are to be copied first.
@@ -176,6 +192,9 @@ pub struct Drain {
     pub node: Option<String>,
     /// Shards that are on it, without those of reference tables, which every node has.
     pub shards: usize,
+    /// Tables whose shards are there and that nobody plans to move.
+    #[serde(default)]
+    pub strange: Vec<String>,
     /// What Citus has to drop there still; `None` if that is unknown.
     pub cleanup: Option<usize>,
     /// Whether Citus puts no new shards there: `shouldhaveshards` is false.
@@ -196,10 +215,17 @@ impl Drain {
             it.group == group && table.is_none_or(|it| it.kind != TableKind::Reference)
         };
         let records = catalogue.cleanup.as_ref().ok();
+        let strange = catalogue.placements.iter().filter(is_own).filter_map(|it| {
+            let table = catalogue.tables.get(&it.table);
+            let name = || table.map_or_else(|| format!("OID {}", it.table), |it| it.name.clone());
+            (!table.is_some_and(|it| it.kind.moves())).then(name)
+        });
+        let strange: BTreeSet<String> = strange.collect();
         Self {
             group,
             node: node.map(CitusNode::address),
             shards: catalogue.placements.iter().filter(is_own).count(),
+            strange: strange.into_iter().collect(),
             cleanup: records.map(|it| it.iter().filter(|it| it.group == group).count()),
             is_closed: node.is_none_or(|it| !it.should_have_shards),
         }
@@ -225,6 +251,7 @@ impl View {
         now: DateTime<Utc>,
     ) -> Self {
         let window = config.window.as_ref();
+        let ledger = &ledger.clone().map(|it| it.under_way(|entry| is_at(observation, entry)));
         let (budget, limits) = (&config.budget, &config.guard);
         let inputs = Inputs { observation, window, budget, limits, control, ledger, now };
         let (refusals, reference) = (refusals(inputs), ReferenceCopy::needed(inputs));
@@ -258,12 +285,14 @@ impl View {
             groups.any(|it| it.place == Ok(to) && it.shards.contains(&shard))
         };
         let settled = control.moves.iter().filter(|(shard, to)| is_there(**shard, **to));
+        let weights = config.balance.weights.iter().map(|it| it.group);
         let nodes = situation.places.iter().map(|it| NodeView::new(it, loads, observation));
         Self {
             at: observation.at,
             coordinator: observation.coordinator.clone(),
             citus_version: observation.catalogue.version.clone(),
             nodes: nodes.collect(),
+            weightless: weights.filter(|it| observation.catalogue.primary(*it).is_none()).collect(),
             refusals,
             reference,
             under_way: Moving::seen(observation, ledger),
@@ -287,7 +316,7 @@ impl View {
 
     /// The refusals that hold for every move.
     pub fn closed(&self) -> impl Iterator<Item = &Refusal> {
-        self.refusals.iter().filter(|it| it.scope == Scope::Cluster)
+        self.refusals.iter().filter(|it| it.is_for_all())
     }
 
     /// The address of a group's node.
@@ -416,6 +445,7 @@ pub(crate) mod tests {
             from: 1,
             to: 2,
             copies: false,
+            colocation: None,
             job: None,
             moves: 1,
             bytes: 10,
@@ -442,6 +472,14 @@ pub(crate) mod tests {
         // Somebody else's.
         observation.catalogue.progress = progress(102);
         assert_eq!(Moving::seen(&observation, &begun), None);
+    }
+
+    #[test]
+    fn a_drain_names_what_nobody_plans_to_move() {
+        let mut observation = well();
+        observation.catalogue.tables.get_mut(&3).unwrap().kind = TableKind::Other;
+        assert_eq!(Drain::new(1, &observation).strange, ["public.other"]);
+        assert_eq!(Drain::new(2, &observation).strange, <[String; 0]>::default());
     }
 
     #[test]

@@ -3,11 +3,13 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
+use chrono::TimeDelta;
 use humantime::format_duration;
 use shared::cli::print;
 use shared::lease::Claim;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
+use tracing::warn;
 
 use crate::apply::Hand;
 use crate::board::Board;
@@ -30,6 +32,9 @@ const WAIT: Duration = Duration::from_secs(5);
 /// time.
 const LEADERLESS_MAX: Duration = Duration::from_secs(30);
 
+/// For so long a move may be written down before it shows.
+const BEGUN_MAX: TimeDelta = TimeDelta::seconds(10);
+
 /// Asks for something that only agents that run can do.
 ///
 /// # Errors
@@ -38,12 +43,30 @@ const LEADERLESS_MAX: Duration = Duration::from_secs(30);
 pub async fn ask(config: Config, request: Request) -> anyhow::Result<()> {
     let told = told(&request, config.mode);
     let observer = Observer::new(&config, APPLICATION_NAME)?;
-    let etcd = observer.etcd().context(
-        "no [etcd] is configured, and without it no agent hears of this: stop the agent that moves, \
-         or set mode = \"dry_run\" and restart it",
-    )?;
+    let etcd = observer.etcd().context(without_etcd(&request))?;
     Memory::in_etcd(etcd.clone(), &config.cluster).ask(request).await?;
     print(told)
+}
+
+/// Why it cannot be asked for, and what to do instead.
+const fn without_etcd(request: &Request) -> &'static str {
+    match request {
+        Request::Resume => {
+            "no [etcd] is configured, so nobody can have paused an agent: to let nothing rest any more, restart the \
+             one that moves"
+        }
+        Request::Undrain { .. } => {
+            "no [etcd] is configured, so no agent remembers a drain: it ended with its command; if the node is to \
+             have shards again, set its shouldhaveshards with citus_set_node_property()"
+        }
+        Request::Drop { .. } => {
+            "no [etcd] is configured, so no agent remembers that a shard is asked for: stop the command that moves it"
+        }
+        _ => {
+            "no [etcd] is configured, and without it no agent hears of this: stop the agent that moves, or set \
+             mode = \"dry_run\" and restart it"
+        }
+    }
 }
 
 /// Asks for something, by way of etcd, or does it here without.
@@ -61,6 +84,11 @@ pub async fn carry_out(
             config.mode == Mode::Apply,
             "mode is \"dry_run\": set mode = \"apply\" for something to be moved"
         );
+        if matches!(request, Request::Drain { .. }) {
+            warn!(
+                "an agent that runs without [etcd] knows nothing of this drain and moves shards back: stop it first"
+            );
+        }
         return Box::pin(here(config, request)).await;
     }
     ask(config.clone(), request.clone()).await?;
@@ -113,12 +141,9 @@ async fn here(config: Config, request: Request) -> anyhow::Result<()> {
     let done = async {
         loop {
             sleep(WAIT / 10).await;
-            let report = board.report();
-            let view = match &report.turn {
-                Turn::Starting => continue,
-                Turn::Decided(view) => view,
-                _ => bail!("{}", show::status(&report)),
-            };
+            // What is under way ends, and is written down, before anything is said of it.
+            let Some(report) = board.fresh() else { continue };
+            let Turn::Decided(view) = &report.turn else { bail!("{}", show::status(&report)) };
             if is_done(view, &request) {
                 return print(show::status(&report));
             }
@@ -195,10 +220,26 @@ fn is_planned(view: &View, request: &Request) -> bool {
     copy || view.plan.iter().flat_map(|it| &it.moves).any(is_it)
 }
 
+/// Whether something of it was begun, whatever has closed since.
+fn is_under_way(report: &Report, view: &View, request: &Request) -> bool {
+    let is_of = |it: &Entry| match request {
+        Request::Drain { group } => it.from == *group,
+        Request::Move { shard, to } => it.to == *to && it.shards.contains(shard),
+        _ => false,
+    };
+    let moving = report.moving.as_ref().or(view.under_way.as_ref()).map(|it| &it.entry);
+    // Written down before Citus is told.
+    let is_new = |it: &&Entry| it.outcome == Outcome::Started && view.at < it.at + BEGUN_MAX;
+    moving.is_some_and(is_of) || view.recent.iter().filter(is_new).any(is_of)
+}
+
 /// Fails if nothing of it will be moved before somebody does something.
 fn in_the_way(report: &Report, view: &View, request: &Request) -> anyhow::Result<()> {
     let waits = |gate| matches!(gate, Gate::Busy | Gate::Cleanup | Gate::Leftovers);
     let closed = view.closed().find(|it| !waits(it.gate));
+    if is_under_way(report, view, request) {
+        return Ok(());
+    }
     let is_quiet = report.moving.is_none() && !view.refusals.iter().any(|it| waits(it.gate));
     let why = match closed {
         Some(refusal) => refusal.reason.as_str(),
@@ -301,6 +342,7 @@ mod tests {
     use crate::control::Control;
     use crate::ledger::Ledger;
     use crate::observation::Observation;
+    use crate::report::Moving;
     use crate::report::tests::{config, report, skewed, view};
 
     /// As it is once that is asked for.
@@ -349,6 +391,35 @@ mod tests {
             let report = report(Turn::Decided(Box::new(view.clone())));
             let found = in_the_way(&report, &view, request).err().map(|it| it.to_string());
             assert_eq!(found.as_deref(), expected, "{case}");
+        }
+    }
+
+    /// It closes gates itself: its budget is spent.
+    #[test]
+    fn what_is_under_way_is_waited_for_whatever_has_closed() {
+        let to = |shard, to| Request::Move { shard, to };
+        let begun = |seconds| {
+            let mut entry = crate::ledger::tests::entry(0, 103, Outcome::Started);
+            entry.shards = vec![101, 103];
+            let mut view = asked(&to(101, 2), |it| it.catalogue.is_coordinator = false);
+            entry.at = view.at - TimeDelta::seconds(seconds);
+            view.recent = vec![entry];
+            view
+        };
+        for (case, request, view, is_shown, expected) in [
+            ("it has just begun", to(101, 2), begun(1), false, true),
+            ("Citus is at it", to(101, 2), begun(60), true, true),
+            ("another shard is moved", to(102, 2), begun(1), true, false),
+            ("it goes elsewhere", to(101, 1), begun(1), true, false),
+            ("nobody said how it ended", to(101, 2), begun(60), false, false),
+            ("off a node that is drained", Request::Drain { group: 1 }, begun(60), true, true),
+            ("off another", Request::Drain { group: 2 }, begun(60), true, false),
+        ] {
+            let mut view = view;
+            let entry = view.recent[0].clone();
+            view.under_way = is_shown.then_some(Moving { entry, phase: None, copied_bytes: None });
+            let report = report(Turn::Decided(Box::new(view.clone())));
+            assert_eq!(in_the_way(&report, &view, &request).is_ok(), expected, "{case}");
         }
     }
 

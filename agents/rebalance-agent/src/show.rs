@@ -28,6 +28,7 @@ pub fn plan(report: &Report) -> String {
             add(&mut text, &format!("No plan: {why}\n"));
         }
     }
+    add(&mut text, &weightless(view));
     add(&mut text, &reference(view));
     add(&mut text, &job(view));
     add(&mut text, &drains(view));
@@ -209,6 +210,16 @@ fn job_name(entry: &Entry) -> Option<String> {
     }
 }
 
+/// Weights that are nobody's.
+fn weightless(view: &View) -> String {
+    let line = |it: &u32| {
+        format!(
+            "[[balance.weights]] names group {it}, which has no node: a mistake, or it was removed.\n"
+        )
+    };
+    view.weightless.iter().map(line).collect()
+}
+
 /// Why all that Citus plans is not moved as one job.
 fn job(view: &View) -> String {
     let refused = view.job.as_ref().and_then(|it| it.refused.as_deref());
@@ -265,7 +276,7 @@ fn drains(view: &View) -> String {
 
 /// What to do about a node that is to be emptied.
 fn next_of_drain(drain: &Drain) -> String {
-    let Drain { shards, cleanup, is_closed, node, .. } = drain;
+    let Drain { shards, cleanup, is_closed, node, strange, .. } = drain;
     match (shards, cleanup) {
         _ if !is_closed => {
             let node = node.as_deref().unwrap_or_default();
@@ -277,6 +288,10 @@ fn next_of_drain(drain: &Drain) -> String {
         }
         (0, Some(0)) => "it is empty: it can be removed".to_owned(),
         (0, _) => "wait until Citus has dropped what was moved".to_owned(),
+        _ if !strange.is_empty() => format!(
+            "shards of {} are none that can be moved: undistribute_table(), or drop them",
+            some(strange)
+        ),
         _ => "wait; what stays, and why, is in rebalance-agent plan".to_owned(),
     }
 }
@@ -394,9 +409,12 @@ Citus would move the same.
             group: 2,
             node: Some("w2:5432".to_owned()),
             shards,
+            strange: vec![],
             cleanup,
             is_closed,
         };
+        let strange = Drain { strange: vec!["a".to_owned()], ..drain(1, Some(0), true) };
+        assert!(next_of_drain(&strange).starts_with("shards of a are none that can be moved"));
         for (drain, is_safe, expected) in [
             (drain(0, Some(0), true), true, "it is empty: it can be removed"),
             (drain(1, Some(0), true), false, "wait; what stays, and why"),
@@ -422,6 +440,7 @@ Citus would move the same.
             from: 1,
             to: 2,
             copies: false,
+            colocation: None,
             job: None,
             moves: 1,
             bytes: 40,
@@ -477,6 +496,7 @@ LAST MOVES           SHARD  FROM     TO       BYTES  ENDED    BECAUSE
             from: 1,
             to: 2,
             copies: false,
+            colocation: None,
             job: Some(7),
             moves: 16,
             bytes: 40,
@@ -516,7 +536,15 @@ LAST MOVES                            SHARD  FROM  TO  BYTES  ENDED    BECAUSE
         let drain = Request::Drain { group: 1 };
         assert_eq!(how_far(&report, &seen, &drain), "1 shard group to move, 40 B.");
         let node = Some("w1:5432".to_owned());
-        seen.drains = vec![Drain { group: 1, node, shards: 5, cleanup: Some(0), is_closed: true }];
+        seen.weightless = vec![77];
+        seen.drains = vec![Drain {
+            group: 1,
+            node,
+            shards: 5,
+            strange: vec![],
+            cleanup: Some(0),
+            is_closed: true,
+        }];
         let expected = "5 shards left on group 1. 1 shard group to move, 40 B.";
         assert_eq!(how_far(&report, &seen, &drain), expected);
     }

@@ -38,16 +38,19 @@ pub struct Standing {
 /// What to do next.
 pub fn next(view: &View, standing: Standing) -> Step {
     let Standing { mode, leads, only, is_cleaned } = standing;
-    if mode == Mode::DryRun || !leads {
+    if !leads {
         return Step::Rest;
     }
-    // Nothing else is done beside it, and it closes gates itself.
+    // Nothing else is done beside it, and it closes gates itself. It goes on whatever the mode is by now.
     if let Some(entry) = &view.begun {
         return Step::Watch(Box::new(entry.clone()));
     }
+    if mode == Mode::DryRun {
+        return Step::Rest;
+    }
     let is_closed = |gate| view.refusals.iter().any(|it| it.gate == gate);
     // While something is moved, what it needs is registered to be cleaned up as well.
-    let is_alone = !is_closed(Gate::Coordinator) && !is_closed(Gate::Busy);
+    let is_alone = ![Gate::Coordinator, Gate::Busy, Gate::Locks].map(is_closed).contains(&true);
     let is_unclean = is_closed(Gate::Leftovers) || (is_closed(Gate::Cleanup) && !view.awaits_drop);
     if is_alone && !is_cleaned && is_unclean {
         return Step::CleanUp;
@@ -109,7 +112,7 @@ mod tests {
     #[test]
     fn one_thing_is_done_after_the_other() {
         type Change = fn(&mut Observation);
-        let table: [(&str, Change, Mode, bool, &str); 11] = [
+        let table: [(&str, Change, Mode, bool, &str); 12] = [
             ("a plan", skewed, Mode::Apply, true, "move 102"),
             ("nothing to move", |_| {}, Mode::Apply, true, "rest"),
             ("a dry run", skewed, Mode::DryRun, true, "rest"),
@@ -157,6 +160,16 @@ mod tests {
                 |it| {
                     unclean(it);
                     it.catalogue.progress = Err(Unknown::because("no answer"));
+                },
+                Mode::Apply,
+                true,
+                "rest",
+            ),
+            (
+                "what is to be cleaned up is of a session that lives on",
+                |it| {
+                    unclean(it);
+                    it.catalogue.movers = Ok(vec![crate::catalogue::Mover { pid: 7, shard: None }]);
                 },
                 Mode::Apply,
                 true,
@@ -259,6 +272,7 @@ mod tests {
             from: 1,
             to: 2,
             copies: false,
+            colocation: None,
             job: Some(7),
             moves: 1,
             bytes: 40,
@@ -271,11 +285,9 @@ mod tests {
         let mut seen = view(|it| it.catalogue.is_coordinator = false);
         seen.begun = Some(entry.clone());
         assert_eq!(next(&seen, standing), Step::Watch(Box::new(entry)));
-        for other in
-            [Standing { mode: Mode::DryRun, ..standing }, Standing { leads: false, ..standing }]
-        {
-            assert_eq!(next(&seen, other), Step::Rest);
-        }
+        let dry = Standing { mode: Mode::DryRun, ..standing };
+        assert!(matches!(next(&seen, dry), Step::Watch(_)));
+        assert_eq!(next(&seen, Standing { leads: false, ..standing }), Step::Rest);
     }
 
     /// What cannot be cleaned up on one group holds up that group, and not the others.

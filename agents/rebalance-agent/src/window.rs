@@ -11,6 +11,9 @@ use shared::schedule::Schedule;
 const LENGTH_MIN: Duration = Duration::from_mins(1);
 const LENGTH_MAX: Duration = Duration::from_hours(7 * 24);
 
+/// So often it may open again before it closes.
+const OPENINGS_MAX: u32 = 1000;
+
 /// The table `[window]`.
 ///
 /// ```toml
@@ -68,6 +71,24 @@ impl Window {
     pub(crate) fn check(&self, problems: &mut Problems) {
         if !(LENGTH_MIN..=LENGTH_MAX).contains(&self.length) {
             problems.add("length", "must be 1m to 7days");
+            return;
+        }
+        // Each time that it is asked whether it is open, all of them are counted.
+        let (mut openings, start) = (0, DateTime::UNIX_EPOCH);
+        let mut next = self.schedule.next_after(start);
+        let Some(end) = next.map(|it| it + self.length) else { return };
+        while let Some(opening) = next.filter(|it| *it < end && openings <= OPENINGS_MAX) {
+            openings += 1;
+            next = self.schedule.next_after(opening);
+        }
+        if OPENINGS_MAX < openings {
+            problems.add(
+                "schedule",
+                format!(
+                    "opens more than {OPENINGS_MAX} times before it closes once: let it open less often, or \
+                     for less long"
+                ),
+            );
         }
     }
 }

@@ -36,6 +36,11 @@ pub fn some(names: &[String]) -> String {
     }
 }
 
+/// That a session has not come to its end.
+pub(crate) fn held(pid: i32, shard: i64) -> String {
+    format!("session {pid} on the coordinator still holds the locks of shard {shard}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -15,10 +15,11 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::Row;
 use tracing::debug;
 
-use super::progress::{self, Cutover, Progress, Standstill};
+use super::locks::Movers;
+use super::progress::{self, Progress, Standstill};
 use super::{ApplyError, CANCEL_LIMIT, Hand, TICK, TICK_NEAR_THE_END};
 use crate::config::Apply;
-use crate::job::{Next, Seen, Task, differs, next};
+use crate::job::{Next, Remaining, Seen, Task, differs, next};
 use crate::ledger::{End, Entry, Outcome};
 use crate::memory::MemoryError;
 use crate::plan::Move;
@@ -67,6 +68,19 @@ const SEEN: &str = "
         ON process.pid = task.pid AND task.status::text IN ('running', 'cancelling')
      WHERE job.job_id = $1
      GROUP BY job.state";
+
+/// What the moves of a job touch that are not done: from where, to where, and whose tables.
+const REMAINING: &str = r"
+    SELECT source.groupid::bigint, target.groupid::bigint, table_.colocationid::bigint
+      FROM pg_dist_background_task AS task
+      CROSS JOIN LATERAL regexp_match(
+               command, '^SELECT pg_catalog\.citus_move_shard_placement\((\d+),(\d+),(\d+),')
+           AS match
+      LEFT JOIN pg_dist_node AS source ON source.nodeid = match[2]::int
+      LEFT JOIN pg_dist_node AS target ON target.nodeid = match[3]::int
+      LEFT JOIN pg_dist_shard AS shard ON shard.shardid = match[1]::bigint
+      LEFT JOIN pg_dist_partition AS table_ ON table_.logicalrelid = shard.logicalrelid
+     WHERE job_id = $1 AND status::text <> 'done'";
 
 /// What a job is at, by the process that does it.
 type Tasks = BTreeMap<i32, Progress>;
@@ -121,12 +135,31 @@ impl Hand<'_> {
         halted: impl Future<Output = End>,
         show: impl FnMut(&Seen, String, u64),
     ) -> Result<End, End> {
-        let is_building = AtomicBool::new(false);
+        let (movers, is_building) = (Movers::default(), AtomicBool::new(false));
         tokio::select! {
-            end = self.watch_tasks(entry, left, &is_building, show) => end,
+            end = Box::pin(self.watch_tasks(entry, left, &movers, &is_building, show)) => end,
             why = halted => Err(why),
-            never = self.see_builds(&entry.shards, &is_building) => match never {},
+            why = Box::pin(self.see_locks(&movers, false)) => Err(why),
+            never = Box::pin(self.see_builds(&entry.shards, &is_building)) => match never {},
         }
+    }
+
+    /// What the moves of a job touch that are not done.
+    ///
+    /// # Errors
+    ///
+    /// The coordinator does not tell.
+    pub async fn remaining(&self, id: i64) -> Result<Remaining, ApplyError> {
+        let connection = Box::pin(connect(self.settings, self.coordinator)).await?;
+        let mut remaining = Remaining::default();
+        let number = |it: Option<i64>| u32::try_from(it?).ok();
+        for row in connection.query(REMAINING, &[&id]).await? {
+            let (source, target) = (number(row.get(0)), number(row.get(1)));
+            remaining.groups.extend(source.into_iter().chain(target));
+            remaining.targets.extend(target);
+            remaining.colocations.extend(number(row.get(2)));
+        }
+        Ok(remaining)
     }
 
     /// Stops a job, and says how it ended.
@@ -167,21 +200,15 @@ impl Hand<'_> {
         &self,
         entry: &Entry,
         left: u64,
+        movers: &Movers,
         is_building: &AtomicBool,
         mut show: impl FnMut(&Seen, String, u64),
     ) -> Result<End, End> {
-        let Apply { lock_timeout, .. } = *self.limits;
         let (mut watch, mut connection) = (Watch::new(*self.limits, left), None);
         loop {
-            let asked = self.ask_job(&mut connection, entry.job.unwrap_or_default());
-            let answer = if watch.is_near {
-                timeout(lock_timeout, asked).await.ok()
-            } else {
-                Some(asked.await)
-            };
-            let answer = answer.and_then(|it| {
-                it.inspect_err(|error| debug!(error = %chain(error), "the job is unknown")).ok()
-            });
+            let asked = self.ask_job(&mut connection, movers, entry.job.unwrap_or_default()).await;
+            let unknown = |error: &ApplyError| debug!(error = %chain(error), "the job is unknown");
+            let answer = asked.inspect_err(unknown).ok();
             if answer.is_none() {
                 connection = None;
             }
@@ -209,23 +236,28 @@ impl Hand<'_> {
             if let Some((seen, tasks)) = tasks {
                 show(seen, how_far(seen, tasks), watch.written());
             }
-            sleep(if watch.is_near { TICK_NEAR_THE_END } else { TICK }).await;
+            let is_near = tasks.is_some_and(|(_, it)| it.values().any(Progress::is_near_the_end));
+            sleep(if is_near { TICK_NEAR_THE_END } else { TICK }).await;
         }
     }
 
     async fn ask_job(
         &self,
         connection: &mut Option<Connection>,
+        movers: &Movers,
         id: i64,
     ) -> Result<(Option<Seen>, Tasks), ApplyError> {
         let connection = self.kept(connection).await?;
         let seen = see(connection, id).await?;
         let pids = seen.as_ref().map(|it| it.pids.as_slice()).unwrap_or_default();
+        // Who waits for them is asked meanwhile.
+        movers.are(pids);
         // Citus does not tell while one of their nodes is away.
         let tasks = progress::of_pids(connection, pids).await.unwrap_or_else(|error| {
             debug!(error = %chain(&error), "how far the job is, is unknown");
             pids.iter().map(|it| (*it, Progress::default())).collect()
         });
+        movers.see(&tasks);
         Ok((seen, tasks))
     }
 }
@@ -272,8 +304,6 @@ struct Watch {
     under_way: BTreeMap<i32, UnderWay>,
     /// What those wrote that have ended, the ones that failed too; `None` before it was first seen.
     before: Option<u64>,
-    /// Whether writers may have to wait soon.
-    is_near: bool,
 }
 
 /// A move of a job.
@@ -281,7 +311,6 @@ struct Watch {
 struct UnderWay {
     since: Instant,
     bytes: u64,
-    cutover: Cutover,
 }
 
 impl Watch {
@@ -292,7 +321,6 @@ impl Watch {
             standstill: Standstill::new(limits.stall_timeout),
             under_way: BTreeMap::new(),
             before: None,
-            is_near: false,
         }
     }
 
@@ -313,7 +341,7 @@ impl Watch {
     /// Takes in how many tasks are done and how far the others are, and says so if it must not go on.
     /// `None`: Citus does not tell.
     fn see(&mut self, seen: Option<(u32, &Tasks)>, now: Instant) -> Option<End> {
-        let Apply { lock_timeout, move_timeout, .. } = self.limits;
+        let Apply { move_timeout, .. } = self.limits;
         let unknown = Progress::default();
         if let Some((_, tasks)) = seen {
             let mut ended = 0;
@@ -324,27 +352,17 @@ impl Watch {
             });
             self.before = self.before.map(|it| it.saturating_add(ended));
             for pid in tasks.keys() {
-                self.under_way.entry(*pid).or_insert_with(|| UnderWay {
-                    since: now,
-                    bytes: 0,
-                    cutover: Cutover::new(lock_timeout),
-                });
+                self.under_way.entry(*pid).or_insert(UnderWay { since: now, bytes: 0 });
             }
         }
-        let mut is_near = false;
         for (pid, it) in &mut self.under_way {
             let progress = seen.and_then(|(_, tasks)| tasks.get(pid)).unwrap_or(&unknown);
-            if let Some(why) = it.cutover.see(progress, now) {
-                return Some(End::new(Outcome::NoLock, why));
-            }
             if move_timeout <= now.duration_since(it.since) {
                 let why = format!("a move of it took {}", format_duration(move_timeout));
                 return Some(End::new(Outcome::Failed, why));
             }
             it.bytes = it.bytes.max(progress.bytes.unwrap_or(0));
-            is_near |= it.cutover.is_near();
         }
-        self.is_near = is_near;
         if self.left < self.written() {
             let (written, left) = (in_words(self.written()), in_words(self.left));
             let why = format!("{written} were written for it, and {left} were left of the budget");
@@ -382,6 +400,7 @@ mod tests {
                 phase: (phase != "?").then(|| phase.to_owned()),
                 bytes: bytes.parse().ok(),
                 lsn: None,
+                source: None,
             };
             (pid.parse().unwrap(), progress)
         };
@@ -406,63 +425,13 @@ mod tests {
     }
 
     #[test]
-    fn a_job_goes_on_until_one_of_its_moves_must_not() {
-        let no_lock = |phase: &str| {
-            Some((Outcome::NoLock, format!("it kept writers waiting for 1s in {phase}")))
-        };
-        let silent = "a phase that it does not tell";
+    fn a_job_goes_on_while_it_copies() {
         for (name, looks, expected) in [
             ("it begins", vec![(0, Some((0, "")))], None),
             (
                 "it copies",
                 vec![(0, Some((0, "7 Copying Data 1"))), (50_000, Some((0, "7 Copying Data 2")))],
                 None,
-            ),
-            (
-                "its locks in time",
-                vec![
-                    (0, Some((0, "7 Final Catchup 1"))),
-                    (900, Some((0, "7 Completing 1"))),
-                    (1100, Some((1, ""))),
-                ],
-                None,
-            ),
-            (
-                "its locks for too long",
-                vec![(0, Some((0, "7 Final Catchup 1"))), (1000, Some((0, "7 Completing 1")))],
-                no_lock("Completing"),
-            ),
-            (
-                "those of one of two",
-                vec![
-                    (0, Some((0, "7 Final Catchup 1, 8 Copying Data 1"))),
-                    (1000, Some((0, "7 Final Catchup 1, 8 Copying Data 2"))),
-                ],
-                no_lock("Final Catchup"),
-            ),
-            (
-                "of one after the other",
-                vec![
-                    (0, Some((0, "7 Final Catchup 1"))),
-                    (900, Some((1, "8 Final Catchup 1"))),
-                    (1800, Some((2, ""))),
-                ],
-                None,
-            ),
-            (
-                "silent near the end",
-                vec![(0, Some((0, "7 Catching Up 1"))), (100, None), (1100, None)],
-                no_lock(silent),
-            ),
-            // It has ended its work, and its transaction has not.
-            (
-                "no row near the end",
-                vec![
-                    (0, Some((0, "7 Completing 1"))),
-                    (500, Some((0, "7 ? ?"))),
-                    (1000, Some((0, "7 ? ?"))),
-                ],
-                no_lock(silent),
             ),
             ("silent as it copies", vec![(0, Some((0, "7 Copying Data 1"))), (9000, None)], None),
         ] {

@@ -6,17 +6,20 @@ use std::time::Duration;
 use humantime::format_duration;
 use shared::pg::{Connection, QueryError};
 use tokio::time::Instant;
+use tokio_postgres::Row;
 use tokio_postgres::types::PgLsn;
 
 /// All shards of the group have the same phase; their sizes add up.
 const PROGRESS: &str = "
-    SELECT max(status), sum(target_shard_size)::bigint, max(target_lsn)
+    SELECT max(status), sum(target_shard_size)::bigint, max(target_lsn),
+           max(sourcename), max(sourceport), max(sessionid)
       FROM get_rebalance_progress()
      WHERE progress = 1 AND shardid = ANY ($1)";
 
 /// The same of each process that moves something.
 const OF_PIDS: &str = "
-    SELECT sessionid, max(status), sum(target_shard_size)::bigint, max(target_lsn)
+    SELECT max(status), sum(target_shard_size)::bigint, max(target_lsn),
+           max(sourcename), max(sourceport), sessionid
       FROM get_rebalance_progress()
      WHERE progress = 1 AND sessionid = ANY ($1)
      GROUP BY sessionid";
@@ -53,6 +56,8 @@ pub struct Progress {
     pub bytes: Option<u64>,
     /// How far the target has followed.
     pub lsn: Option<PgLsn>,
+    /// The node it moves from, as Citus knows it.
+    pub source: Option<(String, u16)>,
 }
 
 impl Progress {
@@ -61,17 +66,19 @@ impl Progress {
         self.phase.as_deref().is_some_and(|it| NEAR_THE_END.contains(&it))
     }
 
-    fn is_under_locks(&self) -> bool {
+    /// Whether it has its locks.
+    pub(super) fn is_under_locks(&self) -> bool {
         self.phase.as_deref().is_some_and(|it| UNDER_LOCKS.contains(&it))
     }
 }
 
-/// Asks how far the move of these shards is.
-pub(super) async fn read(connection: &Connection, shards: &[i64]) -> Result<Progress, QueryError> {
+/// Asks how far the move of these shards is, and which process does it.
+pub(super) async fn read(
+    connection: &Connection,
+    shards: &[i64],
+) -> Result<(Option<i32>, Progress), QueryError> {
     let row = connection.query_one(PROGRESS, &[&shards]).await?;
-    let bytes: Option<i64> = row.get(1);
-    let bytes = bytes.and_then(|it| u64::try_from(it).ok());
-    Ok(Progress { phase: row.get(0), bytes, lsn: row.get(2) })
+    Ok((row.get(5), progress(&row)))
 }
 
 /// Asks how far the moves of these processes are; of one that does not tell, it is unknown.
@@ -81,11 +88,17 @@ pub(super) async fn of_pids(
 ) -> Result<BTreeMap<i32, Progress>, QueryError> {
     let mut all: BTreeMap<_, _> = pids.iter().map(|it| (*it, Progress::default())).collect();
     for row in connection.query(OF_PIDS, &[&pids]).await? {
-        let bytes: Option<i64> = row.get(2);
-        let bytes = bytes.and_then(|it| u64::try_from(it).ok());
-        all.insert(row.get(0), Progress { phase: row.get(1), bytes, lsn: row.get(3) });
+        all.insert(row.get(5), progress(&row));
     }
     Ok(all)
+}
+
+fn progress(row: &Row) -> Progress {
+    let bytes: Option<i64> = row.get(1);
+    let bytes = bytes.and_then(|it| u64::try_from(it).ok());
+    let port = row.get::<_, Option<i32>>(4).and_then(|it| u16::try_from(it).ok());
+    let source = row.get::<_, Option<String>>(3).zip(port);
+    Progress { phase: row.get(0), bytes, lsn: row.get(2), source }
 }
 
 /// Asks whether an index of one of these shards is being built, on any node.
@@ -140,87 +153,9 @@ impl<T: PartialEq> Standstill<T> {
     }
 }
 
-/// Since when writers wait for a move that has its locks: Citus bounds how long it waits for them, and
-/// not how long it keeps them. Pure.
-#[derive(Clone, Debug)]
-pub struct Cutover {
-    limit: Duration,
-    was_near: bool,
-    since: Option<Instant>,
-}
-
-impl Cutover {
-    /// With the longest that the locks may be kept.
-    pub fn new(limit: Duration) -> Self {
-        Self { limit, was_near: false, since: None }
-    }
-
-    /// Whether it was near the end when it was last known.
-    pub fn is_near(&self) -> bool {
-        self.was_near
-    }
-
-    /// Takes in how far a move is, and says so if writers have waited for too long. Near the end, what
-    /// is not known may be just that.
-    pub fn see(&mut self, progress: &Progress, now: Instant) -> Option<String> {
-        let is_unknown = *progress == Progress::default();
-        if !is_unknown {
-            self.was_near = progress.is_near_the_end();
-        }
-        if progress.is_under_locks() || (is_unknown && self.was_near) {
-            let since = *self.since.get_or_insert(now);
-            let phase = progress.phase.as_deref().unwrap_or("a phase that it does not tell");
-            return (self.limit <= now.duration_since(since)).then(|| {
-                format!("it kept writers waiting for {} in {phase}", format_duration(self.limit))
-            });
-        }
-        self.since = None;
-        None
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn locks_are_not_kept_for_long_and_near_the_end_unknown_counts() {
-        let at = |phase: &str| Progress { phase: Some(phase.to_owned()), ..Progress::default() };
-        let unknown = Progress::default();
-        let start = Instant::now();
-        for (name, seen, is_too_long) in [
-            ("a long copy", vec![(0, at("Copying Data")), (9000, at("Copying Data"))], false),
-            ("a long way", vec![(0, at("Catching Up")), (9000, at("Catching Up"))], false),
-            ("in time", vec![(0, at("Final Catchup")), (999, at("Final Catchup"))], false),
-            ("too long", vec![(0, at("Final Catchup")), (1000, at("Final Catchup"))], true),
-            ("over phases", vec![(0, at("Final Catchup")), (1000, at("Completing"))], true),
-            (
-                "a copy that is silent",
-                vec![(0, at("Copying Data")), (9000, unknown.clone())],
-                false,
-            ),
-            (
-                "silent near the end",
-                vec![(0, at("Catching Up")), (500, unknown.clone()), (1500, unknown.clone())],
-                true,
-            ),
-            (
-                "silent for a moment",
-                vec![
-                    (0, at("Catching Up")),
-                    (500, unknown.clone()),
-                    (900, at("Catching Up")),
-                    (1500, unknown),
-                ],
-                false,
-            ),
-        ] {
-            let mut cutover = Cutover::new(Duration::from_secs(1));
-            let found =
-                seen.iter().map(|(ms, it)| cutover.see(it, start + Duration::from_millis(*ms)));
-            assert_eq!(found.last().unwrap().is_some(), is_too_long, "{name}");
-        }
-    }
 
     #[test]
     fn a_move_stands_still_when_neither_phase_nor_bytes_nor_position_change() {
@@ -228,6 +163,7 @@ mod tests {
             phase: Some(phase.to_owned()),
             bytes: Some(bytes),
             lsn: Some(lsn.into()),
+            source: None,
         };
         let start = Instant::now();
         let unknown = Progress::default();

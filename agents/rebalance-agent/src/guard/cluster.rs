@@ -1,17 +1,19 @@
 //! Gates that close for the whole cluster.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use humantime::format_duration;
 
 use super::{Gate, Inputs, Refusals, Scope, spent};
-use crate::catalogue::{Catalogue, Link};
+use crate::catalogue::{Catalogue, CitusNode, CleanupRecord, Link, Mover};
 use crate::config::Limits;
 use crate::job::RETRIES_FINE;
+use crate::ledger::{Entry, Outcome, Setback};
 use crate::observation::Observation;
 use crate::surroundings::Health;
 use crate::window::Opening;
-use crate::words::{bytes, count, some};
+use crate::words::{bytes, count, held, some};
 
 /// A verdict that is older is none: the monitor judges at least each second.
 const VERDICT_AGE_MAX: Duration = Duration::from_mins(1);
@@ -158,15 +160,59 @@ fn busy(inputs: Inputs<'_>, refusals: &mut Refusals) {
         let reason = format!("shard {shard} is moved from {} to {}: {phase}", it.source, it.target);
         refusals.add(Gate::Busy, ALL, reason, "wait for it to end");
     }
+    movers(inputs, refusals);
     let what = "what Citus has to clean up";
     let records = refusals.known(Gate::Cleanup, ALL, what, &catalogue.cleanup);
-    if let Some(records) = records.filter(|it| !it.is_empty()) {
+    let mut groups = BTreeMap::<Scope, Vec<&CleanupRecord>>::new();
+    for record in records.into_iter().flatten() {
+        // What a move left that succeeded is dropped as soon as nobody reads it, and that may be long.
+        let scope = if record.is_deferred { Scope::Group(record.group) } else { ALL };
+        groups.entry(scope).or_default().push(record);
+    }
+    for (scope, records) in groups {
         let names: Vec<_> =
             records.iter().map(|it| format!("{} on group {}", it.object, it.group)).collect();
         let reason =
             format!("{} of a move to clean up: {}", count(names.len(), "object"), some(&names));
-        let next = "Citus does so each 15 s; if they stay, CALL citus_cleanup_orphaned_resources()";
-        refusals.add(Gate::Cleanup, ALL, reason, next);
+        let next = match records.first() {
+            Some(it) if it.is_deferred => format!(
+                "Citus does so each 15 s, unless somebody reads it: there, SELECT pid, query FROM pg_locks JOIN \
+                 pg_stat_activity USING (pid) WHERE relation = '{}'::regclass",
+                it.object
+            ),
+            _ => "Citus does so each 15 s; if they stay, CALL citus_cleanup_orphaned_resources()"
+                .to_owned(),
+        };
+        refusals.add(Gate::Cleanup, scope, reason, next);
+    }
+}
+
+/// Sessions of this agent that nobody watches. One that was told to end keeps its locks until all nodes that
+/// had a part in the move have answered.
+fn movers(inputs: Inputs<'_>, refusals: &mut Refusals) {
+    let catalogue = &inputs.observation.catalogue;
+    let what = "which sessions move something";
+    let movers = refusals.known(Gate::Busy, ALL, what, &catalogue.movers);
+    let ledger = inputs.ledger.as_ref().ok();
+    for Mover { pid, shard } in movers.into_iter().flatten() {
+        let is_it = |it: &&Entry| shard.map_or(it.copies, |shard| it.shards.contains(&shard));
+        match (ledger.and_then(|it| it.newest().find(is_it)), shard) {
+            (Some(entry), _) if entry.outcome != Outcome::Started => {
+                let node = |group: u32| {
+                    let node = catalogue.primary(group);
+                    node.map_or_else(|| format!("group {group}"), CitusNode::address)
+                };
+                let (from, to) = (node(entry.from), node(entry.to));
+                let next = format!("bring back or fence {to} or {from}, whichever does not answer");
+                refusals.add(Gate::Locks, ALL, held(*pid, entry.shard), next);
+            }
+            (Some(_), _) => {}
+            (None, shard) => {
+                let what = shard.map_or("reference tables".to_owned(), |it| format!("shard {it}"));
+                let reason = format!("session {pid} of an agent on the coordinator moves {what}");
+                refusals.add(Gate::Busy, ALL, reason, "wait for it to end");
+            }
+        }
     }
 }
 
@@ -186,14 +232,16 @@ fn asked(inputs: Inputs<'_>, refusals: &mut Refusals) {
     }
     let what = "what was moved in the last 24 hours";
     let Some(ledger) = refusals.known(Gate::Budget, ALL, what, inputs.ledger) else { return };
-    if let Some((until, failures, why)) = ledger.setbacks().filter(|it| inputs.now < it.0) {
-        let reason = format!("the last {failures} moves failed: {why}");
+    for it in ledger.setbacks().into_iter().filter(|it| inputs.now < it.until) {
+        let Setback { colocation, until, failures, why } = it;
+        let scope = colocation.map_or(ALL, Scope::Colocation);
         let next = format!(
             "see the logs of the coordinator and of both nodes; it is tried again at {}, or at once after \
              rebalance-agent resume",
             until.format("%Y-%m-%d %H:%M:%S UTC")
         );
-        refusals.add(Gate::Setbacks, ALL, reason, next);
+        let reason = format!("the last {failures} moves failed: {why}");
+        refusals.add(Gate::Setbacks, scope, reason, next);
     }
     let (day, run) = spent(ledger, inputs.window, inputs.now);
     let Limits { bytes_per_day, moves_per_day, bytes_per_run, moves_per_run } = *inputs.budget;

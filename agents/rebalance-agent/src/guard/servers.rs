@@ -169,7 +169,50 @@ fn leftovers(inputs: Inputs<'_>, scope: Scope, primary: &Primary, refusals: &mut
         let objects = count(names.len(), "object");
         let reason =
             format!("{objects} of a move that was broken off on {}: {}", primary.name, some(names));
-        let next = "CALL citus_cleanup_orphaned_resources(); a slot keeps WAL until it is dropped";
+        let records = catalogue.cleanup.as_ref().map(Vec::as_slice).unwrap_or_default();
+        let is_known = |name: &str| records.iter().any(|it| it.object == name);
+        let commands: Vec<_> = names.iter().filter_map(|it| drop_by_hand(it, is_known)).collect();
+        let next = if commands.is_empty() {
+            "CALL citus_cleanup_orphaned_resources(); a slot keeps WAL until it is dropped"
+                .to_owned()
+        } else {
+            format!("Citus has no record of it: on {}, {}", primary.name, commands.join("; "))
+        };
         refusals.add(Gate::Leftovers, scope, reason, next);
+    }
+}
+
+/// What drops an object that Citus will not, because it knows nothing of it.
+fn drop_by_hand(object: &str, is_known: impl Fn(&str) -> bool) -> Option<String> {
+    let (kind, name) = object.split_once(' ')?;
+    if is_known(name) {
+        return None;
+    }
+    match kind {
+        "slot" => Some(format!("SELECT pg_drop_replication_slot('{name}')")),
+        "publication" => Some(format!("DROP PUBLICATION {name}")),
+        "subscription" => Some(format!("DROP SUBSCRIPTION {name}")),
+        "role" => Some(format!("DROP ROLE {name}")),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_citus_has_no_record_of_is_dropped_by_hand() {
+        for (object, expected) in [
+            ("slot citus_shard_a", Some("SELECT pg_drop_replication_slot('citus_shard_a')")),
+            ("publication citus_shard_a", Some("DROP PUBLICATION citus_shard_a")),
+            ("subscription citus_shard_a", Some("DROP SUBSCRIPTION citus_shard_a")),
+            ("role citus_shard_a", Some("DROP ROLE citus_shard_a")),
+            ("slot citus_shard_b", None),
+            ("table", None),
+        ] {
+            let found = drop_by_hand(object, |it| it == "citus_shard_b");
+            assert_eq!(found.as_deref(), expected, "{object}");
+        }
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{Gate, Inputs, Refusals, Scope};
-use crate::catalogue::{ShardGroup, Table};
+use crate::catalogue::{Hindrance, ShardGroup, Table};
 use crate::reference::{ReferenceCopy, lacks};
 use crate::words::{bytes, some};
 
@@ -28,6 +28,10 @@ pub(super) fn check(inputs: Inputs<'_>, refusals: &mut Refusals) {
         let next = "give each a primary key, or ALTER TABLE … REPLICA IDENTITY".to_owned();
         let reason = "has no replica identity";
         refuse(Gate::ReplicaIdentity, &|it| !it.has_replica_identity, reason, next);
+        for (hindrance, reason, next) in hindrances(&tables) {
+            let is_so = |it: &Table| it.hindrance.as_ref() == Some(&hindrance);
+            refuse(Gate::Tables, &is_so, &reason, next);
+        }
         for owner in owners(&tables) {
             let is_of = |it: &Table| it.owner.name == owner;
             let mut refuse = |is_wrong: fn(&Table) -> bool, reason: String, next: String| {
@@ -95,6 +99,37 @@ fn oversize(inputs: Inputs<'_>, refusals: &mut Refusals) {
             };
             refusals.add(Gate::Budget, Scope::Shard(group.id), reason, next);
         }
+    }
+}
+
+/// What keeps these tables from being replicated, each with its words.
+fn hindrances(tables: &[&Table]) -> Vec<(Hindrance, String, String)> {
+    let mut all: Vec<_> = tables.iter().filter_map(|it| it.hindrance.clone()).collect();
+    all.sort_unstable();
+    all.dedup();
+    let in_words = |it: Hindrance| {
+        let (reason, next) = hindrance(&it);
+        (it, reason, next.to_owned())
+    };
+    all.into_iter().map(in_words).collect()
+}
+
+/// What keeps a table from being replicated, and what to do about it.
+pub fn hindrance(it: &Hindrance) -> (String, &'static str) {
+    match it {
+        Hindrance::AccessMethod(method) => (
+            format!("is {method}, and every write to it would fail while it is moved"),
+            "move it while nobody writes to it: citus_move_shard_placement(…, 'block_writes')",
+        ),
+        Hindrance::Unlogged => (
+            "is UNLOGGED, and nothing of it would be replicated".to_owned(),
+            "ALTER TABLE … SET LOGGED, or citus_move_shard_placement(…, 'block_writes')",
+        ),
+        Hindrance::RowSecurity => (
+            "has row-level security FORCED on its owner, as whom its rows would be written"
+                .to_owned(),
+            "ALTER TABLE … NO FORCE ROW LEVEL SECURITY, or citus_move_shard_placement(…, 'block_writes')",
+        ),
     }
 }
 

@@ -9,7 +9,7 @@ use proptest::prelude::{any, prop_assert, proptest};
 
 use super::*;
 use crate::catalogue::tests::{empty, placement, table};
-use crate::catalogue::{CleanupRecord, Job, Link, Progress, TableKind};
+use crate::catalogue::{CleanupRecord, Hindrance, Job, Link, Mover, Progress, TableKind};
 use crate::control::Pause;
 use crate::known::Unknown;
 use crate::ledger::{Entry, Outcome};
@@ -103,6 +103,7 @@ fn moved(minutes: i64, moves: i64, bytes: u64) -> Ledger {
         from: 1,
         to: 2,
         copies: false,
+        colocation: None,
         job: None,
         moves: 1,
         bytes: if shard == 0 { bytes } else { 0 },
@@ -444,6 +445,59 @@ const BAD: &[Case] = &[
         },
     ),
     case(
+        Gate::Tables,
+        Scope::Colocation(2),
+        "public.other is columnar, and every write to it would fail while it is moved",
+        |it| {
+            it.table(3).hindrance = Some(Hindrance::AccessMethod("columnar".to_owned()));
+        },
+    ),
+    case(
+        Gate::Tables,
+        Scope::Colocation(1),
+        "public.log is UNLOGGED, and nothing of it would be replicated",
+        |it| it.table(2).hindrance = Some(Hindrance::Unlogged),
+    ),
+    case(
+        Gate::Tables,
+        Scope::Colocation(1),
+        "public.events has row-level security FORCED on its owner, as whom its rows would be written",
+        |it| it.table(1).hindrance = Some(Hindrance::RowSecurity),
+    ),
+    case(
+        Gate::ReferenceTables,
+        W1,
+        "w1:5432 lacks reference tables: public.countries; they are not copied: \
+         public.countries is UNLOGGED, and nothing of it would be replicated: ALTER TABLE … SET \
+         LOGGED, or citus_move_shard_placement(…, 'block_writes')",
+        |it| {
+            it.table(4).hindrance = Some(Hindrance::Unlogged);
+            it.observation.catalogue.placements.retain(|it| (it.table, it.group) != (4, 1));
+        },
+    ),
+    case(Gate::Busy, ALL, "which sessions move something is unknown: no answer", |it| {
+        it.observation.catalogue.movers = Err(Unknown::because("no answer"));
+    }),
+    case(Gate::Busy, ALL, "session 7 of an agent on the coordinator moves shard 102", |it| {
+        it.observation.catalogue.movers = Ok(vec![Mover { pid: 7, shard: Some(102) }]);
+    }),
+    case(Gate::Locks, ALL, "session 7 on the coordinator still holds the locks of shard 0", |it| {
+        it.observation.catalogue.movers = Ok(vec![Mover { pid: 7, shard: Some(0) }]);
+        it.ledger = Ok(failed(1, 1));
+    }),
+    case(Gate::Cleanup, W1, "1 object of a move to clean up: public.events_101 on group 1", |it| {
+        let object = "public.events_101".to_owned();
+        let record = CleanupRecord { object, group: 1, is_deferred: true };
+        it.observation.catalogue.cleanup = Ok(vec![record]);
+    }),
+    case(Gate::Setbacks, Scope::Colocation(1), "the last 3 moves failed: no route to host", |it| {
+        let mut entries: Vec<_> = failed(1, 3).newest().cloned().collect();
+        for it in &mut entries {
+            it.colocation = Some(1);
+        }
+        it.ledger = Ok(Ledger::new(entries));
+    }),
+    case(
         Gate::Owner,
         Scope::Colocation(2),
         "public.other belongs to app, whose rights pgmesh_rebalance does not have",
@@ -550,6 +604,36 @@ fn at_their_limits_gates_are_open() {
         let mut world = World::well();
         change(&mut world);
         assert_eq!(world.refusals(), []);
+    }
+}
+
+/// It is looked for who must be brought back.
+#[test]
+fn a_session_that_keeps_its_locks_names_the_nodes_it_waits_for() {
+    let mut world = World::well();
+    world.observation.catalogue.movers = Ok(vec![Mover { pid: 7, shard: Some(0) }]);
+    let entry = failed(1, 1).newest().next().cloned().unwrap();
+    world.ledger = Ok(Ledger::new(vec![entry.clone()]));
+    let refusals = world.refusals();
+    let next = "bring back or fence w2:5432 or w1:5432, whichever does not answer";
+    assert_eq!(refusals.first().map(|it| (it.gate, it.next.as_str())), Some((Gate::Locks, next)));
+    // One that is watched closes nothing.
+    world.ledger = Ok(Ledger::new(vec![Entry { outcome: Outcome::Started, ..entry }]));
+    let refusals = world.refusals();
+    assert!(refusals.iter().all(|it| !matches!(it.gate, Gate::Locks | Gate::Busy)), "{refusals:?}");
+}
+
+/// It has a part in each move, so what would end any of them keeps it from beginning.
+#[test]
+fn what_is_wrong_with_the_coordinator_closes_the_cluster_as_far_as_it_ends_moves() {
+    for (gate, scope, expected) in [
+        (Gate::Disk, Scope::Group(0), true),
+        (Gate::Lag, Scope::Group(0), false),
+        (Gate::Disk, Scope::Group(1), false),
+        (Gate::Lag, Scope::Cluster, true),
+    ] {
+        let refusal = Refusal { gate, scope, reason: String::new(), next: String::new() };
+        assert_eq!(refusal.is_for_all(), expected, "{gate:?} {scope}");
     }
 }
 

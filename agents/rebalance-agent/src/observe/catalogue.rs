@@ -9,8 +9,8 @@ use shared::pg::Connection;
 
 use super::read::{AnswerError, Columns, known, only, row, rows};
 use crate::catalogue::{
-    Catalogue, CitusNode, CleanupRecord, Job, Link, Owner, Placement, PlannedShard, Progress,
-    Table, TableKind,
+    Catalogue, CitusNode, CleanupRecord, Hindrance, Job, Link, Mover, Owner, Placement,
+    PlannedShard, Progress, Table, TableKind,
 };
 use crate::known::Unknown;
 
@@ -41,12 +41,15 @@ const TABLES: &str = "
                       WHEN 'd' THEN indisprimary AND indimmediate
                       WHEN 'i' THEN indisreplident
                       ELSE false END),
+           CASE WHEN table_.relkind = 'r' AND method.amname <> 'heap' THEN method.amname::text END,
+           table_.relpersistence = 'u', table_.relforcerowsecurity,
            has_schema_privilege(table_.relnamespace, 'USAGE'),
            pg_get_userbyid(table_.relowner), coalesce(owner_.rolcanlogin, false),
            has_schema_privilege(table_.relowner, table_.relnamespace, 'CREATE'),
            pg_has_role(table_.relowner, 'USAGE')
       FROM pg_dist_partition AS partition_
       JOIN pg_class AS table_ ON table_.oid = partition_.logicalrelid
+      LEFT JOIN pg_am AS method ON method.oid = table_.relam
       LEFT JOIN pg_roles AS owner_ ON owner_.oid = table_.relowner";
 
 const PLACEMENTS: &str = "
@@ -90,6 +93,16 @@ const PROGRESS: &str = "
      WHERE progress <> 2
      LIMIT 1000";
 
+/// What is asked for is asked in one text, to the end of its transaction.
+const MOVERS: &str = r"
+    SELECT pid, substring(query FROM 'citus_move_shard_placement\((\d{1,18}),')::bigint
+      FROM pg_stat_activity
+     WHERE application_name = current_setting('application_name') AND usename = current_user
+       AND state = 'active' AND pid <> pg_backend_pid()
+       AND query ~ '^SELECT (citus_move_shard_placement|replicate_reference_tables)\('
+     ORDER BY pid
+     LIMIT 100";
+
 const LINKS: &str = "
     SELECT from_nodename || ':' || from_nodeport, to_nodename || ':' || to_nodeport, result
       FROM citus_check_cluster_node_health()";
@@ -112,6 +125,9 @@ pub(super) async fn read(
     let is_coordinator = row(connection, is_coordinator, only).await?;
     let nodes = rows(connection, NODES, node).await?;
     let tables = rows(connection, TABLES, table).await?.into_iter().collect();
+    // Before what a node is asked for: one that hangs may hang a move.
+    let movers = rows(connection, MOVERS, |it| Ok(Mover { pid: it.take()?, shard: it.take()? }));
+    let movers = known(movers.await);
     let mut placements = rows(connection, PLACEMENTS, placement).await?;
     let sizes = rows(connection, SIZES, |it| Ok((it.take()?, it.number("the size of a shard")?)));
     let sizes: Result<BTreeMap<i64, u64>, _> =
@@ -145,6 +161,7 @@ pub(super) async fn read(
         cleanup,
         jobs,
         progress,
+        movers,
         links,
         citus_plan,
     })
@@ -170,17 +187,27 @@ fn table(columns: &mut Columns<'_>) -> Result<(u32, Table), AnswerError> {
         let text: &str = columns.take()?;
         Ok(text.chars().next().unwrap_or(' '))
     };
-    let (method, replication) = (letter()?, letter()?);
+    let (partitioned_by, replication) = (letter()?, letter()?);
     let colocation = columns.number("colocationid")?;
-    let (has_replica_identity, is_visible) = (columns.take()?, columns.take()?);
+    let has_replica_identity = columns.take()?;
+    let (method, is_unlogged, is_forced): (Option<String>, bool, bool) =
+        (columns.take()?, columns.take()?, columns.take()?);
+    let hindrance = match method {
+        Some(method) => Some(Hindrance::AccessMethod(method)),
+        None if is_unlogged => Some(Hindrance::Unlogged),
+        None => is_forced.then_some(Hindrance::RowSecurity),
+    };
+    let is_visible = columns.take()?;
     let owner = Owner {
         name: columns.take()?,
         can_login: columns.take()?,
         can_create: columns.take()?,
         is_ours: columns.take()?,
     };
-    let kind = TableKind::of(method, replication, colocation);
-    Ok((oid, Table { name, kind, colocation, has_replica_identity, is_visible, owner }))
+    let kind = TableKind::of(partitioned_by, replication, colocation);
+    let table =
+        Table { name, kind, colocation, has_replica_identity, hindrance, is_visible, owner };
+    Ok((oid, table))
 }
 
 /// Without its size, which is asked for by itself.

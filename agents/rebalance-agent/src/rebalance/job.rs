@@ -1,23 +1,18 @@
 //! Begins a job of Citus, watches it, and writes down what became of it.
 
-use std::time::Duration;
-
 use shared::lease::Claim;
 use shared::telemetry::chain;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::{Concern, Rebalancer};
+use super::{Concern, LEADER_LIMIT, Rebalancer, Touched};
 use crate::apply::Hand;
 use crate::guard::spent;
 use crate::job::{Seen, cost};
 use crate::ledger::{End, Entry, Outcome};
 use crate::plan::{Budget, Move};
 use crate::report::Moving;
-
-/// How long etcd may take to say who leads.
-const LEADER_LIMIT: Duration = Duration::from_secs(5);
 
 impl Rebalancer {
     /// Has Citus begin a job that moves just that, and watches it.
@@ -80,7 +75,7 @@ impl Rebalancer {
             self.board.show(Some(Moving { entry, phase, copied_bytes: Some(written) }));
             last = Some((seen.done, written));
         };
-        let concern = Concern { coordinator: hand.coordinator, groups: None, colocation: None };
+        let concern = Concern { hand, what: Touched::Job(job.unwrap_or_default()) };
         let halted = self.halted(&concern, claim, shutdown);
         let ended = hand.watch_job(&entry, left, halted, show).await;
         let end = match (ended, self.other_leader(claim).await) {
