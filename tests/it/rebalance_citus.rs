@@ -184,29 +184,29 @@ impl Citus {
 /// Writes to all shards, and knows how long it waited at most.
 struct Writers {
     stop: Arc<AtomicBool>,
-    tasks: JoinSet<(u32, Duration)>,
+    tasks: JoinSet<(i64, Duration)>,
 }
 
 impl Writers {
     async fn start(citus: &Citus) -> Self {
-        Self::to(citus, "events").await
+        Self::to(citus, "events", Some(5000)).await
     }
 
-    async fn to(citus: &Citus, table: &str) -> Self {
+    /// `rows`: as many as each of them writes, again and again. Of a reference table each writes new ones only:
+    /// whoever changes one waits there for all others, whatever is copied.
+    async fn to(citus: &Citus, table: &str, rows: Option<i64>) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let mut tasks = JoinSet::new();
         for writer in 1..=4_i64 {
             let client = citus.coordinator().connect_as("app", "postgres").await;
             let stop = Arc::clone(&stop);
-            let sql = format!(
-                "INSERT INTO {table} VALUES ($1::bigint, 'new') \
-                 ON CONFLICT (id) DO UPDATE SET text = 'again'"
-            );
+            let again = rows.map_or("", |_| "ON CONFLICT (id) DO UPDATE SET text = 'again'");
+            let sql = format!("INSERT INTO {table} VALUES ($1::bigint, 'new') {again}");
             tasks.spawn(async move {
-                let (mut count, mut longest) = (0, Duration::ZERO);
+                let (mut count, mut longest) = (0_i64, Duration::ZERO);
                 while !stop.load(Ordering::Relaxed) {
                     let began = Instant::now();
-                    let id = writer * 1_000_000 + i64::from(count % 5000);
+                    let id = writer * 1_000_000 + rows.map_or(count, |rows| count % rows);
                     client.execute(&sql, &[&id]).await.unwrap();
                     longest = longest.max(began.elapsed());
                     count += 1;
@@ -379,13 +379,13 @@ async fn writers_of_a_reference_table_hardly_wait_while_it_is_copied() {
     coordinator
         .psql("INSERT INTO countries SELECT id, repeat(md5(id::text), 8) FROM generate_series(1000, 300000) AS id")
         .await;
-    let writers = Writers::to(&citus, "countries").await;
+    let writers = Writers::to(&citus, "countries", None).await;
     let mut agent = citus.agent().spawn(&["run"]);
     agent.logged("\"why\":\"reference_tables\"", LIMIT).await;
     // What it finds open at its end.
     sleep(Duration::from_millis(500)).await;
     let holder = coordinator.connect_as("app", "postgres").await;
-    holder.batch_execute("BEGIN; UPDATE countries SET text = text WHERE id = 1").await.unwrap();
+    holder.batch_execute("BEGIN; INSERT INTO countries VALUES (0, 'text')").await.unwrap();
     sleep(Duration::from_secs(12)).await;
     holder.batch_execute("ROLLBACK").await.unwrap();
     let beside = writers.longest().await;
@@ -396,7 +396,8 @@ async fn writers_of_a_reference_table_hardly_wait_while_it_is_copied() {
     eventually("nothing is moved", LIMIT, rests).await;
     agent.terminate().await.assert_success();
     // Another one does not know that it rests.
-    let writers = Writers::to(&citus, "countries").await;
+    coordinator.psql("DELETE FROM countries WHERE id >= 1000000").await;
+    let writers = Writers::to(&citus, "countries", None).await;
     let agent = citus.agent().spawn(&["run"]);
     citus.settles().await;
     let longest = writers.longest().await;

@@ -21,13 +21,14 @@ use crate::ledger::{End, Outcome};
 /// stronger lock has all who come later wait behind him.
 ///
 /// Source: measured of Citus 14: from "Final Catchup" on a move asks for the lock on the metadata of colocated
-/// shards, on all nodes, and from then on every writer of them waits.
+/// shards (8), of a reference table on that of its shard (4), on all nodes, and from then on every writer of
+/// them waits. `AdvisoryLocktagClass` in `resource_lock.h`.
 const LOCKS: &str = r"
     WITH mover AS (
          SELECT pid FROM pg_stat_activity WHERE pid = ANY ($1) OR application_name ~ $2)
     SELECT ARRAY(SELECT DISTINCT pid
                    FROM pg_locks JOIN mover USING (pid)
-                  WHERE locktype = 'advisory' AND objsubid = 8 AND mode = 'ExclusiveLock'),
+                  WHERE locktype = 'advisory' AND objsubid IN (4, 8) AND mode = 'ExclusiveLock'),
            waiter.pid, waiter.query
       FROM (SELECT) AS one
       LEFT JOIN LATERAL (
