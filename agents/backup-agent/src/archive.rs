@@ -16,6 +16,7 @@ use tokio_postgres::types::PgLsn;
 use tracing::{debug, error, info, warn};
 
 use crate::config::Config;
+use crate::prefetch;
 use crate::repository::{OpenError, Place, Repository, RepositoryError};
 use crate::wal::{self, Absence, Packed, Stored, WalError, WalMap, conflict, newest, piece};
 use standby::{Server, Without};
@@ -208,7 +209,11 @@ impl Wanted<'_> {
         let config: Config = config::load(self.config_file)?;
         let repository = Repository::open(&config).await?;
         let place = repository.place(config.wal.group, system_identifier()?);
-        fetch_once(&place, self.file, self.path, self.until).await
+        let fetched = fetch_once(&place, self.file, self.path, self.until).await?;
+        if fetched == Fetched::Done && config.wal.prefetch_segments > 0 {
+            prefetch::start(self.config_file, self.file, self.path);
+        }
+        Ok(fetched)
     }
 
     /// Tries again as long as the standby has nothing but the repository. Whatever it fails for, to give up

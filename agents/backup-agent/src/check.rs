@@ -5,6 +5,7 @@ use std::time::Duration;
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
 use shared::etcd::Etcd;
+use shared::lease::holders;
 use shared::pg::connect::connect;
 use shared::pg::{Connection, Node};
 use shared::store::{Put, StoreErrorKind};
@@ -170,9 +171,8 @@ async fn check_repository(repository: &Repository, cluster: &str, steps: &mut St
 
 /// Who holds which group.
 async fn check_etcd(etcd: &Etcd, cluster: &str, steps: &mut Steps) {
-    let held = format!("/pgmesh/{cluster}/lease/{AGENT}/");
-    let entries = match etcd.list(&held).await {
-        Ok(listing) => listing.entries,
+    let holders = match holders(etcd, cluster, AGENT).await {
+        Ok(holders) => holders,
         Err(error) => {
             let detail = format!(
                 "{}: without it no replica receives WAL or takes scheduled backups",
@@ -181,18 +181,12 @@ async fn check_etcd(etcd: &Etcd, cluster: &str, steps: &mut Steps) {
             return steps.add("etcd", Outcome::Failed, detail);
         }
     };
-    let holders: Vec<_> = entries
-        .iter()
-        .map(|it| {
-            let group = it.key.strip_prefix(&held).unwrap_or(&it.key);
-            format!("group {group} is held by {}", String::from_utf8_lossy(&it.value))
-        })
-        .collect();
     if holders.is_empty() {
         let detail = "no replica holds a group: is `backup-agent run` there, with the same [etcd]?";
         return steps.add("etcd", Outcome::Warning, detail);
     }
-    steps.add("etcd", Outcome::Ok, holders.join(", "));
+    let held = holders.iter().map(|(group, replica)| format!("group {group} is held by {replica}"));
+    steps.add("etcd", Outcome::Ok, held.collect::<Vec<_>>().join(", "));
 }
 
 fn check_clock(whose: &str, at: DateTime<Utc>, steps: &mut Steps) {

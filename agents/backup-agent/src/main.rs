@@ -4,14 +4,13 @@ use std::env;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
-use backup_agent::archive::{self, Fetched};
+use backup_agent::archive;
 use backup_agent::cli::{self, Cli, Command};
 use backup_agent::commands::{self, AGENT};
-use backup_agent::config::Config;
 use backup_agent::prefetch;
 use clap::Parser;
 use shared::telemetry::{self, Output};
-use shared::{config, tls};
+use shared::tls;
 use tokio::runtime::Builder;
 use tracing::error;
 
@@ -68,10 +67,6 @@ fn fetch() -> ExitCode {
         let config_file = cli.shared.config_file(AGENT);
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let fetched = runtime.block_on(archive::fetch(&config_file, &file, &path, until));
-        let is_ahead = |config: Config| config.wal.prefetch_segments > 0;
-        if matches!(fetched, Ok(Fetched::Done)) && config::load(&config_file).is_ok_and(is_ahead) {
-            prefetch::start(&config_file, &file, &path);
-        }
         Ok(archive::exit_code(&fetched))
     };
     ExitCode::from(work().unwrap_or_else(|failure| {

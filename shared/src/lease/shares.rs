@@ -10,7 +10,7 @@ use tokio::sync::watch;
 
 use super::claim::Claim;
 use super::sharing::Sharing;
-use crate::etcd::Etcd;
+use crate::etcd::{Etcd, EtcdError, KeyValue};
 
 /// How long a lease lives without being kept alive, unless set otherwise: so long the groups of
 /// a replica that was killed are without one. Renewed after a third of it.
@@ -116,6 +116,25 @@ impl Leadership {
     pub async fn changed(&mut self) {
         self.0.changed().await;
     }
+}
+
+/// Which replica of an agent that shares groups holds which, as etcd has it.
+///
+/// # Errors
+///
+/// Fails when no endpoint answers, or etcd refuses.
+pub async fn holders(
+    etcd: &Etcd,
+    cluster: &str,
+    agent: &str,
+) -> Result<BTreeMap<u32, String>, EtcdError> {
+    let [cluster, agent, replica] = [cluster, agent, ""].map(str::to_owned);
+    let names = Names { identity: Identity { cluster, agent, replica }, is_one: false };
+    let entries = etcd.list(&names.leases()).await?.entries;
+    let holder = |it: &KeyValue| {
+        Some((names.group_of(&it.key)?, String::from_utf8_lossy(&it.value).into_owned()))
+    };
+    Ok(entries.iter().filter_map(holder).collect())
 }
 
 /// The names of the keys.
