@@ -232,7 +232,7 @@ hash_all() {
     done
     for file in "$RENDERED"/* "$root"/init-scripts/[0-9][0-9]-*.sql; do
         name=${file##*/}
-        [[ $name == *.yml && $name != prometheus.yml && $name != alertmanager.yml && $name != *-prometheus.yml && $name != patroni-*.yml ]] ||
+        [[ $name == *.yml && $name != prometheus.yml && $name != alerts.yml && $name != alertmanager.yml && $name != *-prometheus.yml && $name != patroni-*.yml ]] ||
             printf -v "HASH_$(upper "$name")" '%s' "$(content_hash "$file")"
     done
 }
@@ -261,6 +261,7 @@ render_configs() {
     cp "$root/configs/pgbouncer/run.sh" "$RENDERED/pgbouncer.sh"
     render "$root/configs/redis/redis.conf" >"$RENDERED/redis.conf"
     render "$root/configs/prometheus/prometheus.yml" >"$RENDERED/prometheus.yml"
+    cp "$root/configs/prometheus/alerts.yml" "$RENDERED/alerts.yml"
     render "$root/configs/prometheus/grafana-prometheus.yml" >"$RENDERED/grafana-prometheus.yml"
     render "$root/configs/alertmanager/alertmanager.yml" >"$RENDERED/alertmanager.yml"
     for agent in "${agents[@]}"; do

@@ -169,6 +169,7 @@ try_configurations() {
         try "haproxy takes its configuration ($name)" in_service "$name" haproxy -c -f /etc/pgmesh/haproxy.cfg
     done
     try "promtool takes prometheus.yml" in_service prometheus promtool check config /etc/pgmesh/prometheus.yml
+    try "Prometheus has each figure that an alert asks for" alerts_have_figures
     try "amtool takes alertmanager.yml" in_service alertmanager amtool check-config /etc/pgmesh/alertmanager.yml
     for name in "${agents[@]}"; do
         try "$name takes its configuration" in_service "$name" "$name" --config "/etc/pgmesh/$name.toml" check-config
@@ -212,14 +213,30 @@ patroni_status() {
     in_service coordinator-1 bash -c 'printf "$1 $2 HTTP/1.0\r\n\r\n" | timeout 5 openssl s_client -quiet -connect 127.0.0.1:8008 2>/dev/null | head -n 1 | cut -d " " -f 2' status "$1" "$2"
 }
 
+# prometheus_says PATH: of its interface.
+prometheus_says() {
+    docker exec pgmesh-test-client bash -c 'exec 3<>/dev/tcp/127.0.0.1/9090 &&
+        printf "GET /api/v1/%s HTTP/1.0\r\n\r\n" "$1" >&3 && cat <&3' ask "$1"
+}
+
 targets_are_up() {
     local body
-    body=$(docker exec pgmesh-test-client bash -c 'exec 3<>/dev/tcp/127.0.0.1/9090 &&
-        printf "GET /api/v1/targets?state=active HTTP/1.0\r\n\r\n" >&3 && cat <&3')
+    body=$(prometheus_says 'targets?state=active')
     [[ $(grep -o '"health":"[a-z]*"' <<<"$body" | sort | uniq -c | tr -s ' ') == ' '*'"health":"up"' ]] || {
         grep -o '"lastError":"[^"]*"' <<<"$body" | sort -u
         return 1
     }
+}
+
+# But for one that is there with Citus only.
+alerts_have_figures() {
+    local figures name missing=()
+    figures=$(prometheus_says 'label/__name__/values')
+    grep -q PATRONI_CITUS_GROUP "$RENDERED/coordinator-1.yml" || figures+='"pgmesh_rebalance_refusals"'
+    while read -r name; do
+        [[ $figures == *"\"$name\""* ]] || missing+=("$name")
+    done < <(grep -vE '^#|description:' "$root/configs/prometheus/alerts.yml" | grep -oE '\b(pgmesh|patroni|etcd|haproxy)_[a-z_]+' | sort -u)
+    [[ ${#missing[@]} == 0 ]] || { echo "not there: ${missing[*]}" && return 1; }
 }
 
 # try_stack_files WHAT DIRECTORY

@@ -6,6 +6,7 @@ mod exporter;
 mod monitor;
 mod scene;
 
+mod alerts;
 mod arrival;
 mod backup_restore;
 mod check;
