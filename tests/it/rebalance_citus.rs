@@ -432,3 +432,39 @@ async fn a_drained_worker_can_be_removed() {
     citus.coordinator().psql(&remove).await;
     assert_eq!(citus.content().await, before);
 }
+
+/// As after a restore of a worker. Citus hides it from who looks for it, and lets nobody drop it by its name alone.
+#[tokio::test]
+async fn a_shard_that_is_not_there_is_named_and_dropped_when_that_is_wanted() {
+    if citus_is_missing() {
+        return;
+    }
+    let citus = Citus::skewed().await;
+    let before = citus.content().await;
+    let shard = "SELECT min(shardid) FROM pg_dist_shard JOIN pg_dist_placement USING (shardid) \
+                 WHERE logicalrelid = 'events'::regclass AND groupid = 1";
+    let shard = citus.coordinator().psql(shard).await.trim().to_owned();
+    let worker = &citus.nodes[3];
+    let create = |name: &str| {
+        format!(
+            "SET citus.enable_manual_changes_to_shards = on; SET ROLE app; \
+             CREATE TABLE {name}_{shard} (id bigint PRIMARY KEY, text text); \
+             INSERT INTO {name}_{shard} VALUES (1, 'text')"
+        )
+    };
+    let finished = citus.agent().run(&["cleanup"]).await;
+    finished.assert_success();
+    worker.psql(&create("orders")).await;
+    citus.agent().run(&["cleanup"]).await.assert_success();
+    worker.psql(&create("events")).await;
+    let finished = citus.agent().run(&["cleanup"]).await;
+    finished.assert_code(1);
+    let statement =
+        format!("SET citus.enable_manual_changes_to_shards = on; DROP TABLE public.events_{shard}");
+    assert!(finished.stderr.contains(&statement), "{finished}");
+    let finished = citus.agent().run(&["cleanup", "--drop-orphans"]).await;
+    finished.assert_success();
+    let left = format!("SELECT to_regclass('events_{shard}'), to_regclass('orders_{shard}')");
+    assert_eq!(worker.psql(&left).await.trim(), format!("|orders_{shard}"));
+    assert_eq!(citus.content().await, before);
+}

@@ -31,7 +31,10 @@ pub(crate) struct Cluster {
 }
 
 async fn stand_in(name: &str, group: u32) -> PgServer {
-    let server = PgServer::builder().name(name).setting("wal_level", "logical").primary().await;
+    // The health monitor, which one of these tests asks of the coordinator, calls one without it critical.
+    let fsync = if group == 0 { "on" } else { "off" };
+    let builder = PgServer::builder().name(name).setting("wal_level", "logical");
+    let server = builder.setting("fsync", fsync).primary().await;
     server.psql(&format!("\\set group {group}\n{STAND_IN}")).await;
     server.psql(ROLES).await;
     server
@@ -356,6 +359,12 @@ async fn what_the_servers_say_closes_its_gate() {
         "transactions",
         "has written and is open for",
     );
+    let session: String = writer
+        .query_one("SELECT format('pid %s of %s', pg_backend_pid(), current_user)", &[])
+        .await
+        .unwrap()
+        .get(0);
+    Cluster::assert_refused(&cluster.refused().await, "transactions", &session);
     // To a blocked node nothing is moved, and from it neither; the plan says so.
     let report = cluster.plan().await;
     assert_eq!(moves(&report), []);
@@ -367,6 +376,17 @@ async fn what_the_servers_say_closes_its_gate() {
     worker.psql(&format!("SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput')")).await;
     Cluster::assert_refused(&cluster.refused().await, "leftovers", &format!("slot {slot}"));
     worker.psql(&format!("SELECT pg_drop_replication_slot('{slot}')")).await;
+
+    // What a standby that is gone holds back.
+    worker.psql("SELECT pg_create_physical_replication_slot('gone', true)").await;
+    assert_eq!(cluster.refused().await, []);
+    cluster.configure("guard.lag_bytes_max = 0\n");
+    worker.psql("CREATE TABLE many AS SELECT generate_series(1, 1000)").await;
+    let slot = "nobody has read from slot gone on worker-1";
+    Cluster::assert_refused(&cluster.refused().await, "slots", slot);
+    worker.psql("SELECT pg_drop_replication_slot('gone')").await;
+    assert_eq!(cluster.refused().await, []);
+    cluster.configure("");
 
     // A standby that holds still is behind.
     let standby = worker.standby("standby").await;
@@ -422,6 +442,161 @@ async fn what_the_servers_say_closes_its_gate() {
     assert!(report["reason"].as_str().unwrap().starts_with("group 0 has no primary"), "{report}");
 }
 
+/// Behind a process of Citus' own there is the one that an operator can find.
+#[tokio::test]
+async fn who_keeps_a_shard_from_being_dropped_is_named() {
+    if postgres_is_missing() {
+        return;
+    }
+    let cluster = Cluster::skewed().await;
+    let worker = &cluster.workers[0];
+    worker.psql("CREATE TABLE events_102008 (id int)").await;
+    cluster
+        .change(
+            "INSERT INTO pg_dist_cleanup (operation_id, object_type, object_name, node_group_id, policy_type) \
+             VALUES (1, 1, 'public.events_102008', 1, 2)",
+        )
+        .await;
+    let next = async || {
+        let plan = cluster.plan().await;
+        assert_eq!(plan["refusals"][0]["gate"], "cleanup", "{plan}");
+        plan["refusals"][0]["next"].as_str().unwrap().to_owned()
+    };
+    assert!(next().await.contains("SELECT pid, query"));
+    let pid = async |client: &tokio_postgres::Client| -> i32 {
+        client.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0)
+    };
+    let (report, reader) = (cluster.coordinator.connect().await, worker.connect().await);
+    report.batch_execute("SET application_name = 'report'").await.unwrap();
+    let (client, process) = (pid(&report).await, pid(&reader).await);
+    reader
+        .batch_execute(&format!(
+            "SET application_name = 'citus_internal gpid=10{client:010}'; BEGIN; \
+             SELECT count(*) FROM events_102008"
+        ))
+        .await
+        .unwrap();
+    let next = cluster.anonymous(&next().await);
+    let expected = format!(
+        "end pid {client} of postgres (report) on coordinator, by pid {process} on worker-1"
+    );
+    assert!(next.contains(&expected), "{next}");
+}
+
+/// As after a restore of a worker, or of the coordinator. What only is named like a shard is none.
+#[tokio::test]
+async fn a_table_of_a_shard_that_is_not_there_is_named_and_dropped_when_that_is_wanted() {
+    if postgres_is_missing() {
+        return;
+    }
+    let cluster = Cluster::skewed().await;
+    let worker = &cluster.workers[1];
+    // One that Citus knows under another number by now.
+    cluster
+        .change(
+            "UPDATE pg_dist_shard SET shardid = 102020 WHERE shardid = 102011; \
+             UPDATE pg_dist_placement SET shardid = 102020 WHERE shardid = 102011; \
+             UPDATE stand_in.size SET shardid = 102020 WHERE shardid = 102011; \
+             CREATE INDEX \"by Id\" ON events (id)",
+        )
+        .await;
+    worker
+        .psql(
+            "CREATE ROLE app; GRANT app TO pgmesh_rebalance; GRANT ALL ON SCHEMA public TO app; SET ROLE app; \
+             CREATE TABLE orders_2024 (id int PRIMARY KEY); CREATE TABLE orders_102008 (id int PRIMARY KEY); \
+             CREATE TABLE events_102012 (id int PRIMARY KEY); CREATE TABLE events_102017 (id int PRIMARY KEY); \
+             CREATE TABLE countries_102016 (id int PRIMARY KEY); CREATE TABLE events_202401 (id int); \
+             CREATE TEMP TABLE events_102008 (id int)",
+        )
+        .await;
+    assert_eq!(cluster.refused().await, []);
+
+    // Its indexes are named as those of a shard.
+    worker.psql("CREATE INDEX \"by Id_102017\" ON events_102017 (id)").await;
+    let reason = "1 table on worker-2 named as shards that Citus does not know any more: public.events_102017";
+    Cluster::assert_refused(&cluster.refused().await, "orphans", reason);
+    let wanted = async |arguments: &[&str]| cluster.agent().run(arguments).await;
+    let finished = wanted(&["cleanup", "--drop-orphans"]).await;
+    finished.assert_code(1);
+    worker.psql("DROP TABLE events_102017").await;
+
+    worker.psql("SET ROLE app; CREATE TABLE events_102008 (id int)").await;
+    let reason =
+        "1 table on worker-2 of shards that Citus has on other nodes: public.events_102008 (0 B)";
+    Cluster::assert_refused(&cluster.refused().await, "orphans", reason);
+    assert_eq!(moves(&cluster.plan().await), []);
+    // One that Citus is to drop.
+    cluster
+        .change(
+            "INSERT INTO pg_dist_cleanup (operation_id, object_type, object_name, node_group_id, policy_type) \
+             VALUES (1, 1, 'public.events_102008', 2, 0)",
+        )
+        .await;
+    Cluster::assert_refused(&cluster.refused().await, "cleanup", "public.events_102008 on group 2");
+    cluster.change("TRUNCATE pg_dist_cleanup").await;
+    // One that somebody is about to drop.
+    let busy = worker.connect().await;
+    busy.batch_execute("BEGIN; LOCK TABLE events_102008").await.unwrap();
+    assert_eq!(cluster.refused().await, []);
+    busy.batch_execute("ROLLBACK").await.unwrap();
+    // Who does not say so drops nothing.
+    let finished = wanted(&["cleanup"]).await;
+    finished.assert_code(1);
+    let statement =
+        "SET citus.enable_manual_changes_to_shards = on; DROP TABLE public.events_102008";
+    assert!(finished.stderr.contains(statement), "{finished}");
+    // An agent that moves says what stays, and moves nothing there.
+    cluster.configure("mode = \"apply\"\n");
+    let mut agent = cluster.agent().spawn(&["run"]);
+    agent.logged("something is left of moves", LIMIT).await;
+    let finished = agent.terminate().await;
+    assert!(finished.stdout.contains("cleanup --drop-orphans"), "{finished}");
+    assert!(!finished.stdout.contains("move begins"), "{finished}");
+    // What may be all there is of it stays.
+    cluster.change("UPDATE pg_dist_placement SET shardstate = 4 WHERE shardid = 102008").await;
+    wanted(&["cleanup", "--drop-orphans"]).await.assert_code(1);
+    cluster.change("UPDATE pg_dist_placement SET shardstate = 1 WHERE shardid = 102008").await;
+    let tables = "SELECT string_agg(relname, ' ' ORDER BY relname) FROM pg_class \
+                  WHERE relname ~ '_[0-9]+$' AND relkind = 'r' AND relpersistence = 'p' \
+                    AND relnamespace = 'public'::regnamespace";
+    let others = "countries_102016 events_102012 events_202401 orders_102008 orders_2024";
+    let all = format!("countries_102016 events_102008 {}", &others["countries_102016 ".len()..]);
+    assert_eq!(worker.psql(tables).await.trim(), all);
+    let finished = wanted(&["cleanup", "--drop-orphans"]).await;
+    finished.assert_success();
+    assert!(finished.stdout.contains("Dropped public.events_102008 on "), "{finished}");
+    assert_eq!(worker.psql(tables).await.trim(), others);
+    assert_eq!(cluster.refused().await, []);
+    // What is not told is not clean.
+    worker.psql("ALTER TABLE pg_dist_partition RENAME TO elsewhere").await;
+    Cluster::assert_refused(
+        &cluster.refused().await,
+        "orphans",
+        "which tables on worker-2 are of shards",
+    );
+    wanted(&["cleanup"]).await.assert_code(1);
+}
+
+#[tokio::test]
+async fn where_the_strategy_of_citus_allows_no_shard_none_is_planned() {
+    if postgres_is_missing() {
+        return;
+    }
+    let cluster = Cluster::skewed().await;
+    assert_ne!(moves(&cluster.plan().await), []);
+    cluster
+        .change(
+            "CREATE FUNCTION pin(shardid bigint, nodeid int) RETURNS bool LANGUAGE sql AS 'SELECT nodeid <> 12'; \
+             UPDATE pg_dist_rebalance_strategy SET default_strategy = false; \
+             INSERT INTO pg_dist_rebalance_strategy VALUES ('pinned', true, 'pin')",
+        )
+        .await;
+    assert_eq!(moves(&cluster.plan().await), []);
+    cluster.change("REVOKE EXECUTE ON FUNCTION pin FROM PUBLIC").await;
+    let unknown = cluster.plan().await["plan_unknown"].as_str().unwrap().to_owned();
+    assert!(unknown.contains("permission denied for function pin"), "{unknown}");
+}
+
 #[tokio::test]
 async fn what_others_say_closes_its_gate() {
     if postgres_is_missing() || etcd_is_missing() {
@@ -437,7 +612,7 @@ async fn what_others_say_closes_its_gate() {
     let keys = format!("etcd.endpoints = {endpoints:?}\nhealth.urls = [\"http://{address}\"]\n");
     cluster.configure(&keys);
 
-    // A server without fsync is worth a warning, which is no reason not to move shards.
+    // A warning is no reason not to move shards.
     eventually("the monitor has judged", LIMIT, async || {
         ["ok", "warning"].contains(&monitor.status().await["verdict"]["status"].as_str().unwrap())
     })

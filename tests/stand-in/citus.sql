@@ -46,10 +46,25 @@ CREATE TABLE pg_catalog.pg_dist_background_task (
 CREATE TABLE pg_catalog.pg_dist_cleanup (
     record_id bigserial PRIMARY KEY, operation_id bigint NOT NULL, object_type int NOT NULL, object_name text NOT NULL,
     node_group_id int NOT NULL, policy_type int NOT NULL);
+CREATE FUNCTION pg_catalog.citus_shard_allowed_on_node_true(bigint, int) RETURNS bool LANGUAGE sql AS 'SELECT true';
+CREATE TABLE pg_catalog.pg_dist_rebalance_strategy (
+    name name NOT NULL UNIQUE, default_strategy bool NOT NULL DEFAULT false,
+    shard_allowed_on_node_function regproc NOT NULL);
+INSERT INTO pg_dist_rebalance_strategy VALUES
+    ('by_shard_count', false, 'citus_shard_allowed_on_node_true'),
+    ('by_disk_size', true, 'citus_shard_allowed_on_node_true');
 CREATE TABLE pg_catalog.pg_dist_local_group (groupid int NOT NULL PRIMARY KEY);
 INSERT INTO pg_dist_local_group VALUES (:group);
 GRANT SELECT ON pg_dist_node, pg_dist_placement, pg_dist_shard, pg_dist_partition, pg_dist_background_job,
-    pg_dist_background_task, pg_dist_cleanup, pg_dist_local_group TO PUBLIC;
+    pg_dist_background_task, pg_dist_cleanup, pg_dist_local_group, pg_dist_rebalance_strategy TO PUBLIC;
+
+-- What a table of a shard is called; a real one shortens long names.
+CREATE FUNCTION pg_catalog.shard_name(object_name regclass, shard_id bigint, skip_qualify_public bool = true)
+    RETURNS text LANGUAGE sql STABLE STRICT AS $$
+    SELECT CASE WHEN nspname = 'public' AND skip_qualify_public THEN '' ELSE quote_ident(nspname) || '.' END
+           || quote_ident(relname || '_' || shard_id)
+      FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE pg_class.oid = object_name
+$$;
 
 -- What the functions answer. A function that is named in failure fails with that message.
 CREATE SCHEMA stand_in;

@@ -7,6 +7,7 @@
 
 mod job;
 mod locks;
+mod orphans;
 mod progress;
 
 use std::collections::BTreeMap;

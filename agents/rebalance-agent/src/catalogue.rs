@@ -32,6 +32,17 @@ pub struct Catalogue {
     pub links: Known<Vec<Link>>,
     /// What Citus would move.
     pub citus_plan: Known<Vec<PlannedShard>>,
+    /// Where its rebalance strategy wants no shards; `None` if that allows each of them everywhere.
+    pub forbidden: Known<Option<Forbidden>>,
+}
+
+/// What the `shard_allowed_on_node_function` of the default rebalance strategy says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Forbidden {
+    /// The function.
+    pub function: String,
+    /// Shards, and groups that they must not be on.
+    pub places: BTreeSet<(i64, u32)>,
 }
 
 /// A row of `pg_dist_node`.
@@ -347,6 +358,7 @@ pub(crate) mod tests {
             movers: Ok(Vec::new()),
             links: Ok(Vec::new()),
             citus_plan: Ok(Vec::new()),
+            forbidden: Ok(None),
         }
     }
 

@@ -66,8 +66,9 @@ pub enum Command {
     Move(MoveArgs),
     /// Have Citus drop what moves left behind, and show what remains
     ///
-    /// Exit code 1 if something does.
-    Cleanup,
+    /// Exit code 1 if something does. Tables of shards that have no placement on their node are shown with the
+    /// statement that drops them, and stay: rows may be in them that are nowhere else.
+    Cleanup(CleanupArgs),
     /// Check the configuration and the files it names, and say what is wrong
     CheckConfig,
 }
@@ -78,6 +79,14 @@ pub struct ShowArgs {
     /// Print JSON, for programs
     #[arg(long)]
     pub json: bool,
+}
+
+/// Options of `cleanup`.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct CleanupArgs {
+    /// Drop tables of shards that have no placement on their node, and one in use on another: what only they have is lost
+    #[arg(long)]
+    pub drop_orphans: bool,
 }
 
 /// Options of `pause`.

@@ -81,7 +81,7 @@ pub async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Move(MoveArgs { shard, .. }) => {
             requests::ask(config, Request::Drop { shard }).await
         }
-        Command::Cleanup => requests::clean_up(config).await,
+        Command::Cleanup(args) => requests::clean_up(config, args.drop_orphans).await,
         Command::CheckConfig => check_config(&path, &config),
     }
 }

@@ -220,7 +220,8 @@ impl Limits {
 #[serde(default, deny_unknown_fields)]
 pub struct Guard {
     /// How far a standby of either side may be behind, in bytes of WAL: what is moved is WAL for
-    /// its standbys too. One that does not stream is too far.
+    /// its standbys too. One that does not stream is too far. No more may be held back by a slot that nobody reads
+    /// from; after a minute, none.
     pub lag_bytes_max: u64,
     /// How old a transaction that has written may be. It holds up the start of a move, and the
     /// writers with it at its end.

@@ -50,6 +50,8 @@ pub enum Gate {
     Cleanup,
     /// Nothing is left of moves that were broken off.
     Leftovers,
+    /// No table is there of a shard that is not.
+    Orphans,
     /// The window is open.
     Window,
     /// Nobody has paused the agent.
@@ -66,6 +68,8 @@ pub enum Gate {
     BaseBackup,
     /// Standbys keep up.
     Lag,
+    /// No slot that nobody reads from holds back WAL.
+    Slots,
     /// No transaction that has written is open for long.
     Transactions,
     /// `wal_level` is `logical`.
@@ -84,7 +88,7 @@ pub enum Gate {
 
 impl Gate {
     /// All, in the order in which they are shown.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 28] = [
         Self::Coordinator,
         Self::Nodes,
         Self::Reachable,
@@ -96,6 +100,7 @@ impl Gate {
         Self::Locks,
         Self::Cleanup,
         Self::Leftovers,
+        Self::Orphans,
         Self::Window,
         Self::Paused,
         Self::Budget,
@@ -104,6 +109,7 @@ impl Gate {
         Self::Activity,
         Self::BaseBackup,
         Self::Lag,
+        Self::Slots,
         Self::Transactions,
         Self::WalLevel,
         Self::Headroom,
@@ -127,6 +133,7 @@ impl Gate {
             Self::Locks => "locks",
             Self::Cleanup => "cleanup",
             Self::Leftovers => "leftovers",
+            Self::Orphans => "orphans",
             Self::Window => "window",
             Self::Paused => "paused",
             Self::Budget => "budget",
@@ -135,6 +142,7 @@ impl Gate {
             Self::Activity => "activity",
             Self::BaseBackup => "base_backup",
             Self::Lag => "lag",
+            Self::Slots => "slots",
             Self::Transactions => "transactions",
             Self::WalLevel => "wal_level",
             Self::Headroom => "headroom",

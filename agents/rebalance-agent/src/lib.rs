@@ -1,7 +1,7 @@
 //! The rebalance agent: says where shards should be, and what is in the way of moving them there.
 //!
 //! In the order data flows: [`observe`] asks; [`catalogue`], [`servers`] and [`surroundings`] are
-//! what there is to know, [`observation`] all of it, with [`known`] for what is not; [`control`] is
+//! what there is to know, [`observation`] all of it, with [`known`] for what is not, and [`orphans`] for tables that nobody knows; [`control`] is
 //! what operators ask for, [`ledger`] what was moved, [`memory`] where both are kept. [`guard`] says
 //! why nothing may be moved, [`mod@reference`] what new nodes need first, [`situation`] puts it
 //! together, [`balance`] measures, [`mod@plan`] decides what to move, [`job`] whether Citus may do all of
@@ -18,6 +18,7 @@ pub mod catalogue;
 pub mod control;
 pub mod ledger;
 pub mod observation;
+pub mod orphans;
 pub mod servers;
 pub mod surroundings;
 

@@ -9,6 +9,7 @@ use humantime::format_duration;
 use serde::de::DeserializeOwned;
 use shared::activity::{DRAIN, rebalancing};
 use shared::etcd::{Etcd, EtcdError, KeyValue};
+use shared::lease;
 use shared::telemetry::chain;
 use thiserror::Error;
 use tokio::time::timeout;
@@ -43,8 +44,7 @@ pub enum MemoryError {
 pub struct Memory {
     /// Where, and below which key.
     etcd: Option<(Etcd, String)>,
-    /// The key of who leads.
-    lease: String,
+    cluster: String,
     /// In this process, without etcd.
     local: Mutex<(Control, Ledger)>,
 }
@@ -53,13 +53,12 @@ impl Memory {
     /// Of a cluster, in etcd.
     pub fn in_etcd(etcd: Etcd, cluster: &str) -> Self {
         let root = rebalancing(cluster);
-        let lease = format!("/pgmesh/{cluster}/lease/{AGENT}");
-        Self { etcd: Some((etcd, root)), lease, local: Mutex::default() }
+        Self { etcd: Some((etcd, root)), cluster: cluster.to_owned(), local: Mutex::default() }
     }
 
     /// Of this process alone.
     pub fn of_process(control: Control) -> Self {
-        Self { etcd: None, lease: String::new(), local: Mutex::new((control, Ledger::default())) }
+        Self { etcd: None, cluster: String::new(), local: Mutex::new((control, Ledger::default())) }
     }
 
     /// Whether others see it.
@@ -152,8 +151,7 @@ impl Memory {
     /// etcd does not answer.
     pub async fn leader(&self) -> Result<Option<String>, MemoryError> {
         let Some((etcd, _)) = &self.etcd else { return Ok(None) };
-        let found = Box::pin(etcd.get(&self.lease)).await?;
-        Ok(found.map(|it| String::from_utf8_lossy(&it.value).into_owned()))
+        Ok(Box::pin(lease::leader(etcd, &self.cluster, AGENT)).await?)
     }
 
     /// Writes down a move. etcd forgets it after a day by itself.

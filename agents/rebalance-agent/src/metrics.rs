@@ -242,6 +242,26 @@ mod tests {
         assert!(!text.contains("window_open"), "{text}");
     }
 
+    /// Whoever writes a rule for it finds it at 0 before.
+    #[test]
+    fn a_session_that_keeps_its_locks_shows() {
+        let line = |count| {
+            format!("pgmesh_rebalance_refusals{{cluster=\"demo\",gate=\"locks\"}} {count}.0\n")
+        };
+        let text = scrape(Turn::Decided(Box::new(view(|_| {}))));
+        assert!(text.contains(&line(0)), "{text}");
+        let mut observation = crate::guard::tests::well();
+        observation.catalogue.movers =
+            Ok(vec![crate::catalogue::Mover { pid: 7, shard: Some(103) }]);
+        let entry = crate::ledger::tests::entry(0, 103, crate::ledger::Outcome::Unknown);
+        let ledger = Ok(crate::ledger::Ledger::new(vec![entry]));
+        let control = Ok(crate::control::Control::default());
+        let view = View::new(&observation, &config(), &control, &ledger, observation.at);
+        let text = scrape(Turn::Decided(Box::new(view)));
+        assert!(text.contains(&line(1)), "{text}");
+        assert!(text.contains("pgmesh_rebalance_closed{cluster=\"demo\"} 1.0\n"), "{text}");
+    }
+
     #[test]
     fn what_is_not_known_has_no_sample() {
         let unknown = Turn::Unknown { at: Utc::now(), reason: "no answer".to_owned() };

@@ -6,8 +6,10 @@
 
 mod around;
 mod catalogue;
+mod orphans;
 mod read;
 mod servers;
+mod sessions;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -185,23 +187,33 @@ impl Observer {
         let around = async { tokio::join!(self.verdict(), self.activities(), self.patroni()) };
         let (catalogue, (verdict, activities, patroni)) =
             tokio::join!(catalogue::read(&connection, version), around);
-        finish(connection).await;
-        let catalogue = catalogue.map_err(wrong)?;
+        let catalogue = match catalogue {
+            Ok(catalogue) => catalogue,
+            Err(error) => {
+                finish(connection).await;
+                return Err(wrong(error));
+            }
+        };
         let groups: BTreeMap<u32, Vec<Node>> = catalogue
             .nodes
             .iter()
             .filter(|it| it.is_primary)
             .map(|it| (it.group, servers::nodes(it, &members)))
             .collect();
-        let servers = groups
-            .into_iter()
-            .map(async |(group, nodes)| (group, servers::ask(&self.settings, &nodes).await));
+        let ask = servers::Ask {
+            settings: &self.settings,
+            coordinator: &connection,
+            catalogue: &catalogue,
+        };
+        let servers = groups.into_iter().map(async |(group, nodes)| (group, ask.all(&nodes).await));
+        let servers = join_all(servers).await.into_iter().collect();
+        finish(connection).await;
         let observation = Observation {
             at,
             coordinator: node.name.clone(),
             role: self.settings.user.clone(),
             catalogue,
-            servers: join_all(servers).await.into_iter().collect(),
+            servers,
             verdict,
             activities,
             patroni,

@@ -15,9 +15,9 @@ use serde::{Deserialize, Serialize};
 pub use citus::{Comparison, Difference, Wish, compare, wishes};
 
 use crate::balance::{Figure, Loads, Place};
-use crate::catalogue::ShardGroup;
+use crate::catalogue::{Forbidden, ShardGroup};
 use crate::config::{Balance, Limits, Strategy};
-use crate::known::Known;
+use crate::known::{Known, Unknown};
 use crate::ledger::Spent;
 use crate::words::bytes as in_words;
 use planner::Planner;
@@ -38,6 +38,8 @@ pub struct Situation {
     pub asked: BTreeMap<i64, u32>,
     /// What Citus would move.
     pub citus: Known<Vec<Wish>>,
+    /// Where Citus' rebalance strategy wants no shards.
+    pub forbidden: Known<Option<Forbidden>>,
 }
 
 /// How much may be moved still.
@@ -177,8 +179,13 @@ impl Plan {
 ///
 /// # Errors
 ///
-/// A size is not known: then nothing is moved.
+/// A size is not known, or where shards may be: then nothing is moved.
 pub fn plan(situation: &Situation, balance: &Balance, budget: Budget) -> Known<Plan> {
+    if let Err(why) = &situation.forbidden {
+        return Err(Unknown(format!(
+            "where Citus' rebalance strategy allows shards is unknown: {why}"
+        )));
+    }
     let loads = Loads::new(&situation.places, &situation.groups, balance.count_share)?;
     let before = loads.figure();
     let mut planner = Planner::new(situation, balance, budget, loads);

@@ -112,6 +112,7 @@ impl Rebalancer {
     pub async fn run(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         let mut leadership = self.leadership.clone();
         let (mut pause, mut is_cleaned) = (Duration::ZERO, false);
+        let mut named = BTreeSet::new();
         loop {
             tokio::select! {
                 () = shutdown.cancelled() => break,
@@ -135,6 +136,11 @@ impl Rebalancer {
                         "a move that has ended keeps its locks"
                     );
                 }
+            }
+            if let Turn::Decided(view) = &turn
+                && leads != Some(false)
+            {
+                named = warn_of_what_stays(view, is_cleaned, &named);
             }
             if let Turn::Decided(view) = &turn
                 && claim.is_none()
@@ -354,6 +360,17 @@ impl Rebalancer {
             }
         }
     }
+}
+
+/// Names what nobody but an operator removes, once, and returns what is named by now.
+fn warn_of_what_stays(view: &View, is_cleaned: bool, named: &BTreeSet<String>) -> BTreeSet<String> {
+    // What Citus knows of it may drop yet.
+    let stays = |gate| gate == Gate::Orphans || (gate == Gate::Leftovers && is_cleaned);
+    let left: Vec<_> = view.refusals.iter().filter(|it| stays(it.gate)).collect();
+    for it in left.iter().filter(|it| !named.contains(&it.reason)) {
+        warn!(reason = it.reason, next = it.next, "something is left of moves");
+    }
+    left.into_iter().map(|it| it.reason.clone()).collect()
 }
 
 /// What is under way, and who carries it.

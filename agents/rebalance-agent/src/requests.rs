@@ -25,6 +25,7 @@ use crate::rebalance::Rebalancer;
 use crate::report::{Report, Turn, View};
 use crate::show;
 use crate::step::{Standing, Step, next};
+use crate::words::bytes;
 
 /// How often is looked whether what was asked for is done.
 const WAIT: Duration = Duration::from_secs(5);
@@ -250,12 +251,12 @@ fn in_the_way(report: &Report, view: &View, request: &Request) -> anyhow::Result
     bail!("not now: {why}")
 }
 
-/// Has Citus clean up, and shows what remains.
+/// Has Citus clean up, drops orphans if that is wanted, and shows what remains.
 ///
 /// # Errors
 ///
 /// Something does, or nobody knows.
-pub async fn clean_up(config: Config) -> anyhow::Result<()> {
+pub async fn clean_up(config: Config, drops_orphans: bool) -> anyhow::Result<()> {
     let observer = Observer::new(&config, APPLICATION_NAME)?;
     let Seen::Citus { coordinator, .. } = observer.look().await? else {
         return print("There is no Citus: nothing to clean up.\n");
@@ -268,9 +269,19 @@ pub async fn clean_up(config: Config) -> anyhow::Result<()> {
         claim: &Claim::unlimited(),
     };
     hand.clean_up().await?;
+    // What Citus has a record of is none.
+    if drops_orphans && let Seen::Citus { observation, .. } = observer.look().await? {
+        for (orphan, node) in hand.drop_orphans(&observation).await? {
+            print(format!("Dropped {} on {node}, {}.\n", orphan.table, bytes(orphan.bytes)))?;
+        }
+    }
     let report = look(config.clone()).await?;
     let Turn::Decided(view) = &report.turn else { bail!("{}", show::status(&report)) };
-    let is_left = |gate| matches!(gate, Gate::Cleanup | Gate::Leftovers | Gate::Busy);
+    // Of a server that does not answer nobody knows.
+    let is_left = |gate| {
+        use Gate::{Busy, Cleanup, Leftovers, Orphans, Reachable};
+        matches!(gate, Cleanup | Leftovers | Orphans | Busy | Reachable)
+    };
     let left: Vec<_> = view.refusals.iter().filter(|it| is_left(it.gate)).collect();
     if left.is_empty() {
         return print("Nothing is left of moves.\n");

@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio_postgres::types::PgLsn;
 
 use crate::known::Known;
+use crate::orphans::Orphan;
 
 /// The servers of one group.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,6 +41,12 @@ pub struct Primary {
     /// Slots, publications and subscriptions of moves, and roles: all are of a move under way, or
     /// of one that was broken off.
     pub artifacts: Known<Vec<String>>,
+    /// Tables of shards that have no placement here.
+    pub orphans: Known<Vec<Orphan>>,
+    /// Slots that nobody reads from, and that hold back WAL; not those of moves.
+    pub idle_slots: Known<Vec<IdleSlot>>,
+    /// Who uses tables that moves left and that are to be dropped.
+    pub readers: Known<Vec<String>>,
     /// Client connections that run something now.
     pub active_connections: Known<u32>,
 }
@@ -96,10 +103,61 @@ pub struct Resource {
 /// A transaction that has written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Transaction {
-    /// How to find it: `pid 4711 of app`, `prepared transaction citus_0_…`.
+    /// How to find it: `pid 4711 of app (psql)`, `prepared transaction citus_0_…`.
     pub name: String,
     /// Since when it is open.
     pub age: Duration,
+}
+
+/// A process that serves somebody.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Session {
+    /// `pid`.
+    pub pid: i32,
+    /// `usename`.
+    pub user: String,
+    /// `application_name`.
+    pub application: String,
+    /// `client_addr`; `None` where it comes by a socket.
+    pub address: Option<String>,
+}
+
+/// What Citus calls a process that works for one on another node, before the number of that in the cluster.
+const INTERNAL: &str = "citus_internal gpid=";
+/// That number has so many times the number of the node in it.
+///
+/// Source: `GLOBAL_PID_NODE_ID_MULTIPLIER` in `backend_data.h`.
+const NODE_FACTOR: i64 = 10_000_000_000;
+
+impl Session {
+    /// How to find it: `pid 4711 of app (psql, from 10.0.0.7)`.
+    pub fn name(&self) -> String {
+        let Self { pid, user, application, address } = self;
+        let from = address.as_ref().map(|it| format!("from {it}"));
+        let known = Some(application.clone()).filter(|it| !it.is_empty()).into_iter().chain(from);
+        let known: Vec<_> = known.collect();
+        let known =
+            if known.is_empty() { String::new() } else { format!(" ({})", known.join(", ")) };
+        format!("pid {pid} of {user}{known}")
+    }
+
+    /// The process of a client that it works for: the number of its node, and its own.
+    pub fn client(&self) -> Option<(u32, i32)> {
+        let number: i64 = self.application.strip_prefix(INTERNAL)?.parse().ok()?;
+        let node = u32::try_from(number / NODE_FACTOR).ok()?;
+        Some((node, i32::try_from(number % NODE_FACTOR).ok()?))
+    }
+}
+
+/// A slot that nobody reads from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IdleSlot {
+    /// Its name.
+    pub name: String,
+    /// WAL that it holds back, in bytes.
+    pub held_bytes: u64,
+    /// Since when nobody has used it or moved it on; `None` before PostgreSQL 17.
+    pub idle_for: Option<Duration>,
 }
 
 /// A standby, as its primary sees it.
@@ -130,4 +188,35 @@ pub struct Replay {
     pub streams: bool,
     /// How far it has replayed; `None` before it has replayed any.
     pub lsn: Option<PgLsn>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_session_is_named_by_all_that_is_known_of_it() {
+        let session = |application: &str, address: Option<&str>| Session {
+            pid: 47,
+            user: "app".to_owned(),
+            application: application.to_owned(),
+            address: address.map(str::to_owned),
+        };
+        for (application, address, name, client) in [
+            ("psql", Some("10.0.0.7"), "pid 47 of app (psql, from 10.0.0.7)", None),
+            ("psql", None, "pid 47 of app (psql)", None),
+            ("", Some("10.0.0.7"), "pid 47 of app (from 10.0.0.7)", None),
+            ("", None, "pid 47 of app", None),
+            (
+                "citus_internal gpid=20000000812",
+                None,
+                "pid 47 of app (citus_internal gpid=20000000812)",
+                Some((2, 812)),
+            ),
+            ("citus_internal gpid=x", None, "pid 47 of app (citus_internal gpid=x)", None),
+        ] {
+            let session = session(application, address);
+            assert_eq!((session.name().as_str(), session.client()), (name, client));
+        }
+    }
 }

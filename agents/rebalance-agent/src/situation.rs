@@ -72,7 +72,8 @@ impl Situation {
             }
         }
         let (resting, asked) = (BTreeMap::new(), control.moves.clone());
-        Self { places, groups, held, resting, asked, citus }
+        let forbidden = catalogue.forbidden.clone();
+        Self { places, groups, held, resting, asked, citus, forbidden }
     }
 
     /// What failed lately rests.

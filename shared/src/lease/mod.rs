@@ -29,5 +29,5 @@ mod view;
 pub use claim::{BootInstant, Claim};
 pub use present::during;
 pub use share::share;
-pub use shares::{Identity, Leadership, Shares, TTL, holders, replica_name};
+pub use shares::{Identity, Leadership, Shares, TTL, holders, leader, replica_name};
 pub use sharing::Sharing;

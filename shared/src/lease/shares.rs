@@ -137,6 +137,18 @@ pub async fn holders(
     Ok(entries.iter().filter_map(holder).collect())
 }
 
+/// Which replica of an agent of which one leads does, as etcd has it; `None` if none does.
+///
+/// # Errors
+///
+/// Fails when no endpoint answers, or etcd refuses.
+pub async fn leader(etcd: &Etcd, cluster: &str, agent: &str) -> Result<Option<String>, EtcdError> {
+    let [cluster, agent, replica] = [cluster, agent, ""].map(str::to_owned);
+    let names = Names { identity: Identity { cluster, agent, replica }, is_one: true };
+    let found = etcd.get(&names.lease(LEADING)).await?;
+    Ok(found.map(|it| String::from_utf8_lossy(&it.value).into_owned()))
+}
+
 /// The names of the keys.
 #[derive(Debug)]
 pub(super) struct Names {

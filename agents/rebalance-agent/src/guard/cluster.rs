@@ -174,8 +174,16 @@ fn busy(inputs: Inputs<'_>, refusals: &mut Refusals) {
             records.iter().map(|it| format!("{} on group {}", it.object, it.group)).collect();
         let reason =
             format!("{} of a move to clean up: {}", count(names.len(), "object"), some(&names));
-        let next = match records.first() {
-            Some(it) if it.is_deferred => format!(
+        let servers = records.first().and_then(|it| inputs.observation.servers.get(&it.group));
+        let primary = servers.and_then(|it| it.primary.as_ref().ok());
+        let readers = primary.and_then(|it| it.readers.as_ref().ok()).filter(|it| !it.is_empty());
+        let next = match (records.first(), primary.zip(readers)) {
+            (Some(it), Some((primary, readers))) if it.is_deferred => format!(
+                "Citus does so each 15 s, once nobody reads it: end {} on {}",
+                readers.join(" and "),
+                primary.name
+            ),
+            (Some(it), _) if it.is_deferred => format!(
                 "Citus does so each 15 s, unless somebody reads it: there, SELECT pid, query FROM pg_locks JOIN \
                  pg_stat_activity USING (pid) WHERE relation = '{}'::regclass",
                 it.object

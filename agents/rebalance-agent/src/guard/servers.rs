@@ -8,6 +8,7 @@ use tokio_postgres::types::PgLsn;
 
 use super::{Gate, Inputs, Refusals, Scope};
 use crate::config::Guard;
+use crate::orphans::told;
 use crate::servers::{GroupServers, Primary};
 use crate::situation::room;
 use crate::words::{bytes, count, some};
@@ -16,6 +17,8 @@ use crate::words::{bytes, count, some};
 const HEADROOM: u32 = 2;
 /// A move opens several connections on either side, and applications must not be shut out.
 const CONNECTIONS_HEADROOM: u32 = 10;
+/// So long nobody may use a slot: a standby is restarted within it.
+const IDLE_MAX: Duration = Duration::from_mins(1);
 
 pub(super) fn check(inputs: Inputs<'_>, refusals: &mut Refusals) {
     for (group, servers) in &inputs.observation.servers {
@@ -24,6 +27,7 @@ pub(super) fn check(inputs: Inputs<'_>, refusals: &mut Refusals) {
         // One that does not answer closes the gate of the cluster.
         if let Ok(primary) = &servers.primary {
             lag(scope, servers, inputs.limits, refusals);
+            idle_slots(scope, primary, inputs.limits, refusals);
             transactions(scope, primary, inputs.limits, refusals);
             resources(scope, primary, refusals);
             disk(scope, primary, inputs.limits, refusals);
@@ -103,6 +107,33 @@ fn behind(name: &str, lag_bytes: Option<u64>, limits: &Guard) -> Option<String> 
     }
 }
 
+/// What a move writes is WAL, which they hold back until the disk is full, or until they are lost.
+fn idle_slots(scope: Scope, primary: &Primary, limits: &Guard, refusals: &mut Refusals) {
+    let what = format!("which slots of {} nobody reads from", primary.name);
+    let slots = refusals.known(Gate::Slots, scope, &what, &primary.idle_slots);
+    for it in slots.into_iter().flatten() {
+        let is_long = it.idle_for.is_some_and(|idle| IDLE_MAX < idle);
+        if !is_long && it.held_bytes <= limits.lag_bytes_max {
+            continue;
+        }
+        let (name, held) = (&it.name, bytes(it.held_bytes));
+        let idle = it
+            .idle_for
+            .map(|idle| format!(" for {}", format_duration(Duration::from_secs(idle.as_secs()))));
+        let idle = idle.unwrap_or_default();
+        let reason = format!(
+            "nobody has read from slot {name} on {}{idle}, and it holds back {held} of WAL",
+            primary.name
+        );
+        let next = format!(
+            "bring back who reads from it; if it is gone for good, on {}: SELECT \
+             pg_drop_replication_slot('{name}')",
+            primary.name
+        );
+        refusals.add(Gate::Slots, scope, reason, next);
+    }
+}
+
 fn transactions(scope: Scope, primary: &Primary, limits: &Guard, refusals: &mut Refusals) {
     let what = format!("which transactions are open on {}", primary.name);
     let known = &primary.oldest_transaction;
@@ -158,12 +189,17 @@ fn disk(scope: Scope, primary: &Primary, limits: &Guard, refusals: &mut Refusals
 fn leftovers(inputs: Inputs<'_>, scope: Scope, primary: &Primary, refusals: &mut Refusals) {
     let what = format!("what is left of moves on {}", primary.name);
     let names = refusals.known(Gate::Leftovers, scope, &what, &primary.artifacts);
+    let what = format!("which tables on {} are of shards that are not there", primary.name);
+    let orphans = refusals.known(Gate::Orphans, scope, &what, &primary.orphans);
     let catalogue = &inputs.observation.catalogue;
     let is_busy = |it: Option<usize>| it.is_some_and(|number| 0 < number);
     if is_busy(catalogue.jobs.as_ref().ok().map(Vec::len))
         || is_busy(catalogue.progress.as_ref().ok().map(Vec::len))
     {
         return;
+    }
+    for (reason, next) in orphans.map(|it| told(it, &primary.name)).into_iter().flatten() {
+        refusals.add(Gate::Orphans, scope, reason, next);
     }
     if let Some(names) = names.filter(|it| !it.is_empty()) {
         let objects = count(names.len(), "object");
@@ -176,7 +212,12 @@ fn leftovers(inputs: Inputs<'_>, scope: Scope, primary: &Primary, refusals: &mut
             "CALL citus_cleanup_orphaned_resources(); a slot keeps WAL until it is dropped"
                 .to_owned()
         } else {
-            format!("Citus has no record of it: on {}, {}", primary.name, commands.join("; "))
+            // Of no other role would Citus take it.
+            format!(
+                "Citus has no record of it: on {}, as a superuser, {}",
+                primary.name,
+                commands.join("; ")
+            )
         };
         refusals.add(Gate::Leftovers, scope, reason, next);
     }
@@ -191,7 +232,11 @@ fn drop_by_hand(object: &str, is_known: impl Fn(&str) -> bool) -> Option<String>
     match kind {
         "slot" => Some(format!("SELECT pg_drop_replication_slot('{name}')")),
         "publication" => Some(format!("DROP PUBLICATION {name}")),
-        "subscription" => Some(format!("DROP SUBSCRIPTION {name}")),
+        // Its slot is dropped by itself, on the node that it was for.
+        "subscription" => Some(format!(
+            "ALTER SUBSCRIPTION {name} DISABLE; ALTER SUBSCRIPTION {name} SET (slot_name = NONE); DROP \
+             SUBSCRIPTION {name}"
+        )),
         "role" => Some(format!("DROP ROLE {name}")),
         _ => None,
     }
@@ -206,7 +251,13 @@ mod tests {
         for (object, expected) in [
             ("slot citus_shard_a", Some("SELECT pg_drop_replication_slot('citus_shard_a')")),
             ("publication citus_shard_a", Some("DROP PUBLICATION citus_shard_a")),
-            ("subscription citus_shard_a", Some("DROP SUBSCRIPTION citus_shard_a")),
+            (
+                "subscription citus_shard_a",
+                Some(
+                    "ALTER SUBSCRIPTION citus_shard_a DISABLE; ALTER SUBSCRIPTION citus_shard_a SET (slot_name = \
+                     NONE); DROP SUBSCRIPTION citus_shard_a",
+                ),
+            ),
             ("role citus_shard_a", Some("DROP ROLE citus_shard_a")),
             ("slot citus_shard_b", None),
             ("table", None),

@@ -13,8 +13,9 @@ use crate::catalogue::{CleanupRecord, Hindrance, Job, Link, Mover, Progress, Tab
 use crate::control::Pause;
 use crate::known::Unknown;
 use crate::ledger::{Entry, Outcome};
+use crate::orphans::{Kind, Orphan};
 use crate::servers::{
-    Disk, GroupServers, Primary, Replay, Resource, Sender, Standby, Transaction, Wal,
+    Disk, GroupServers, IdleSlot, Primary, Replay, Resource, Sender, Standby, Transaction, Wal,
 };
 use crate::surroundings::{Activity, Health, PatroniGroup, Verdict};
 
@@ -39,6 +40,9 @@ fn primary(name: &str) -> Primary {
         lsn: Ok(GIB.into()),
         base_backups: Ok(0),
         artifacts: Ok(Vec::new()),
+        orphans: Ok(Vec::new()),
+        idle_slots: Ok(Vec::new()),
+        readers: Ok(Vec::new()),
         active_connections: Ok(1),
     }
 }
@@ -234,6 +238,16 @@ fn activity(world: &mut World, kind: &str, group: Option<u32>) {
 const ALL: Scope = Scope::Cluster;
 const W1: Scope = Scope::Group(1);
 
+fn idle_slot(held_bytes: u64, seconds: Option<u64>) -> IdleSlot {
+    let idle_for = seconds.map(Duration::from_secs);
+    IdleSlot { name: "standby_2".to_owned(), held_bytes, idle_for }
+}
+
+fn orphan() -> Orphan {
+    let table = "public.events_102".to_owned();
+    Orphan { table, shard: 102, bytes: 8192, kind: Kind::Copy }
+}
+
 const BAD: &[Case] = &[
     case(Gate::Coordinator, ALL, "the server that was asked is a worker", |it| {
         it.observation.catalogue.is_coordinator = false;
@@ -397,6 +411,25 @@ const BAD: &[Case] = &[
         it.primary(1).senders = Ok(Vec::new());
         it.standby(1).replay.as_mut().unwrap().lsn = Some((GIB - (64 << 20) - 1).into());
     }),
+    case(
+        Gate::Slots,
+        W1,
+        "nobody has read from slot standby_2 on w1 for 1m 1s, and it holds back 96 B of WAL",
+        |it| it.primary(1).idle_slots = Ok(vec![idle_slot(96, Some(61))]),
+    ),
+    case(
+        Gate::Slots,
+        W1,
+        "nobody has read from slot standby_2 on w1 for 5s, and it holds back 64.0 MiB of WAL",
+        |it| it.primary(1).idle_slots = Ok(vec![idle_slot((64 << 20) + 1, Some(5))]),
+    ),
+    // Of an older server.
+    case(
+        Gate::Slots,
+        W1,
+        "nobody has read from slot standby_2 on w1, and it holds back 64.0 MiB of WAL",
+        |it| it.primary(1).idle_slots = Ok(vec![idle_slot((64 << 20) + 1, None)]),
+    ),
     case(Gate::Transactions, W1, "pid 7 of app on w1 has written and is open for 1m 1s", |it| {
         let (name, age) = ("pid 7 of app".to_owned(), Duration::from_secs(61));
         it.primary(1).oldest_transaction = Ok(Some(Transaction { name, age }));
@@ -434,6 +467,12 @@ const BAD: &[Case] = &[
             let slot = "slot citus_shard_move_slot_5_10_7".to_owned();
             it.primary(1).artifacts = Ok(vec![slot]);
         },
+    ),
+    case(
+        Gate::Orphans,
+        W1,
+        "1 table on w1 of shards that Citus has on other nodes: public.events_102 (8.0 KiB)",
+        |it| it.primary(1).orphans = Ok(vec![orphan()]),
     ),
     case(
         Gate::ReplicaIdentity,
@@ -579,7 +618,9 @@ fn each_gate_closes_on_what_is_bad_and_no_other_with_it() {
 
 #[test]
 fn at_their_limits_gates_are_open() {
-    let changes: [fn(&mut World); 13] = [
+    let changes: [fn(&mut World); 15] = [
+        |it| it.primary(1).idle_slots = Ok(vec![idle_slot(64 << 20, Some(60))]),
+        |it| it.primary(1).idle_slots = Ok(vec![idle_slot(64 << 20, None)]),
         |it| it.ledger = Ok(failed(5, 3)),
         |it| it.ledger = Ok(failed(1, 2)),
         |it| lag(it, Some(64 << 20)),
@@ -642,11 +683,32 @@ fn what_is_wrong_with_the_coordinator_closes_the_cluster_as_far_as_it_ends_moves
 fn objects_of_a_move_under_way_are_no_leftovers() {
     let mut world = World::well();
     world.primary(1).artifacts = Ok(vec!["slot citus_shard_move_slot_5_10_7".to_owned()]);
+    world.primary(1).orphans = Ok(vec![orphan()]);
     let [source, target, phase] = ["w1:5432", "w2:5432", "Copying Data"].map(str::to_owned);
     let progress = vec![Progress { shard: 101, source, target, phase }];
     world.observation.catalogue.progress = Ok(progress);
     let gates: Vec<_> = world.refusals().iter().map(|it| it.gate).collect();
     assert_eq!(gates, [Gate::Busy]);
+}
+
+/// Somebody must end it: Citus waits for it, and a move to that node for Citus.
+#[test]
+fn who_reads_what_is_to_be_dropped_is_named() {
+    let mut world = World::well();
+    let object = "public.events_101".to_owned();
+    let record = CleanupRecord { object, group: 1, is_deferred: true };
+    world.observation.catalogue.cleanup = Ok(vec![record]);
+    let next = |world: &World| world.refusals().pop().unwrap().next;
+    assert!(next(&world).contains("SELECT pid, query"), "{}", next(&world));
+    let reader = "pid 812 of report (psql, from 10.0.0.7) on coord:5432, by pid 47".to_owned();
+    world.primary(1).readers = Ok(vec![reader]);
+    assert_eq!(
+        next(&world),
+        "Citus does so each 15 s, once nobody reads it: end pid 812 of report (psql, from 10.0.0.7) on coord:5432, \
+         by pid 47 on w1"
+    );
+    world.primary(1).readers = unknown();
+    assert!(next(&world).contains("SELECT pid, query"), "{}", next(&world));
 }
 
 fn unknown<T>() -> Known<T> {
@@ -734,6 +796,15 @@ const UNKNOWN: &[Case] = &[
     }),
     case(Gate::Leftovers, W1, "what is left of moves on w1 is unknown: no answer", |it| {
         it.primary(1).artifacts = unknown();
+    }),
+    case(
+        Gate::Orphans,
+        W1,
+        "which tables on w1 are of shards that are not there is unknown: no answer",
+        |it| it.primary(1).orphans = unknown(),
+    ),
+    case(Gate::Slots, W1, "which slots of w1 nobody reads from is unknown: no answer", |it| {
+        it.primary(1).idle_slots = unknown();
     }),
 ];
 

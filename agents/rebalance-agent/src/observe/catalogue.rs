@@ -9,7 +9,7 @@ use shared::pg::Connection;
 
 use super::read::{AnswerError, Columns, known, only, row, rows};
 use crate::catalogue::{
-    Catalogue, CitusNode, CleanupRecord, Hindrance, Job, Link, Mover, Owner, Placement,
+    Catalogue, CitusNode, CleanupRecord, Forbidden, Hindrance, Job, Link, Mover, Owner, Placement,
     PlannedShard, Progress, Table, TableKind,
 };
 use crate::known::Unknown;
@@ -111,6 +111,39 @@ const PLAN: &str = "
     SELECT shardid, targetname || ':' || targetport
       FROM get_rebalance_table_shards_plan()";
 
+/// That of the strategy by which Citus rebalances, unless it is the one that allows everything.
+const ALLOWED_BY: &str = "
+    SELECT format('%I.%I', namespace.nspname, function.proname)
+      FROM pg_dist_rebalance_strategy AS strategy
+      JOIN pg_proc AS function ON function.oid = strategy.shard_allowed_on_node_function
+      JOIN pg_namespace AS namespace ON namespace.oid = function.pronamespace
+     WHERE strategy.default_strategy
+       AND (namespace.nspname, function.proname) <> ('pg_catalog', 'citus_shard_allowed_on_node_true')";
+
+/// Shards that can be moved, and groups where that function does not want them.
+fn forbidden_by(function: &str) -> String {
+    format!(
+        "SELECT shard.shardid, node.groupid::bigint
+           FROM pg_dist_shard AS shard
+           JOIN pg_dist_partition AS partition_ ON partition_.logicalrelid = shard.logicalrelid
+          CROSS JOIN pg_dist_node AS node
+          WHERE node.noderole::text = 'primary' AND node.shouldhaveshards
+            AND (partition_.partmethod = 'h' OR partition_.repmodel <> 't' AND partition_.colocationid <> 0)
+            AND {function}(shard.shardid, node.nodeid) IS NOT TRUE"
+    )
+}
+
+/// Where the strategy wants no shards.
+async fn forbidden(connection: &Connection) -> Result<Option<Forbidden>, AnswerError> {
+    let Some(function) = rows(connection, ALLOWED_BY, only::<String>).await?.pop() else {
+        return Ok(None);
+    };
+    let sql = forbidden_by(&function);
+    let places = rows(connection, &sql, |it| Ok((it.take()?, it.number("groupid")?)));
+    let places = places.await?.into_iter().collect();
+    Ok(Some(Forbidden { function, places }))
+}
+
 /// The version of Citus in this database; `None` without it.
 pub(super) async fn version(connection: &Connection) -> Result<Option<String>, AnswerError> {
     row(connection, VERSION, only).await
@@ -152,6 +185,7 @@ pub(super) async fn read(
     let plan =
         rows(connection, PLAN, |it| Ok(PlannedShard { shard: it.take()?, target: it.take()? }));
     let citus_plan = known(plan.await);
+    let forbidden = known(forbidden(connection).await);
     Ok(Catalogue {
         version,
         is_coordinator,
@@ -164,6 +198,7 @@ pub(super) async fn read(
         movers,
         links,
         citus_plan,
+        forbidden,
     })
 }
 

@@ -4,7 +4,7 @@ use shared::pg::{Connection, QueryError};
 use shared::telemetry::chain;
 use thiserror::Error;
 use tokio_postgres::Row;
-use tokio_postgres::types::{FromSql, FromSqlOwned};
+use tokio_postgres::types::{FromSql, FromSqlOwned, ToSql};
 
 use crate::known::{Known, Unknown};
 
@@ -55,9 +55,19 @@ pub(super) fn only<T: FromSqlOwned>(columns: &mut Columns<'_>) -> Result<T, Answ
 pub(super) async fn rows<T>(
     connection: &Connection,
     sql: &str,
+    read: impl FnMut(&mut Columns<'_>) -> Result<T, AnswerError>,
+) -> Result<Vec<T>, AnswerError> {
+    rows_of(connection, sql, &[], read).await
+}
+
+/// The same with parameters.
+pub(super) async fn rows_of<T>(
+    connection: &Connection,
+    sql: &str,
+    parameters: &[&(dyn ToSql + Sync)],
     mut read: impl FnMut(&mut Columns<'_>) -> Result<T, AnswerError>,
 ) -> Result<Vec<T>, AnswerError> {
-    let rows = connection.query(sql, &[]).await?;
+    let rows = connection.query(sql, parameters).await?;
     rows.iter().map(|row| read(&mut Columns { row, next: 0 })).collect()
 }
 

@@ -8,11 +8,14 @@ use futures_util::future::join_all;
 use shared::pg::{Connection, Node, Settings, connect};
 use shared::telemetry::chain;
 
+use super::orphans;
 use super::read::{AnswerError, Columns, finish, known, only, row, rows};
-use crate::catalogue::CitusNode;
+use super::sessions::{self, session};
+use crate::catalogue::{Catalogue, CitusNode};
 use crate::known::{Known, Unknown};
 use crate::servers::{
-    Disk, GroupServers, Primary, Replay, Resource, Sender, Standby, Transaction, Wal,
+    Disk, GroupServers, IdleSlot, Primary, Replay, Resource, Sender, Session, Standby, Transaction,
+    Wal,
 };
 
 const ROLE: &str = "
@@ -55,16 +58,29 @@ const RESOURCES: &str = r"
 /// Those that have written have a number; those that have only read hold up nobody, and autovacuum
 /// gives way.
 const OLDEST: &str = "
-    SELECT name, extract(epoch FROM clock_timestamp() - since)::double precision
-      FROM (SELECT format('pid %s of %s', pid, usename), xact_start
+    SELECT gid, pid, usename, application_name, host(client_addr),
+           extract(epoch FROM clock_timestamp() - since)::double precision
+      FROM (SELECT NULL, pid, coalesce(usename::text, ''), application_name, client_addr, xact_start
               FROM pg_stat_activity
              WHERE backend_xid IS NOT NULL AND xact_start IS NOT NULL
                AND backend_type <> 'autovacuum worker'
             UNION ALL
-            SELECT format('prepared transaction %s', gid), prepared FROM pg_prepared_xacts)
-        AS open (name, since)
+            SELECT gid, 0, '', '', NULL, prepared FROM pg_prepared_xacts)
+        AS open (gid, pid, usename, application_name, client_addr, since)
      ORDER BY since
      LIMIT 1";
+
+/// Those of moves are told by themselves. Since when nobody has used one, PostgreSQL tells from 17 on; whoever
+/// moves it on, as Patroni does for standbys that follow another, uses it.
+const IDLE_SLOTS: &str = r"
+    SELECT slot_name::text, greatest(pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn), 0)::bigint,
+           extract(epoch FROM clock_timestamp() - (to_jsonb(slot) ->> 'inactive_since')::timestamptz)
+               ::double precision
+      FROM pg_replication_slots AS slot
+     WHERE NOT active AND NOT temporary AND restart_lsn IS NOT NULL
+       AND wal_status IS DISTINCT FROM 'lost' AND slot_name NOT LIKE 'citus\_shard\_%'
+     ORDER BY restart_lsn
+     LIMIT 100";
 
 /// Not base backups, which are counted by themselves, nor the subscriptions of moves. What only
 /// receives WAL replays none of it.
@@ -119,11 +135,33 @@ pub(super) fn nodes(primary: &CitusNode, members: &[Node]) -> Vec<Node> {
     vec![Node { group: primary.group, name: primary.address(), host, port }]
 }
 
-/// Asks all servers of a group, at the same time.
-pub(super) async fn ask(settings: &Settings, nodes: &[Node]) -> GroupServers {
-    let answers =
-        nodes.iter().map(async |node| (node.name.clone(), Box::pin(ask_one(settings, node)).await));
-    sort(join_all(answers).await)
+/// What is to be known to ask servers.
+#[derive(Clone, Copy)]
+pub(super) struct Ask<'a> {
+    /// How they are reached.
+    pub(super) settings: &'a Settings,
+    /// The coordinator's primary, which knows more of what they say.
+    pub(super) coordinator: &'a Connection,
+    /// What it said a moment before.
+    pub(super) catalogue: &'a Catalogue,
+}
+
+impl Ask<'_> {
+    /// Asks all servers of a group, at the same time.
+    pub(super) async fn all(self, nodes: &[Node]) -> GroupServers {
+        let answers =
+            nodes.iter().map(async |node| (node.name.clone(), Box::pin(self.one(node)).await));
+        sort(join_all(answers).await)
+    }
+
+    async fn one(self, node: &Node) -> Known<Answer> {
+        let connection = connect(self.settings, node).await;
+        let connection = connection.map_err(|error| Unknown::because(chain(&error)))?;
+        // On the heap, as the whole: many are asked at the same time.
+        let answer = Box::pin(ask_on(&connection, self, node)).await;
+        finish(connection).await;
+        answer
+    }
 }
 
 /// Finds the primary: exactly one says that it is.
@@ -166,16 +204,8 @@ fn sort(answers: Vec<(String, Known<Answer>)>) -> GroupServers {
     GroupServers { primary, standbys }
 }
 
-async fn ask_one(settings: &Settings, node: &Node) -> Known<Answer> {
-    let connection = connect(settings, node).await;
-    let connection = connection.map_err(|error| Unknown::because(chain(&error)))?;
-    // On the heap, as the whole: many are asked at the same time.
-    let answer = Box::pin(ask_on(&connection, settings, node)).await;
-    finish(connection).await;
-    answer
-}
-
-async fn ask_on(connection: &Connection, settings: &Settings, node: &Node) -> Known<Answer> {
+async fn ask_on(connection: &Connection, ask: Ask<'_>, node: &Node) -> Known<Answer> {
+    let Ask { settings, coordinator, catalogue } = ask;
     let role = row(connection, ROLE, |it| Ok((it.take()?, it.take()?, it.take()?)));
     let (in_recovery, is_monitor, wal_level): (bool, bool, String) = known(role.await)?;
     if !is_monitor {
@@ -195,20 +225,35 @@ async fn ask_on(connection: &Connection, settings: &Settings, node: &Node) -> Kn
     });
     let resources = rows(connection, RESOURCES, resource);
     let oldest = rows(connection, OLDEST, transaction);
+    let slots = rows(connection, IDLE_SLOTS, idle_slot);
     let senders = rows(connection, SENDERS, sender);
     let artifacts = rows(connection, ARTIFACTS, only);
     let lsn = row(connection, LSN, only);
     // They go out together, and are answered one after the other.
-    let (disk, wal, resources, oldest, senders, artifacts, lsn, base_backups, active) = tokio::join!(
+    let (disk, wal, resources, oldest, slots, senders, artifacts, lsn, base_backups, active) = tokio::join!(
         disk,
         wal,
         resources,
         oldest,
+        slots,
         senders,
         artifacts,
         lsn,
         count(connection, BASE_BACKUPS),
         count(connection, ACTIVE),
+    );
+    let oldest = async {
+        let Some((whose, age)) = oldest?.into_iter().next() else { return Ok(None) };
+        let name = match whose {
+            Whose::Prepared(name) => format!("prepared transaction {name}"),
+            Whose::Session(session) => sessions::name(coordinator, catalogue, &session).await?,
+        };
+        Ok(Some(Transaction { name, age }))
+    };
+    let (oldest, readers, orphans) = tokio::join!(
+        oldest,
+        sessions::readers(connection, coordinator, catalogue, node.group),
+        Box::pin(orphans::find(connection, coordinator, catalogue, node.group)),
     );
     Ok(Answer::Primary(Box::new(Primary {
         name: node.name.clone(),
@@ -216,11 +261,14 @@ async fn ask_on(connection: &Connection, settings: &Settings, node: &Node) -> Kn
         disk: known(disk),
         wal: known(wal),
         resources: known(resources),
-        oldest_transaction: known(oldest.map(|it| it.into_iter().next())),
+        oldest_transaction: known(oldest),
         senders: known(senders),
         lsn: known(lsn),
         base_backups: known(base_backups),
         artifacts: known(artifacts),
+        orphans: known(orphans).and_then(|it| it),
+        idle_slots: known(slots),
+        readers: known(readers),
         active_connections: known(active),
     })))
 }
@@ -234,10 +282,26 @@ fn resource(columns: &mut Columns<'_>) -> Result<Resource, AnswerError> {
     Ok(Resource { setting, used: columns.number("a count")?, limit: columns.number("a limit")? })
 }
 
-fn transaction(columns: &mut Columns<'_>) -> Result<Transaction, AnswerError> {
-    let (name, age): (String, f64) = (columns.take()?, columns.take()?);
-    // Nobody's clock goes backwards for long.
-    Ok(Transaction { name, age: Duration::try_from_secs_f64(age.max(0.0)).unwrap_or_default() })
+/// Whose transaction it is.
+enum Whose {
+    /// Nobody's: it has this name.
+    Prepared(String),
+    Session(Session),
+}
+
+fn transaction(columns: &mut Columns<'_>) -> Result<(Whose, Duration), AnswerError> {
+    let (prepared, session) = (columns.take::<Option<String>>()?, session(columns)?);
+    Ok((prepared.map_or(Whose::Session(session), Whose::Prepared), seconds(columns.take()?)))
+}
+
+/// Nobody's clock goes backwards for long.
+fn seconds(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or_default()
+}
+
+fn idle_slot(columns: &mut Columns<'_>) -> Result<IdleSlot, AnswerError> {
+    let (name, held_bytes) = (columns.take()?, columns.number("what a slot holds back")?);
+    Ok(IdleSlot { name, held_bytes, idle_for: columns.take::<Option<f64>>()?.map(seconds) })
 }
 
 fn sender(columns: &mut Columns<'_>) -> Result<Sender, AnswerError> {
@@ -268,6 +332,9 @@ mod tests {
             lsn: Ok(0.into()),
             base_backups: Ok(0),
             artifacts: Ok(vec![]),
+            orphans: Ok(vec![]),
+            idle_slots: Ok(vec![]),
+            readers: Ok(vec![]),
             active_connections: Ok(0),
         }));
         (name.to_owned(), Ok(answer))

@@ -112,10 +112,20 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Why a shard group of that size cannot be written to a place.
-    fn refusal(&self, place: &Place, bytes: u64) -> Option<String> {
+    /// Why a shard group cannot be written to a place.
+    fn refusal(
+        &self,
+        place: &Place,
+        Candidate { group, bytes, .. }: Candidate<'_>,
+    ) -> Option<String> {
         if !place.is_wanted {
             return Some(format!("{} takes no shards", place.address));
+        }
+        let forbidden = self.situation.forbidden.as_ref().ok().and_then(Option::as_ref);
+        if let Some(it) = forbidden
+            && group.shards.iter().any(|shard| it.places.contains(&(*shard, place.group)))
+        {
+            return Some(format!("{}() does not allow it on {}", it.function, place.address));
         }
         if let Some(reason) = &place.blocked {
             return Some(reason.clone());
@@ -177,7 +187,7 @@ impl<'a> Planner<'a> {
         };
         let refusal = self.place(to).map_or_else(
             || Some(format!("group {to} has no primary")),
-            |it| self.refusal(it, candidate.bytes),
+            |it| self.refusal(it, candidate),
         );
         match self.budget.refusal(candidate.bytes).or(refusal) {
             Some(reason) => self.skip(name(group), reason),
@@ -214,21 +224,21 @@ impl<'a> Planner<'a> {
                 }
                 continue;
             }
-            let allowed = |it: &&Place| self.refusal(it, candidate.bytes).is_none();
+            let allowed = |it: &&Place| self.refusal(it, candidate).is_none();
             let fill = |it: &Place| self.loads.fill_with(it.group, candidate.bytes);
             let places = self.situation.places.iter().filter(allowed);
             match places.min_by(|a, b| fill(a).total_cmp(&fill(b))).map(|it| it.group) {
                 Some(to) => self.take(candidate, to, Why::Drain),
-                None => self.skip(name(candidate.group), self.nowhere(candidate.bytes)),
+                None => self.skip(name(candidate.group), self.nowhere(candidate)),
             }
         }
         end
     }
 
     /// Why no place takes a shard group.
-    fn nowhere(&self, bytes: u64) -> String {
+    fn nowhere(&self, candidate: Candidate<'_>) -> String {
         let wanted = self.situation.places.iter().filter(|it| it.is_wanted);
-        let reasons: Vec<_> = wanted.filter_map(|it| self.refusal(it, bytes)).take(3).collect();
+        let reasons: Vec<_> = wanted.filter_map(|it| self.refusal(it, candidate)).take(3).collect();
         if reasons.is_empty() { "no node takes shards".to_owned() } else { reasons.join("; ") }
     }
 
@@ -307,7 +317,7 @@ impl<'a> Planner<'a> {
             let least = (self.balance.gain_min * self.loads.weigh(bytes)).max(EPSILON * 2.0);
             for place in &targets {
                 let gain = self.loads.gain(from, place.group, bytes);
-                if gain + EPSILON < least || self.refusal(place, bytes).is_some() {
+                if gain + EPSILON < least || self.refusal(place, candidate).is_some() {
                     continue;
                 }
                 if self.budget.bytes < bytes {

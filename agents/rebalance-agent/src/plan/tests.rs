@@ -37,6 +37,7 @@ fn nothing() -> Situation {
         resting: BTreeMap::new(),
         asked: BTreeMap::new(),
         citus: Ok(Vec::new()),
+        forbidden: Ok(None),
     }
 }
 
@@ -481,4 +482,45 @@ proptest! {
         prop_assert!(plan.moves.len() <= count / (workers as usize + 1) + 1);
         prop_assert!(plan.moves.iter().all(|it| it.to == workers + 1));
     }
+}
+
+/// Citus would not have it there, and moves it away.
+#[test]
+fn where_the_strategy_allows_no_shard_none_is_planned() {
+    let forbidden = |places: &[(i64, u32)]| {
+        let places = places.iter().copied().collect();
+        Ok(Some(Forbidden { function: "public.pin".to_owned(), places }))
+    };
+    let plan = |situation: &Situation| plan(situation, &balance(), PLENTY).map_err(|it| it.0);
+    let all_on_one = || situation(vec![place(1), place(2), place(3)], &[(1, 1), (1, 1), (1, 1)]);
+    let free = plan(&all_on_one()).unwrap();
+    assert_eq!(free.moves.iter().map(|it| it.to).collect::<Vec<_>>(), [2, 3]);
+    // No shard of any group may be on the third; of the others just one.
+    let pinned = Situation {
+        forbidden: forbidden(&[(100, 3), (101, 3), (102, 3), (100, 2), (101, 2)]),
+        ..all_on_one()
+    };
+    assert_eq!(moves(&plan(&pinned).unwrap()), ["102 1>2"]);
+    // Nor what is asked for, or drained; and it is said why.
+    let asked = Situation { asked: [(100, 3)].into(), ..pinned.clone() };
+    let skipped = plan(&asked).unwrap().skipped;
+    assert_eq!(skipped[0].reason, "public.pin() does not allow it on w3:5432");
+    let mut drained = pinned.clone();
+    drained.places[0].is_wanted = false;
+    let drain = plan(&drained).unwrap();
+    assert_eq!(moves(&drain), ["102 1>2"]);
+    assert_eq!(
+        drain.skipped[0].reason,
+        "public.pin() does not allow it on w2:5432; public.pin() does not allow it on w3:5432"
+    );
+    // Any of the shards that move together.
+    let mut colocated = pinned;
+    colocated.groups[2].shards.push(902);
+    colocated.forbidden = forbidden(&[(902, 2), (902, 3), (100, 3), (101, 3), (100, 2), (101, 2)]);
+    assert_eq!(moves(&plan(&colocated).unwrap()), <[String; 0]>::default());
+    let unknown = Situation { forbidden: Err(Unknown::because("no answer")), ..all_on_one() };
+    assert_eq!(
+        plan(&unknown).unwrap_err(),
+        "where Citus' rebalance strategy allows shards is unknown: no answer"
+    );
 }
