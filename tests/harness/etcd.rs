@@ -1,7 +1,7 @@
 //! A real etcd cluster on loopback, whose members can be killed and frozen one by one.
 
 use std::env;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
@@ -167,6 +167,32 @@ impl EtcdCluster {
         self.members[index].daemon.kill9().await;
     }
 
+    /// What the only member has stored, to be given to [`begin_with`](Self::begin_with). It is killed for
+    /// that, and started again.
+    pub async fn snapshot(&mut self) -> TempDir {
+        let copy = program::directory();
+        self.kill9(0).await;
+        copy_files(&self.data(), &copy.path().join("data")).await;
+        self.start_member(0);
+        self.serves().await;
+        copy
+    }
+
+    /// Kills the only member, and starts it with what it had stored once, or with nothing.
+    pub async fn begin_with(&mut self, snapshot: Option<&TempDir>) {
+        self.kill9(0).await;
+        run(as_server_user("rm").arg("-rf").arg(self.data())).await;
+        if let Some(snapshot) = snapshot {
+            copy_files(&snapshot.path().join("data"), &self.data()).await;
+        }
+        self.start_member(0);
+        self.serves().await;
+    }
+
+    fn data(&self) -> PathBuf {
+        self.directory.path().join(&self.members[0].name)
+    }
+
     /// Freezes a member: its connections stay open, and nothing answers.
     pub fn sigstop(&self, index: usize) {
         self.members[index].daemon.signal(Signal::STOP);
@@ -201,6 +227,10 @@ impl EtcdCluster {
         command_line.args(&self.ctl_options).args(arguments);
         command
     }
+}
+
+async fn copy_files(from: &Path, to: &Path) {
+    run(as_server_user("cp").arg("-a").arg(from).arg(to)).await;
 }
 
 impl Drop for EtcdCluster {

@@ -58,9 +58,14 @@ async fn does_everything(etcd: &Etcd, watch: &mut Watch, value: &str) {
     etcd.put("/t/k", value, Some(lease)).await.unwrap();
     let seen = async {
         loop {
-            match watch.next().await.unwrap() {
-                Change::Put(entry) if entry.value == value.as_bytes() => break,
-                _ => {}
+            let entries = match watch.next().await.unwrap() {
+                Change::Put(entry) => vec![entry],
+                // The watch was broken meanwhile.
+                Change::All { entries, .. } => entries,
+                Change::Deleted { .. } => Vec::new(),
+            };
+            if entries.iter().any(|entry| entry.value == value.as_bytes()) {
+                break;
             }
         }
     };

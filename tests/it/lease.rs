@@ -224,6 +224,43 @@ async fn claims_run_out_while_etcd_is_silent_and_come_back_with_it() {
     eventually("one has all again", LIMIT, async || all_hold(&[&one], &[2]).await).await;
 }
 
+/// What a snapshot says of leases was true once. Nobody may act on it while another may still believe
+/// in what came after.
+#[tokio::test]
+async fn groups_are_shared_out_anew_where_etcd_was_restored_or_emptied() {
+    if etcd_is_missing() {
+        return;
+    }
+    let mut cluster = EtcdCluster::start(1).await;
+    let directory = directory();
+    let one = Replica::start(&cluster, &directory, "one", 4);
+    eventually("one has all", LIMIT, async || all_hold(&[&one], &[4]).await).await;
+    let snapshot = cluster.snapshot().await;
+    let two = Replica::start(&cluster, &directory, "two", 4);
+    let share = async |what| {
+        eventually(what, LIMIT, async || all_hold(&[&one, &two], &[2, 2]).await).await;
+    };
+    share("they share").await;
+    for (what, snapshot) in [("restored", Some(&snapshot)), ("emptied", None)] {
+        let replaced_at = BootInstant::now().since_boot();
+        cluster.begin_with(snapshot).await;
+        eventually("nobody has any", TTL + TTL, async || all_hold(&[&one, &two], &[0, 0]).await)
+            .await;
+        share(what).await;
+        // Before this, somebody may still have believed in a claim from before.
+        let first = |it: &Replica| {
+            let later = it.looks().into_iter().rev();
+            let back = later.map(|it| it.before).collect::<Vec<_>>();
+            back.windows(2).find(|it| it[0] - it[1] > TTL.as_nanos() / 2).map(|it| it[0])
+        };
+        for replica in [&one, &two] {
+            let first = first(replica).expect("it began anew");
+            assert!((replaced_at + TTL).as_nanos() <= first, "{what}: {}", replica.name);
+        }
+    }
+    assert_never_two(&[&one, &two]);
+}
+
 #[tokio::test]
 async fn one_replica_leads_and_stays_leader() {
     if etcd_is_missing() {

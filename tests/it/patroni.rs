@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use harness::{PatroniCluster, eventually, patroni_is_missing};
+use harness::{
+    Agent, EtcdCluster, PatroniCluster, directory, etcd_is_missing, eventually, patroni_is_missing,
+    server_port,
+};
 use shared::pg::Node;
 use shared::pg::Settings;
 use shared::pg::settings::Tls;
@@ -13,6 +16,8 @@ use shared::topology::{
 use tokio_util::sync::CancellationToken;
 
 use crate::etcd::client;
+use crate::replicas::section as section_of_etcd;
+use crate::scene::{config_text, write};
 
 /// A failover waits for the leader's key, 20 s, and for the promotion.
 const FAILOVER_LIMIT: Duration = Duration::from_mins(1);
@@ -70,6 +75,64 @@ async fn primary(nodes: &[Node]) -> Option<(String, u32)> {
     let (node, state) = group.primary().ok()?;
     assert_eq!(state.role, Role::Primary);
     Some((node.name.clone(), state.timeline))
+}
+
+/// Patroni uses another etcd or another scope, or its keys were lost: that is not a cluster without
+/// members.
+#[tokio::test]
+async fn an_etcd_without_members_leaves_them_unknown() {
+    if etcd_is_missing() {
+        return;
+    }
+    let etcd_cluster = EtcdCluster::start(1).await;
+    let patroni = config(Vec::new());
+    let config = TopologyConfig { etcd: None, patroni: Some(&patroni), nodes: &[] };
+    let etcd = client(etcd_cluster.endpoints());
+    let topology = Topology::new(config, Some(etcd.clone())).unwrap();
+    let why = topology.why_unknown().unwrap();
+    assert!(why.ends_with(" are unknown: nobody has answered yet"), "{why}");
+    let stop = CancellationToken::new();
+    let follow = topology.clone().follow(stop.clone());
+    let test = async {
+        let why = || topology.why_unknown().unwrap_or_default();
+        eventually("it is told", LIMIT, async || why().contains("etcd holds no member")).await;
+        assert!(why().contains("see that Patroni runs"), "{}", why());
+        let key = format!("/service/{}/members/a", PatroniCluster::SCOPE);
+        let member = r#"{"conn_url":"postgres://127.0.0.1:5431/postgres","role":"primary"}"#;
+        etcd.put(&key, member, None).await.unwrap();
+        eventually("it is known", LIMIT, async || topology.why_unknown().is_none()).await;
+        stop.cancel();
+    };
+    let (followed, ()) = tokio::join!(follow, test);
+    followed.unwrap();
+}
+
+/// Nothing to do is not the same as nothing that is known to do.
+#[tokio::test]
+async fn an_agent_that_knows_no_member_is_not_ready() {
+    if etcd_is_missing() {
+        return;
+    }
+    let (etcd, files, port) = (EtcdCluster::start(1).await, directory(), server_port());
+    let path = |name: &str| files.path().join(name);
+    let (config, key, repository) = (path("agent.toml"), path("key"), path("repository"));
+    Agent::without_config().run(&["new-key", key.to_str().unwrap()]).await.assert_success();
+    std::fs::create_dir(&repository).unwrap();
+    let section = format!("[repository.directory]\npath = \"{}\"\n", repository.display());
+    let patroni = format!("[patroni]\nscope = \"demo\"\n{}", section_of_etcd(&etcd));
+    let text = config_text(&key, &section, &patroni, &[]);
+    write(&config, &text.replace("127.0.0.1:0", &format!("127.0.0.1:{port}")));
+    let _agent = Agent::new(&config).spawn(&["run"]);
+    let ready = async || {
+        let answer = reqwest::get(format!("http://127.0.0.1:{port}/readyz")).await.ok()?;
+        Some((answer.status().as_u16(), answer.text().await.ok()?))
+    };
+    let expected = "the members of Patroni's cluster below /service/demo/ are unknown: etcd holds no \
+                    member there: see that Patroni runs";
+    eventually("it says what is wrong", LIMIT, async || {
+        ready().await.is_some_and(|(status, text)| status == 503 && text.contains(expected))
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -1,14 +1,20 @@
 //! The store against every S3 server we can have, and against a directory: what each promises,
 //! and that nothing is lost where a promise is missing.
 
+use std::io;
+use std::sync::{Arc, Mutex};
+
+use axum::Router;
 use bytes::Bytes;
 use harness::{
     Effect, Fault, Operation, Refusal, S3Endpoint, S3Server, directory, garage_endpoint,
     moto_endpoint,
 };
-use shared::store::{ObjectStore, Put, StoreConfig, StoreErrorKind};
+use shared::store::{ObjectStore, Put, StoreConfig, StoreError, StoreErrorKind};
 use shared::telemetry::chain;
 use tempfile::TempDir;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
 
 /// The longest object that is read as a whole, in bytes.
 const LIMIT: u64 = 12 << 20;
@@ -204,6 +210,103 @@ async fn a_store_that_cannot_delete_many_at_once_deletes_one_by_one() {
     let denied = store.delete_all(keys(40)).await.unwrap_err();
     assert_eq!(denied.kind, StoreErrorKind::Denied, "{denied}");
     assert_eq!(store.list("many/", None, None).await.unwrap().len(), 20);
+}
+
+/// A store at a server that answers each request with the next of these, and with the last for ever.
+async fn open_answering(
+    answers: &[&str],
+    attempts: u32,
+) -> (ObjectStore, (TempDir, JoinSet<io::Result<()>>)) {
+    let answers: Vec<String> = answers.iter().rev().map(ToString::to_string).collect();
+    let answers = Arc::new(Mutex::new(answers));
+    let router = Router::new().fallback(async move || {
+        let mut left = answers.lock().unwrap();
+        if left.len() == 1 { left[0].clone() } else { left.pop().unwrap() }
+    });
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = S3Endpoint {
+        url: format!("http://{}", listener.local_addr().unwrap()),
+        bucket: "b".to_owned(),
+        access_key_id: "id".to_owned(),
+        secret_access_key: "secret".to_owned(),
+    };
+    let mut server = JoinSet::new();
+    server.spawn(async move { axum::serve(listener, router).await });
+    let directory = directory();
+    let section = endpoint.config(directory.path()).replace("[repository.s3]", "[s3]");
+    let config: StoreConfig = toml::from_str(&format!("{section}attempts = {attempts}\n")).unwrap();
+    (ObjectStore::open(&config).await.unwrap(), (directory, server))
+}
+
+/// A list with that count of keys that says what follows, too.
+fn list(announced: usize, more: &str) -> String {
+    let object = |key| format!("<Contents><Key>{key}</Key><Size>1</Size></Contents>");
+    let folder = |name| format!("<CommonPrefixes><Prefix>{name}/</Prefix></CommonPrefixes>");
+    let [a, b] = ["a", "b"].map(object);
+    let [c, d] = ["c", "d"].map(folder);
+    format!(
+        "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n\
+         <ListBucketResult xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><Name>b</Name>\
+         <KeyCount>{announced}</KeyCount><IsTruncated>{more}</IsTruncated>{a}{b}{c}{d}\
+         </ListBucketResult>"
+    )
+}
+
+/// The SDK takes a list that ends between two elements for one of fewer objects.
+#[tokio::test]
+async fn an_answer_that_is_cut_anywhere_is_none() {
+    let whole = list(4, "false");
+    let names = async |store: &ObjectStore| {
+        let listed = store.list("", None, None).await?;
+        Ok::<_, StoreError>(listed.into_iter().map(|it| it.key).collect::<Vec<_>>())
+    };
+    let (store, _directory) = open_answering(&[&whole], 1).await;
+    assert_eq!(names(&store).await.unwrap(), ["a", "b"]);
+    assert_eq!(store.list_folders("").await.unwrap(), ["c", "d"]);
+    let cuts: Vec<&str> = (0..whole.len()).map(|end| &whole[..end]).collect();
+    let (store, _directory) = open_answering(&cuts, 1).await;
+    for cut in &cuts {
+        let error = names(&store).await.expect_err(cut);
+        assert_eq!(error.kind, StoreErrorKind::Unavailable, "{cut}: {error:?}");
+    }
+    let cut = &whole[..whole.find("<Key>b").unwrap() - "<Contents>".len()];
+    let (store, _directory) = open_answering(&[cut], 1).await;
+    let message = chain(&store.list_folders("").await.unwrap_err()).to_string();
+    assert!(message.contains("the answer is cut short: "), "{message}");
+    let uploads = "<ListMultipartUploadsResult><Upload><Key>k</Key></Upload>";
+    let (store, _directory) = open_answering(&[uploads], 1).await;
+    assert_eq!(store.unfinished("").await.unwrap_err().kind, StoreErrorKind::Unavailable);
+    let (store, _directory) =
+        open_answering(&["<DeleteResult><Error><Key>b</Key></Error>"], 1).await;
+    let keys = ["a", "b"].map(str::to_owned).to_vec();
+    assert_eq!(store.delete_all(keys).await.unwrap_err().kind, StoreErrorKind::Unavailable);
+
+    let (store, _directory) = open_answering(&[cut, &whole], 2).await;
+    assert_eq!(names(&store).await.unwrap(), ["a", "b"], "it is asked for again");
+}
+
+#[tokio::test]
+async fn a_list_that_holds_less_than_it_says_is_none() {
+    for (answer, expected) in [
+        (list(5, "false"), "the list holds 4 of the 5 keys that it announces"),
+        (list(4, "true"), "the list goes on, and does not say where"),
+        ("<html><body>Sign in</body></html>".to_owned(), "is not one of S3: does a proxy answer"),
+        (String::new(), "is not one of S3: does a proxy answer"),
+    ] {
+        let (store, _directory) = open_answering(&[&answer], 1).await;
+        let listed = store.list("", None, None).await.unwrap_err();
+        let folders = store.list_folders("").await.unwrap_err();
+        for error in [listed, folders] {
+            assert_eq!(error.kind, StoreErrorKind::Unavailable, "{error:?}");
+            let message = chain(&error).to_string();
+            assert!(message.contains(expected), "{message}");
+        }
+    }
+    // Some servers do not count the folders, or nothing.
+    for answer in [list(2, "false"), list(0, "false")] {
+        let (store, _directory) = open_answering(&[&answer], 1).await;
+        assert_eq!(store.list("", None, None).await.unwrap().len(), 2);
+    }
 }
 
 #[tokio::test]

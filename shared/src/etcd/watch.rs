@@ -1,5 +1,9 @@
-//! A watch that mends itself: it goes on from the last revision it has seen, at another endpoint
-//! if need be, and begins anew with the whole list where etcd no longer keeps that revision.
+//! A watch that mends itself, at another endpoint if need be.
+//!
+//! It then begins anew with the whole list, and does not go on from the last revision it has seen: a
+//! store that was emptied, or restored from a snapshot, has other revisions and, with the same members,
+//! the same cluster id. It would be asked for what comes after a revision that it does not have yet,
+//! and say nothing at all.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -10,16 +14,16 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::debug;
 
 use super::endpoints::Endpoints;
-use super::error::{code, code_of, reason};
-use super::{Etcd, EtcdError, KeyValue, prefix_end};
+use super::error::reason;
+use super::{Etcd, EtcdError, KeyValue, Listing, prefix_end};
 
 /// After this long without a word the endpoint is asked whether it is still there. HTTP/2 pings
 /// would not do: etcd takes them at most every 5 s.
 const SILENCE: Duration = Duration::from_secs(2);
 /// How long the answer may take. So a frozen endpoint is noticed after 4 s.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
-/// Shortest time between two attempts to open the stream, so that an endpoint that ends it at
-/// once is not asked in a tight loop.
+/// Shortest time between two lists, so that an endpoint that ends the stream at once is not asked in
+/// a tight loop.
 const REOPEN_PAUSE: Duration = Duration::from_millis(500);
 /// Largest message of a watch, in bytes: one revision's changes come in one message, and a
 /// transaction may change 128 keys of 1.5 MiB each by etcd's defaults. Above it, the list is read.
@@ -28,10 +32,11 @@ const MESSAGE_BYTES_MAX: usize = 32 << 20;
 /// What happened below a watched prefix.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// Everything there is: at first, and where changes were missed for good. What is not in it
-    /// does not exist any more.
+    /// Everything there is: at first, and whenever the watch was broken. What is not in it does not
+    /// exist any more.
     All {
-        /// The cluster's revision at which this is exact.
+        /// The cluster's revision at which this is exact. Lower than one before: this is another
+        /// store.
         revision: i64,
         /// The keys, ascending.
         entries: Vec<KeyValue>,
@@ -45,8 +50,6 @@ pub enum Change {
         /// The cluster's revision in which it was.
         revision: i64,
     },
-    /// After an error: etcd answers again. The changes in between follow.
-    Resumed,
 }
 
 /// A watch on all keys with one prefix.
@@ -55,12 +58,11 @@ pub struct Watch {
     endpoints: Arc<Endpoints>,
     etcd: Etcd,
     prefix: String,
-    /// Changes after this revision have not been seen; `None` before the list was read.
-    revision: Option<i64>,
+    /// The revision of the list, as long as the stream of what comes after it is not open.
+    listed: Option<i64>,
     stream: Option<Stream>,
-    opened_at: Option<Instant>,
+    listed_at: Option<Instant>,
     pending: VecDeque<Change>,
-    is_lost: bool,
 }
 
 /// The open stream.
@@ -68,6 +70,8 @@ pub struct Watch {
 struct Stream {
     endpoint: usize,
     messages: WatchStream,
+    /// Changes after this revision have not been seen.
+    revision: i64,
     heard_at: Instant,
     /// When the endpoint was asked whether it is still there, if it owes the answer.
     asked_at: Option<Instant>,
@@ -79,11 +83,10 @@ impl Watch {
             endpoints,
             etcd,
             prefix,
-            revision: None,
+            listed: None,
             stream: None,
-            opened_at: None,
+            listed_at: None,
             pending: VecDeque::new(),
-            is_lost: false,
         }
     }
 
@@ -91,55 +94,48 @@ impl Watch {
     ///
     /// # Errors
     ///
-    /// Fails when no endpoint answers within 5 s, or etcd refuses. Calling it again goes on
-    /// where it was; wait a little before that.
+    /// Fails when no endpoint answers within 5 s, or etcd refuses. Calling it again begins with the
+    /// list; wait a little before that.
     pub async fn next(&mut self) -> Result<Change, EtcdError> {
         loop {
             if let Some(change) = self.pending.pop_front() {
                 return Ok(change);
             }
-            if let Err(error) = self.step().await {
-                self.is_lost = true;
-                return Err(error);
-            }
+            self.step().await?;
         }
     }
 
-    /// Does what is next: reads the list, opens the stream, or waits for a message.
+    /// Does what is next: reads the list, opens the stream of what comes after it, or waits for a
+    /// message.
     async fn step(&mut self) -> Result<(), EtcdError> {
-        let Some(revision) = self.revision else {
-            let listing = self.etcd.list(&self.prefix).await?;
-            self.revision = Some(listing.revision);
-            self.answers_again();
-            let (revision, entries) = (listing.revision, listing.entries);
-            self.pending.push_back(Change::All { revision, entries });
-            return Ok(());
-        };
-        let Some(stream) = &mut self.stream else {
-            if let Some(opened_at) = self.opened_at {
-                sleep_until(opened_at + REOPEN_PAUSE).await;
-            }
-            self.opened_at = Some(Instant::now());
-            return self.open(revision + 1).await;
-        };
-        match stream.message().await {
-            Ok(message) => self.take(&message),
-            Err(failure) => {
-                debug!(prefix = self.prefix, error = failure.reason, "watch broken");
-                self.endpoints.failed(stream.endpoint, &failure.reason);
-                self.stream = None;
-                if failure.is_too_large {
-                    self.revision = None;
+        if let Some(stream) = &mut self.stream {
+            match stream.message().await {
+                Ok(message) => self.take(&message),
+                Err(failure) => {
+                    debug!(prefix = self.prefix, error = failure, "watch broken");
+                    self.endpoints.failed(stream.endpoint, &failure);
+                    self.stream = None;
                 }
             }
+            return Ok(());
         }
+        if let Some(revision) = self.listed.take() {
+            return self.open(revision).await;
+        }
+        if let Some(listed_at) = self.listed_at {
+            sleep_until(listed_at + REOPEN_PAUSE).await;
+        }
+        self.listed_at = Some(Instant::now());
+        let Listing { revision, entries } = self.etcd.list(&self.prefix).await?;
+        self.listed = Some(revision);
+        self.pending.push_back(Change::All { revision, entries });
         Ok(())
     }
 
-    async fn open(&mut self, from: i64) -> Result<(), EtcdError> {
+    async fn open(&mut self, revision: i64) -> Result<(), EtcdError> {
         let options = WatchOptions::new()
             .with_range(prefix_end(self.prefix.as_bytes()))
-            .with_start_revision(from);
+            .with_start_revision(revision + 1);
         let open = |client: Client| {
             let options = options.clone();
             let prefix = self.prefix.as_str();
@@ -155,25 +151,20 @@ impl Watch {
             }
         };
         let (endpoint, (messages, first)) = self.endpoints.call_at("watch", open).await?;
-        self.stream = Some(Stream { endpoint, messages, heard_at: Instant::now(), asked_at: None });
-        self.answers_again();
+        let heard_at = Instant::now();
+        self.stream = Some(Stream { endpoint, messages, revision, heard_at, asked_at: None });
         self.take(&first);
         Ok(())
     }
 
-    fn answers_again(&mut self) {
-        if std::mem::take(&mut self.is_lost) {
-            self.pending.push_back(Change::Resumed);
-        }
-    }
-
     fn take(&mut self, message: &WatchResponse) {
-        if message.canceled() {
+        let Some(stream) = &mut self.stream else { return };
+        let is_behind = message.header().is_some_and(|it| it.revision() < stream.revision);
+        if message.canceled() || is_behind {
+            // The revision was compacted; or the store has another history, which something between us
+            // hides, or the endpoint has yet to catch up.
+            debug!(prefix = self.prefix, is_behind, "watch begins anew");
             self.stream = None;
-            if 0 < message.compact_revision() {
-                debug!(prefix = self.prefix, "watched revision compacted");
-                self.revision = None;
-            }
             return;
         }
         for event in message.events() {
@@ -181,7 +172,7 @@ impl Watch {
             let found = KeyValue::from(found);
             // Only what was seen counts, not the revision of a message without events: of etcd
             // before 3.5.8 that could be ahead of events still to come.
-            self.revision = self.revision.max(Some(found.mod_revision));
+            stream.revision = stream.revision.max(found.mod_revision);
             self.pending.push_back(match event.event_type() {
                 EventType::Put => Change::Put(found),
                 EventType::Delete => {
@@ -192,16 +183,9 @@ impl Watch {
     }
 }
 
-/// Why a stream is given up.
-struct Failure {
-    reason: String,
-    /// A message was larger than we take.
-    is_too_large: bool,
-}
-
 impl Stream {
-    /// Waits for a message, and asks for one when none comes.
-    async fn message(&mut self) -> Result<WatchResponse, Failure> {
+    /// Waits for a message, and asks for one when none comes. Fails with why the stream is given up.
+    async fn message(&mut self) -> Result<WatchResponse, String> {
         loop {
             let due = match self.asked_at {
                 Some(asked_at) => asked_at + ANSWER_LIMIT,
@@ -213,25 +197,16 @@ impl Stream {
                     self.asked_at = None;
                     return Ok(message);
                 }
-                Ok(Ok(None)) => return Err(Failure::from(ended())),
-                Ok(Err(error)) => return Err(Failure::from(error)),
-                Err(_) if self.asked_at.is_some() => {
-                    let reason = "no answer in time".to_owned();
-                    return Err(Failure { reason, is_too_large: false });
-                }
+                Ok(Ok(None)) => return Err(reason(&ended())),
+                Ok(Err(error)) => return Err(reason(&error)),
+                Err(_) if self.asked_at.is_some() => return Err("no answer in time".to_owned()),
                 Err(_) => {
                     self.asked_at = Some(Instant::now());
-                    self.messages.request_progress().await.map_err(Failure::from)?;
+                    let asked = self.messages.request_progress().await;
+                    asked.map_err(|error| reason(&error))?;
                 }
             }
         }
-    }
-}
-
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        let is_too_large = code_of(&error) == Some(code::OUT_OF_RANGE);
-        Self { reason: reason(&error), is_too_large }
     }
 }
 

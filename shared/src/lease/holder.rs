@@ -137,6 +137,10 @@ impl Holder {
         self.etcd.keep_alive(session.lease).await?;
         let valid_until = valid_until(asked_at, session.ttl);
         let mut state = self.lock();
+        if state.session.map(|it| it.lease) != Some(session.lease) {
+            // It was given up meanwhile.
+            return Ok(session.ttl);
+        }
         state.session = Some(Session { valid_until, ..session });
         let now = BootInstant::now();
         let before = state.held.len();

@@ -12,8 +12,8 @@ use super::shares::TTL;
 use crate::etcd::Etcd;
 use crate::telemetry::chain;
 
-/// Between two looks whether the key is bound to the lease of now.
-const RECHECK: Duration = Duration::from_secs(1);
+/// Between two looks whether the key is there, and bound to the lease of now.
+const RECHECK: Duration = Duration::from_secs(5);
 
 /// Works, and keeps a key in etcd meanwhile, whoever had it before. The key is gone when the work has ended,
 /// and a [`TTL`] after it was dropped or the process was killed. What goes wrong with etcd is logged and
@@ -31,11 +31,15 @@ pub async fn during<W: Future>(etcd: &Etcd, key: &str, replica: &str, work: W) -
     done
 }
 
-/// Binds a key to each lease that the holder gets.
+/// Binds a key to each lease that the holder gets, and again where etcd has lost it: a lease may
+/// outlive its keys in a snapshot.
 async fn keep(etcd: &Etcd, holder: &Holder, key: &str, replica: &str) -> Infallible {
     let mut bound = None;
     loop {
         let lease = holder.lease();
+        if bound.is_some() && matches!(etcd.get(key).await, Ok(None)) {
+            bound = None;
+        }
         if lease.is_some() && lease != bound {
             if let Err(error) = etcd.put(key, replica, lease).await {
                 warn!(key, error = %chain(&error), "others are not told; trying again");

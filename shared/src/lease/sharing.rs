@@ -14,7 +14,7 @@ use super::claim::Claim;
 use super::holder::{Holder, POLL};
 use super::share::share;
 use super::shares::Names;
-use super::view::View;
+use super::view::{Jump, View};
 use crate::etcd::{Change, Etcd, EtcdError, LeaseId, Watch};
 use crate::telemetry::chain;
 
@@ -53,6 +53,8 @@ struct Progress {
     leaving: BTreeMap<u32, Leaving>,
     /// The lease with which the others were told that we are here.
     announced: Option<LeaseId>,
+    /// Nothing is claimed before this: somebody may still believe in a claim whose key is gone.
+    claims_from: Option<Instant>,
 }
 
 impl Sharing {
@@ -112,6 +114,7 @@ impl Sharing {
         let mut groups = self.groups.clone();
         let mut progress = Progress::default();
         loop {
+            self.look_for_jumps(holder, &mut progress).await;
             let held = holder.groups(|key| self.names.group_of(key));
             let wanted = self.decide(&progress, &groups.borrow_and_update().clone(), &held);
             if let Err(error) = self.act(etcd, holder, &mut progress, &wanted).await {
@@ -126,6 +129,30 @@ impl Sharing {
                 () = holder.news() => {}
                 () = sleep(wait) => {}
             }
+        }
+    }
+
+    /// Where keys are gone unseen, begins anew, and not before every claim of then has run out: a
+    /// replica that does not know yet that its lease is gone would be the second one otherwise.
+    async fn look_for_jumps(&self, holder: &Holder, progress: &mut Progress) {
+        if progress.replicas.take_jump().is_some() {
+            progress.announced = None;
+        }
+        let Some(jump) = progress.leases.take_jump() else { return };
+        progress.claims_from = Some(Instant::now() + self.ttl);
+        let (replica, wait_seconds) = (&self.names.identity.replica, self.ttl.as_secs());
+        if jump == Jump::Unseen {
+            warn!(replica, wait_seconds, "leases are gone from etcd unseen: claiming waits");
+            return;
+        }
+        warn!(
+            replica,
+            wait_seconds,
+            "etcd was emptied, or restored from a snapshot: all claims end, and claiming waits"
+        );
+        progress.leaving.clear();
+        if let Err(error) = holder.close().await {
+            warn!(error = %chain(&error), "lease not revoked: it runs out by itself");
         }
     }
 
@@ -169,7 +196,8 @@ impl Sharing {
         for group in holder.groups(|key| self.names.group_of(key)) {
             self.keep_or_release(holder, progress, group, wanted.contains(&group)).await?;
         }
-        for &group in wanted {
+        let may_claim = progress.claims_from.is_none_or(|from| from <= Instant::now());
+        for &group in wanted.iter().filter(|_| may_claim) {
             let key = self.names.lease(group);
             let is_free = match progress.leases.get(&key) {
                 None => true,

@@ -10,14 +10,31 @@ pub(super) struct View {
     entries: BTreeMap<String, KeyValue>,
     /// What is newer than this is not known yet; `None` before the first list.
     revision: Option<i64>,
+    jump: Option<Jump>,
+}
+
+/// What the watch could not tell one by one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Jump {
+    /// Keys are gone, and nobody saw them being deleted.
+    Unseen,
+    /// The revision is lower than before: etcd was emptied, or restored from a snapshot. What was
+    /// created before need not be there, and revisions of then mean nothing.
+    OtherStore,
 }
 
 impl View {
     pub(super) fn take(&mut self, change: Change) {
         match change {
             Change::All { revision, entries } => {
+                let entries = entries.into_iter().map(|it| (it.key.clone(), it)).collect();
+                let before = std::mem::replace(&mut self.entries, entries);
+                if Some(revision) < self.revision {
+                    self.jump = Some(Jump::OtherStore);
+                } else if before.keys().any(|key| !self.entries.contains_key(key)) {
+                    self.jump.get_or_insert(Jump::Unseen);
+                }
                 self.revision = Some(revision);
-                self.entries = entries.into_iter().map(|it| (it.key.clone(), it)).collect();
             }
             Change::Put(entry) => {
                 self.revision = self.revision.max(Some(entry.mod_revision));
@@ -27,8 +44,12 @@ impl View {
                 self.revision = self.revision.max(Some(revision));
                 self.entries.remove(&key);
             }
-            Change::Resumed => {}
         }
+    }
+
+    /// What could not be told one by one since the last call.
+    pub(super) fn take_jump(&mut self) -> Option<Jump> {
+        self.jump.take()
     }
 
     /// Tells whether the list has been read.
@@ -83,9 +104,37 @@ mod tests {
         view.take(Change::Put(entry("k", 7)));
         assert!(view.has_lost("k", 5), "it is another's");
         assert!(!view.has_lost("k", 7));
-        view.take(Change::Resumed);
         view.take(Change::All { revision: 9, entries: vec![entry("p/x", 8)] });
         assert!(view.has_lost("k", 7));
         assert_eq!(view.names("p/"), BTreeSet::from(["x".to_owned()]));
+    }
+    #[test]
+    fn what_was_not_told_one_by_one_is_a_jump() {
+        let all = |revision, keys: &[&str]| Change::All {
+            revision,
+            entries: keys.iter().map(|key| entry(key, 1)).collect(),
+        };
+        let deleted = Change::Deleted { key: "b".to_owned(), revision: 5 };
+        for (case, changes, expected) in [
+            ("the first list", vec![all(4, &["a"])], None),
+            ("the same again", vec![all(4, &["a"]), all(4, &["a"])], None),
+            ("one more", vec![all(4, &["a"]), all(9, &["a", "b"])], None),
+            ("one less", vec![all(4, &["a", "b"]), all(9, &["a"])], Some(Jump::Unseen)),
+            ("it was seen", vec![all(4, &["a", "b"]), deleted, all(9, &["a"])], None),
+            ("emptied", vec![all(4, &["a"]), all(1, &[])], Some(Jump::OtherStore)),
+            ("restored", vec![all(4, &["a"]), all(3, &["a"])], Some(Jump::OtherStore)),
+            (
+                "and broken again",
+                vec![all(4, &["a"]), all(3, &["a"]), all(5, &[])],
+                Some(Jump::OtherStore),
+            ),
+        ] {
+            let mut view = View::default();
+            for change in changes {
+                view.take(change);
+            }
+            assert_eq!(view.take_jump(), expected, "{case}");
+            assert_eq!(view.take_jump(), None, "{case}: told once");
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 mod config;
 mod failure;
+mod whole;
 
 use std::error::Error;
 use std::fs;
@@ -16,6 +17,7 @@ use aws_sdk_s3::config::timeout::TimeoutConfig;
 use aws_sdk_s3::config::{BehaviorVersion, Region, StalledStreamProtectionConfig};
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_s3::operation::get_object::GetObjectOutput;
+use aws_sdk_s3::operation::list_objects_v2::ListObjectsV2Output;
 use aws_sdk_s3::primitives::{ByteStream, DateTime as S3DateTime};
 use aws_sdk_s3::types::{
     ChecksumAlgorithm, CompletedMultipartUpload, CompletedPart, Delete, ObjectIdentifier,
@@ -34,6 +36,7 @@ use crate::tls;
 
 pub use config::S3Config;
 use failure::{HopelessHandshake, InPlace, failure, status};
+use whole::Whole;
 
 /// Time for the TCP and TLS handshakes of one connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -90,6 +93,8 @@ impl S3 {
             )
             .retry_classifier(HttpStatusCodeClassifier::new_from_codes(PASSING_STATUS))
             .retry_classifier(HopelessHandshake)
+            .interceptor(Whole)
+            .retry_classifier(Whole)
             .retry_partition(retries)
             .stalled_stream_protection(
                 StalledStreamProtectionConfig::enabled().grace_period(STALL_GRACE).build(),
@@ -312,7 +317,9 @@ impl S3 {
             .send();
         let mut found = Vec::new();
         while let Some(page) = pages.next().await {
-            for object in page.map_err(|error| self.failed("list", prefix, error))?.contents() {
+            let page = page.map_err(|error| self.failed("list", prefix, error))?;
+            self.check_list(prefix, &page)?;
+            for object in page.contents() {
                 found.push(ObjectInfo {
                     key: self.own(object.key().unwrap_or_default()),
                     bytes: bytes_of(object.size()),
@@ -339,15 +346,32 @@ impl S3 {
             .send();
         let mut names = Vec::new();
         while let Some(page) = pages.next().await {
-            for folder in
-                page.map_err(|error| self.failed("list", prefix, error))?.common_prefixes()
-            {
+            let page = page.map_err(|error| self.failed("list", prefix, error))?;
+            self.check_list(prefix, &page)?;
+            for folder in page.common_prefixes() {
                 let name = folder.prefix().unwrap_or_default();
                 let name = name.strip_prefix(&full).unwrap_or(name);
                 names.push(name.trim_end_matches('/').to_owned());
             }
         }
         Ok(names)
+    }
+
+    /// Whether a page of a list holds what it says, and says where the next one begins.
+    fn check_list(&self, prefix: &str, page: &ListObjectsV2Output) -> Result<(), StoreError> {
+        let held = page.contents().len() + page.common_prefixes().len();
+        let announced = page.key_count().and_then(|it| usize::try_from(it).ok());
+        // Some servers do not count the folders.
+        let reason = match announced {
+            Some(announced) if held < announced => {
+                format!("the list holds {held} of the {announced} keys that it announces")
+            }
+            _ if page.is_truncated() == Some(true) && page.next_continuation_token().is_none() => {
+                "the list goes on, and does not say where".to_owned()
+            }
+            _ => return Ok(()),
+        };
+        Err(self.error("list", prefix, StoreErrorKind::Unavailable, reason))
     }
 
     pub(super) async fn delete(&self, key: &str) -> Result<(), StoreError> {
@@ -493,6 +517,11 @@ impl S3 {
             }
             key_marker = output.next_key_marker().map(str::to_owned);
             upload_marker = output.next_upload_id_marker().map(str::to_owned);
+            if key_marker.is_none() {
+                let reason = "the list goes on, and does not say where";
+                let (what, kind) = ("list uploads below", StoreErrorKind::Unavailable);
+                return Err(self.error(what, prefix, kind, reason));
+            }
         }
     }
 

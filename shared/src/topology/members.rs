@@ -21,6 +21,10 @@ use crate::tls::TlsError;
 /// Between two questions to Patroni's REST API.
 const REST_PAUSE: Duration = Duration::from_secs(3);
 
+/// What is said where etcd answers, and Patroni's keys are not there.
+const NO_MEMBER: &str = "etcd holds no member there: see that Patroni runs and uses this etcd, and that \
+    patroni.namespace and patroni.scope are its own";
+
 /// One node, and what Patroni says about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {
@@ -192,6 +196,19 @@ impl Topology {
         }
     }
 
+    /// Why nobody knows the members, and what to do about it; `None` if they are known.
+    pub fn why_unknown(&self) -> Option<String> {
+        match &self.0 {
+            Kind::Listed(..) => None,
+            Kind::Patroni(patroni) if patroni.latest.borrow().is_some() => None,
+            Kind::Patroni(patroni) => {
+                let why = patroni.why.borrow().clone();
+                let why = why.unwrap_or_else(|| "nobody has answered yet".to_owned());
+                Some(patroni.unknown(vec![why]).to_string())
+            }
+        }
+    }
+
     /// Keeps the members up to date until `shutdown`.
     ///
     /// # Errors
@@ -220,6 +237,8 @@ struct Patroni {
     etcd: Option<Etcd>,
     rest: Rest,
     latest: watch::Sender<Option<Members>>,
+    /// What went wrong the last time that somebody was asked.
+    why: watch::Sender<Option<String>>,
 }
 
 type Groups = BTreeMap<u32, Vec<Member>>;
@@ -232,12 +251,13 @@ struct Followed {
     problems: BTreeSet<String>,
     is_lost: bool,
     is_silent: bool,
+    is_empty: bool,
 }
 
 impl Patroni {
     fn new(config: &PatroniConfig, etcd: Option<Etcd>) -> Result<Self, TopologyError> {
-        let (latest, _) = watch::channel(None);
-        Ok(Self { root: config.root(), etcd, rest: Rest::new(config)?, latest })
+        let (latest, why) = (watch::Sender::new(None), watch::Sender::new(None));
+        Ok(Self { root: config.root(), etcd, rest: Rest::new(config)?, latest, why })
     }
 
     /// Asks once: etcd, and if it does not tell, the REST API.
@@ -250,7 +270,7 @@ impl Patroni {
                     if self.heard(Source::Etcd, read_keys(&self.root, &entries.collect()).groups) {
                         return self.known(failures);
                     }
-                    failures.push("etcd holds no member there".to_owned());
+                    failures.push(NO_MEMBER.to_owned());
                 }
                 Err(error) => failures.push(chain(&error).to_string()),
             }
@@ -268,7 +288,11 @@ impl Patroni {
 
     fn known(&self, failures: Vec<String>) -> Result<Members, TopologyError> {
         let known = self.latest.borrow().clone();
-        known.ok_or_else(|| TopologyError::Unknown { root: self.root.clone(), failures })
+        known.ok_or_else(|| self.unknown(failures))
+    }
+
+    fn unknown(&self, failures: Vec<String>) -> TopologyError {
+        TopologyError::Unknown { root: self.root.clone(), failures }
     }
 
     /// The members known so far.
@@ -329,7 +353,6 @@ impl Patroni {
             Change::Deleted { key, .. } => {
                 followed.entries.get_or_insert_default().remove(&key);
             }
-            Change::Resumed => {}
         }
         if std::mem::take(&mut followed.is_lost) {
             info!("members come from etcd again");
@@ -342,15 +365,20 @@ impl Patroni {
             warn!(problem, "member not understood");
         }
         followed.problems = problems;
-        if !self.heard(Source::Etcd, heard.groups) {
-            warn!(root = self.root, "etcd holds no member");
+        let is_empty = !self.heard(Source::Etcd, heard.groups);
+        if is_empty && !std::mem::replace(&mut followed.is_empty, true) {
+            warn!(root = self.root, "{NO_MEMBER}");
         }
+        followed.is_empty &= is_empty;
+        self.why.send_replace(is_empty.then(|| NO_MEMBER.to_owned()));
     }
 
     async fn lose(&self, followed: &mut Followed, error: &EtcdError) {
+        let why = chain(error).to_string();
         if !std::mem::replace(&mut followed.is_lost, true) {
-            warn!(error = %chain(error), "etcd does not answer: Patroni is asked for the members");
+            warn!(error = why, "etcd does not answer: Patroni is asked for the members");
         }
+        self.why.send_replace(Some(why));
         self.ask_rest(followed).await;
     }
 
@@ -361,6 +389,9 @@ impl Patroni {
                 self.heard(Source::Rest, groups);
             }
             Err(failure) => {
+                if self.etcd.is_none() {
+                    self.why.send_replace(Some(format!("REST API: {failure}")));
+                }
                 if !std::mem::replace(&mut followed.is_silent, true) {
                     warn!(error = failure, "Patroni does not answer: members stay as known");
                 }

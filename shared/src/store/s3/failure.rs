@@ -9,6 +9,7 @@ use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 use thiserror::Error;
 
 use super::super::StoreErrorKind;
+use super::whole::Cut;
 use crate::telemetry::chain;
 use crate::tls;
 
@@ -54,6 +55,9 @@ where
     E: Error + ProvideErrorMetadata + Send + Sync + 'static,
 {
     let kind = kind(&error);
+    if let Some(cut) = Cut::find(&error) {
+        return (kind, cut.to_string().into());
+    }
     let source: Box<dyn Error + Send + Sync> = match words(&error) {
         Some(words) if kind == StoreErrorKind::Denied => {
             format!("{words} (with the credentials from {credentials})").into()
@@ -90,7 +94,8 @@ fn kind<E: ProvideErrorMetadata>(error: &SdkError<E>) -> StoreErrorKind {
         (Some(501), _) | (_, "NotImplemented") => StoreErrorKind::Unsupported,
         // S3 says of credentials that were valid once that the request is a bad one.
         (Some(401 | 403), _) | (_, "ExpiredToken" | "InvalidToken") => StoreErrorKind::Denied,
-        (Some(408 | 429 | 500..=599), _) => StoreErrorKind::Unavailable,
+        // An answer that is cut short, or not S3's, says nothing of what was asked.
+        (Some(200..=299 | 408 | 429 | 500..=599), _) => StoreErrorKind::Unavailable,
         (Some(_), _) => StoreErrorKind::Refused,
         (None, _) => match error {
             SdkError::ConstructionFailure(_) => StoreErrorKind::Refused,
@@ -105,8 +110,14 @@ fn words<E: ProvideErrorMetadata>(error: &SdkError<E>) -> Option<String> {
     match (said.code(), said.message()) {
         (Some(code), Some(message)) => Some(format!("{code}: {message}")),
         (Some(words), None) | (None, Some(words)) => Some(words.to_owned()),
-        // The answer to a head has no body.
-        (None, None) => Some(format!("the store answers {}", status(error)?)),
+        (None, None) => Some(match status(error)? {
+            status @ 200..=299 => format!(
+                "the answer ({status}) is not one of S3: does a proxy answer, or is \
+                 repository.s3.endpoint something else?"
+            ),
+            // The answer to a head has no body.
+            status => format!("the store answers {status}"),
+        }),
     }
 }
 
