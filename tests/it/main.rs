@@ -34,6 +34,7 @@ mod lag_own_wal;
 mod lease;
 mod many_objects;
 mod other_key;
+mod other_servers;
 mod outage;
 mod patroni;
 mod pieces;

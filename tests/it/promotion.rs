@@ -4,13 +4,14 @@
 use std::process::Stdio;
 
 use harness::postgres::postgres_is_missing;
-use harness::{PgServer, eventually};
+use harness::{Mode, PgServer, eventually};
 use tokio::process::Child;
 use tokio_postgres::types::PgLsn;
 
 use crate::failover::Written;
 use crate::receive::{LIMIT, RECEIVER, Receiving, WAL, load, reported, stored_up_to};
 use crate::scene::{Kind, Scene};
+use crate::standbys::restore_command;
 
 /// A primary and its standby, both with the slot, and an agent.
 struct Pair {
@@ -187,4 +188,28 @@ async fn a_failover_by_hand_keeps_every_commit_that_waited_for_the_repository() 
     assert!(lost.is_empty(), "of {} commits {lost:?} are lost", acknowledged.len());
     let left_behind = acknowledged.iter().filter(|(i, _)| !latest.contains(i)).count();
     assert!(left_behind > 0, "the standby lacked nothing: nothing is shown");
+}
+
+/// The repository has less of the growing segment than the standby, and `restore_command` is asked first.
+#[tokio::test]
+async fn a_standby_that_is_restarted_keeps_commits_that_it_alone_has_confirmed() {
+    if postgres_is_missing() {
+        return;
+    }
+    for mode in [Mode::Immediate, Mode::Fast] {
+        let Pair { receiving, mut standby } = Pair::start().await;
+        let Receiving { scene, agent } = receiving;
+        scene.primary.set("synchronous_standby_names", "standby1").await;
+        standby.set("restore_command", &restore_command(&scene)).await;
+        scene.primary.psql("INSERT INTO marks VALUES (1)").await;
+        agent.kill9().await;
+        scene.primary.psql("INSERT INTO marks SELECT generate_series(2, 5000)").await;
+        drop(scene.primary);
+        standby.stop(mode).await;
+        standby.start().await;
+        standby.promote().await;
+        assert_eq!(standby.psql("SELECT count(*) FROM marks").await, "5000", "{}", standby.log());
+        let left = "left to the server's own, which begins with what is stored";
+        assert!(standby.log().contains(left), "{}", standby.log());
+    }
 }

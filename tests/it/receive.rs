@@ -4,12 +4,16 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use backup_agent::replication::Replication;
+use backup_agent::slots;
 use harness::postgres::postgres_is_missing;
 use harness::{
     Effect, EtcdCluster, Fault, Finished, Mode, Operation, PgServer, Refusal, RunningAgent,
     etcd_is_missing, eventually,
 };
 use serde_json::{Value, json};
+use shared::pg::settings::Tls;
+use shared::pg::{Node, Settings, connect};
 use tokio::time::Instant;
 use tokio_postgres::types::PgLsn;
 
@@ -141,6 +145,79 @@ async fn a_commit_is_in_the_repository_within_moments(kind: Kind) {
     let restored = receiving.recover("restored").await;
     assert_eq!(commits(&restored).await, "1,2,3,4,5,6");
     assert_eq!(restored.psql("SELECT count(*) FROM load").await, "200000");
+}
+
+/// An agent that is frozen while much is under way: the server must not wait for its socket, least of
+/// all a checkpoint that is to give its slot up.
+#[tokio::test]
+async fn a_frozen_agent_does_not_hold_up_the_checkpoints_of_its_server() {
+    if postgres_is_missing() {
+        return;
+    }
+    let settings = [("max_slot_wal_keep_size", "64MB"), ("wal_keep_size", "0")];
+    let mut builder = PgServer::builder().name("a").tcp();
+    for (name, value) in settings {
+        builder = builder.setting(name, value);
+    }
+    let primary = builder.primary().await;
+    let node = Node { group: 0, name: "a".into(), host: "127.0.0.1".into(), port: primary.port() };
+    let settings = Settings {
+        user: "postgres".to_owned(),
+        password: None,
+        database: "postgres".to_owned(),
+        tls: Tls::Disable,
+        allow_weak_auth: false,
+        application_name: RECEIVER.to_owned(),
+        connect_timeout: Duration::from_secs(5),
+        statement_timeout: Duration::from_secs(5),
+        lock_timeout: Duration::from_secs(5),
+        idle_session_timeout: Duration::ZERO,
+    };
+    let limit = Duration::from_secs(30);
+    let shown = async |mut connection: Replication| {
+        let mut shown = Vec::new();
+        for name in ["idle", "interval", "count"] {
+            shown.push(connection.show(&format!("tcp_keepalives_{name}")).await.unwrap());
+        }
+        shown.push(connection.show("tcp_user_timeout").await.unwrap());
+        shown
+    };
+    let backup = Replication::connect_for_backup(&settings, &node, limit).await.unwrap();
+    assert_eq!(shown(backup).await, ["30", "10", "3", "0"]);
+    let receiver = Replication::connect(&settings, &node, limit).await.unwrap();
+    assert_eq!(shown(receiver).await, ["30", "10", "3", "60000"]);
+
+    // Nobody reads from this one, as of a frozen agent.
+    primary.psql("SELECT pg_create_physical_replication_slot('frozen', true)").await;
+    let restart = "SELECT restart_lsn FROM pg_replication_slots";
+    let from: PgLsn = primary.psql(restart).await.parse().unwrap();
+    let receiver = Replication::connect(&settings, &node, limit).await.unwrap();
+    let frozen = receiver.start_replication("frozen", 1, from).await.unwrap();
+    primary.psql("CREATE TABLE t AS SELECT generate_series(1, 3000000)").await;
+    primary.psql("SELECT pg_switch_wal()").await;
+    let began_at = Instant::now();
+    primary.psql("CHECKPOINT").await;
+    let took = began_at.elapsed();
+    assert!(took < Duration::from_secs(90), "the checkpoint took {took:?}");
+    let status = primary.psql("SELECT wal_status FROM pg_replication_slots").await;
+    assert_eq!(status, "lost");
+    drop(frozen);
+
+    // Who takes over does not wait for that.
+    primary.psql("SELECT pg_create_physical_replication_slot('taken', true)").await;
+    let of_slot = "FROM pg_replication_slots WHERE slot_name = 'taken'";
+    let from: PgLsn = primary.psql(&format!("SELECT restart_lsn {of_slot}")).await.parse().unwrap();
+    let receiver = Replication::connect(&settings, &node, limit).await.unwrap();
+    let taken = receiver.start_replication("taken", 1, from).await.unwrap();
+    primary.psql("CREATE TABLE u AS SELECT generate_series(1, 700000)").await;
+    let connection = connect(&settings, &node).await.unwrap();
+    let began_at = Instant::now();
+    assert!(slots::free(&connection, "taken").await.unwrap());
+    let took = began_at.elapsed();
+    assert!(took < Duration::from_secs(4), "it took {took:?}");
+    let active = primary.psql(&format!("SELECT active {of_slot}")).await;
+    assert_eq!(active, "f");
+    drop(taken);
 }
 
 #[tokio::test]
@@ -389,6 +466,7 @@ async fn what_is_shown_is_of_the_server_that_is_followed() {
     let address = admin_address(&receiving.scene);
     let other = PgServer::builder().name("other").primary().await;
     receiving.scene.configure(&[&other]);
+    receiving.scene.run(&["begin"]).await.assert_success();
     receiving.restart_agent().await;
     stored_up_to(&other, other.current_lsn().await).await;
     for _ in 0..2 {

@@ -16,7 +16,7 @@ use crate::scene::{Kind, Scene};
 const AWAY: Effect = Effect::Refuse(Refusal::ServiceUnavailable);
 const WAITS: &str = "WAL is waited for";
 
-fn restore_command(scene: &Scene) -> String {
+pub(crate) fn restore_command(scene: &Scene) -> String {
     format!("{} wal-fetch %f %p", scene.agent().shell_command())
 }
 

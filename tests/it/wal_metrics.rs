@@ -36,7 +36,7 @@ pub(crate) async fn is_in_state(address: &str, state: &str) {
 }
 
 /// The receiver's part of `/status`.
-async fn wal_status(address: &str) -> Value {
+pub(crate) async fn wal_status(address: &str) -> Value {
     let status = reqwest::get(format!("http://{address}/status")).await.unwrap();
     let status: Value = serde_json::from_str(&status.text().await.unwrap()).unwrap();
     status["groups"]["0"]["wal"].clone()

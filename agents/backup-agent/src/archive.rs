@@ -3,7 +3,7 @@
 mod standby;
 
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -375,9 +375,38 @@ async fn fetch_listed(
         Err(error) if error.is_gone() => return Ok(None),
         content => content?,
     };
+    let end = usize::try_from(covered).unwrap_or(usize::MAX).min(content.len());
+    if has_itself(path, file, &content[..end])? {
+        info!(
+            segment = file,
+            bytes = covered,
+            "left to the server's own, which begins with what is stored"
+        );
+        return Ok(Some(Fetched::Left));
+    }
     put(path, &content)?;
     info!(segment = file, bytes = covered, "WAL segment put together from its pieces");
     Ok(Some(Fetched::Done))
+}
+
+/// Whether the server has the segment itself, and what is stored of it is the beginning of that. PostgreSQL
+/// would put the file that it is given in the place of its own: with what the repository does not have yet,
+/// commits would go that a synchronous standby has confirmed.
+///
+/// Source: `KeepFileRestoredFromArchive` in `xlogarchive.c`.
+fn has_itself(path: &Path, file: &str, stored: &[u8]) -> Result<bool, ArchiveError> {
+    let own = path.with_file_name(file);
+    if own == path {
+        return Ok(false);
+    }
+    let mut beginning = vec![0; stored.len()];
+    match fs::File::open(&own).and_then(|mut own| own.read_exact(&mut beginning)) {
+        Ok(()) => Ok(beginning == stored),
+        Err(error) => match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::UnexpectedEof => Ok(false),
+            _ => Err(ArchiveError::Read { path: own, source: error }),
+        },
+    }
 }
 
 /// Writes a segment; it gets its name when it is whole.
@@ -509,5 +538,25 @@ mod tests {
             assert_eq!(is_behind(file, 16 << 20, PgLsn::from(until)), expected, "{case}");
         }
         assert!(is_behind("000000010000000000000004", 1 << 20, PgLsn::from(0x40_0000)));
+    }
+
+    #[test]
+    fn a_server_keeps_its_own_segment_if_what_is_stored_is_the_beginning_of_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let (file, path) = ("000000010000000000000003", directory.path().join("RECOVERYXLOG"));
+        let own = directory.path().join(file);
+        assert!(!has_itself(&path, file, b"stored").unwrap(), "it has none");
+        for (case, content, expected) in [
+            ("the same", "stored", true),
+            ("more", "stored and more", true),
+            ("less, and zeros after it", "stor\0\0\0\0", false),
+            ("it ends before", "stor", false),
+            ("another", "recycled", false),
+        ] {
+            fs::write(&own, content).unwrap();
+            assert_eq!(has_itself(&path, file, b"stored").unwrap(), expected, "{case}");
+            // Somebody asks for it by hand.
+            assert!(!has_itself(&own, file, b"stored").unwrap(), "{case}");
+        }
     }
 }

@@ -25,6 +25,7 @@ use crate::clocks;
 use crate::config::{BackupConfig, Config};
 use crate::container::{ContainerError, Kind};
 use crate::copy::copy;
+use crate::follow::cluster::{self, ClusterError};
 use crate::manifest::{BackupId, COMMIT_FORMAT, Commit, Suspicion, part_name};
 use crate::progress::Progress;
 use crate::replication::base_backup::{BaseBackup, BaseBackupOptions, Verdict};
@@ -50,6 +51,9 @@ pub enum BackupError {
     /// There is no server to read.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// It is not the group's server.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
     /// The primary cannot be reached for the lock.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -216,7 +220,8 @@ impl BackupError {
             | Self::Past { .. }
             | Self::NoWal { .. }
             | Self::OtherRun { .. } => true,
-            Self::OtherServer { .. }
+            Self::Cluster(_)
+            | Self::OtherServer { .. }
             | Self::Tar { .. }
             | Self::Manifest { .. }
             | Self::UnknownArchive { .. }
@@ -285,6 +290,8 @@ pub async fn take_backup(
     progress.begin("asking the servers", 0);
     let observed = observe(settings, &topology.nodes().await?, group).await;
     let source = source::choose(&observed, &config.backup, &[])?;
+    let known = cluster::known(&context.repository, group).await?;
+    cluster::require(&known, (group, &source.primary, source.state.system_identifier))?;
     let lock = RunLock::take(connect(settings, &source.primary).await?)
         .await?
         .ok_or(BackupError::OtherRun { group })?;
@@ -438,7 +445,7 @@ async fn start_on(
     way: Way<'_>,
 ) -> Result<BaseBackup, BackupError> {
     let mut replication =
-        Replication::connect(settings, &source.node, config.stall_timeout).await?;
+        Replication::connect_for_backup(settings, &source.node, config.stall_timeout).await?;
     let identity = replication.identify_system().await?;
     if identity.system_identifier != source.state.system_identifier {
         return Err(BackupError::OtherServer {

@@ -10,7 +10,7 @@ use shared::pg::connect::connect;
 use shared::pg::{Connection, Node};
 use shared::store::{Put, StoreErrorKind};
 use shared::telemetry::chain;
-use shared::topology::{Group, groups, observe_group};
+use shared::topology::{NodeState, Role, groups, observe_group};
 use tokio::time::{Instant, sleep};
 use tokio_postgres::types::PgLsn;
 
@@ -18,6 +18,8 @@ use crate::arrival;
 use crate::backup::Context;
 use crate::commands::AGENT;
 use crate::container::{Identity, Kind, open_whole, seal_whole};
+use crate::follow::cluster::{self, Judged};
+use crate::follow::standing::{Standing, standings};
 use crate::follow::{self, FollowError};
 use crate::keys::EXPOSED;
 use crate::listing::Listing;
@@ -202,68 +204,119 @@ fn check_clock(whose: &str, at: DateTime<Utc>, steps: &mut Steps) {
 
 async fn check_group(context: &Context, nodes: &[Node], number: u32, steps: &mut Steps) {
     let group = observe_group(&context.settings, nodes, number).await;
+    let Judged { own, leader } = cluster::judge(&context.repository, &group).await;
+    let newest = leader.as_ref().ok().map(|(_, state)| state.timeline);
+    let standings = standings(&group, own, newest);
     for observation in &group.nodes {
         let step = format!("group {number}: {}", observation.node.name);
         match &observation.state {
             Ok(state) => {
-                let lsn = state.replay_lsn.or(state.flush_lsn);
-                let lsn = lsn.map_or("unknown".to_owned(), |lsn| lsn.to_string());
-                let role = if state.replay_lsn.is_some() { "standby" } else { "primary" };
-                let checksums = if state.data_checksums { "" } else { ", WITHOUT data checksums" };
-                let detail = format!("{role}, timeline {}, at {lsn}{checksums}", state.timeline);
-                let outcome = if state.data_checksums { Outcome::Ok } else { Outcome::Warning };
+                let standing = standings.get(&observation.node.name).copied();
+                let (outcome, detail) = server(state, standing.unwrap_or(Standing::Ok));
                 steps.add(step, outcome, detail);
                 check_replication(context, &observation.node, steps).await;
             }
             Err(error) => steps.add(step, Outcome::Failed, chain(error).to_string()),
         }
     }
-    check_backups(context, number, steps).await;
-    check_timelines(context, &group, steps).await;
+    check_backups(context, number, own, steps).await;
+    let leader = match leader {
+        Ok(leader) => Ok(leader),
+        Err(reason) => {
+            let step = format!("group {number}: primary");
+            steps.add(step, Outcome::Failed, reason.to_string());
+            Err(())
+        }
+    };
+    if let Ok(leader) = leader {
+        check_timelines(context, number, leader, steps).await;
+    }
     check_wal(context, number, steps).await;
-    if let Err(error) = check_archiving(context, &group, steps).await {
+    if let Ok(leader) = leader
+        && let Err(error) = check_archiving(context, number, leader, steps).await
+    {
         steps.add(format!("group {number}: archiving"), Outcome::Failed, error);
     }
 }
 
-/// Reads what describes each backup: a key that is not the right one shows here.
-async fn check_backups(context: &Context, group: u32, steps: &mut Steps) {
+/// What a server is, and whether it belongs there.
+fn server(state: &NodeState, standing: Standing) -> (Outcome, String) {
+    let lsn = state.replay_lsn.or(state.flush_lsn);
+    let lsn = lsn.map_or("unknown".to_owned(), |lsn| lsn.to_string());
+    let role = if state.role == Role::Standby { "standby" } else { "primary" };
+    let checksums = if state.data_checksums { "" } else { ", WITHOUT data checksums" };
+    let problem = standing.problem().map(|problem| format!(": {problem}")).unwrap_or_default();
+    let detail = format!("{role}, timeline {}, at {lsn}{checksums}{problem}", state.timeline);
+    let outcome = match standing {
+        Standing::OtherCluster { .. } | Standing::OldPrimary { .. } => Outcome::Failed,
+        Standing::Ok | Standing::Unreachable if state.data_checksums => Outcome::Ok,
+        Standing::Ok | Standing::Unreachable | Standing::OtherTimeline { .. } => Outcome::Warning,
+    };
+    (outcome, detail)
+}
+
+/// Reads what describes each backup: a key that is not the right one shows here. Those of other database
+/// clusters that had the group's name count for nothing.
+async fn check_backups(context: &Context, group: u32, own: Option<u64>, steps: &mut Steps) {
     let step = format!("group {group}: backups");
     let read = async {
-        let (mut count, mut bad, mut suspect) = (0, Vec::new(), None);
+        let (mut count, mut others) = (0, 0);
+        let (mut bad, mut suspect) = (Vec::new(), None);
         for place in context.repository.places(group).await? {
             let listing = Listing::read(&place).await?;
-            count += listing.count();
-            suspect = listing.suspect_newest().map(ToString::to_string).or(suspect);
+            if own.is_none_or(|own| own == place.system_identifier) {
+                count += listing.count();
+                suspect = listing.suspect_newest().map(ToString::to_string).or(suspect);
+            } else {
+                others += listing.count();
+            }
             bad.extend(listing.unreadable().map(|(_, why)| why.to_owned()));
             bad.extend(wal::locked(&place).await?.iter().map(|it| chain(it).to_string()));
             let lost = |id| format!("{id} cannot be restored, `backup-agent list` says why");
             bad.extend(listing.not_restorable().map(lost));
         }
-        Ok::<_, WalError>((count, bad, suspect))
+        Ok::<_, WalError>((count, others, bad, suspect))
     };
-    match read.await {
-        Ok((0, bad, _)) if bad.is_empty() => {
-            steps.add(step, Outcome::Warning, "none yet; take one with `backup-agent backup`");
+    let (outcome, detail) = match read.await {
+        Ok((count, others, bad, suspect)) => backups(count, others, &bad, suspect),
+        Err(error) => (Outcome::Failed, chain(&error).to_string()),
+    };
+    steps.add(step, outcome, detail);
+}
+
+/// What it means that so many backups are there of the database cluster, and of `others`.
+fn backups(
+    count: usize,
+    others: usize,
+    bad: &[String],
+    suspect: Option<String>,
+) -> (Outcome, String) {
+    let others = match others {
+        0 => String::new(),
+        others => format!(" ({others} of another database cluster that had the group's name)"),
+    };
+    match (count, suspect) {
+        _ if !bad.is_empty() => (Outcome::Failed, bad.join("; ")),
+        (0, _) => {
+            (Outcome::Warning, format!("none yet{others}; take one with `backup-agent backup`"))
         }
-        Ok((count, bad, None)) if bad.is_empty() => {
-            steps.add(step, Outcome::Ok, format!("{count} in the repository"));
-        }
-        Ok((_, bad, Some(id))) if bad.is_empty() => {
+        (_, Some(id)) => {
             let detail =
                 format!("the newest, {id}, is suspect: `backup-agent list --json` says why");
-            steps.add(step, Outcome::Warning, detail);
+            (Outcome::Warning, detail)
         }
-        Ok((_, bad, _)) => steps.add(step, Outcome::Failed, bad.join("; ")),
-        Err(error) => steps.add(step, Outcome::Failed, chain(&error).to_string()),
+        (count, None) => (Outcome::Ok, format!("{count} in the repository{others}")),
     }
 }
 
 /// Whether anything is stored of a timeline that is not the primary's.
-async fn check_timelines(context: &Context, group: &Group, steps: &mut Steps) {
-    // That there is none is told where archiving is looked at.
-    let Ok((node, state)) = group.primary() else { return };
-    let place = context.repository.place(group.number, state.system_identifier);
+async fn check_timelines(
+    context: &Context,
+    group: u32,
+    (node, state): (&Node, &NodeState),
+    steps: &mut Steps,
+) {
+    let place = context.repository.place(group, state.system_identifier);
     let read = async {
         let (timeline, history) = follow::line(&context.settings, node).await?;
         let stored = WalMap::read_newest(&place, state.wal_segment_bytes).await?;
@@ -271,10 +324,10 @@ async fn check_timelines(context: &Context, group: &Group, steps: &mut Steps) {
         Ok::<_, FollowError>((timeline, rivals(&stored, line)))
     };
     let (outcome, detail) = match read.await {
-        Ok((timeline, rivals)) => beside(&node.name, group.number, timeline, &rivals),
+        Ok((timeline, rivals)) => beside(&node.name, group, timeline, &rivals),
         Err(error) => (Outcome::Failed, chain(&error).to_string()),
     };
-    steps.add(format!("group {}: timelines", group.number), outcome, detail);
+    steps.add(format!("group {group}: timelines"), outcome, detail);
 }
 
 /// Whether the stored WAL can be replayed from one end to the other.
@@ -363,31 +416,31 @@ const ARCHIVER: &str = "
            pg_current_wal_flush_lsn() AS flushed,
            current_setting('max_slot_wal_keep_size') = '-1' AS unbounded
       FROM pg_stat_archiver
-      LEFT JOIN pg_replication_slots ON slot_name = $1 AND active";
+      LEFT JOIN pg_replication_slots ON slot_name = $1 AND active AND slot_type = 'physical'";
 
 /// Whether what the receiver has acknowledged is in the repository, and what the primary archived last.
 async fn check_archiving(
     context: &Context,
-    group: &Group,
+    group: u32,
+    (node, state): (&Node, &NodeState),
     steps: &mut Steps,
 ) -> Result<(), String> {
-    let step = format!("group {}: archiving", group.number);
-    let (node, state) = group.primary().map_err(|error| error.to_string())?;
+    let step = format!("group {group}: archiving");
     let connection =
         connect(&context.settings, node).await.map_err(|error| chain(&error).to_string())?;
     let slot = &context.config.wal.slot;
     let row =
         connection.query_one(ARCHIVER, &[slot]).await.map_err(|error| chain(&error).to_string())?;
-    check_clock(&format!("group {}: the primary's clock", group.number), row.get("now"), steps);
+    check_clock(&format!("group {group}: the primary's clock"), row.get("now"), steps);
     let wal = &context.config.wal;
     if wal.receive && wal.pg_wal_bytes_max.is_none() && row.get("unbounded") {
-        steps.add(format!("group {}: pg_wal", group.number), Outcome::Warning, slots::UNBOUNDED);
+        steps.add(format!("group {group}: pg_wal"), Outcome::Warning, slots::UNBOUNDED);
     }
-    let place = context.repository.place(group.number, state.system_identifier);
+    let place = context.repository.place(group, state.system_identifier);
     let (mode, acknowledged): (String, Option<PgLsn>) = (row.get("mode"), row.get("acknowledged"));
     let mut is_received = false;
     if let Some(lsn) = acknowledged {
-        let step = format!("group {}: WAL receiver", group.number);
+        let step = format!("group {group}: WAL receiver");
         let ship_interval = context.config.wal.ship_interval;
         let (timeline, segment_bytes) = (state.timeline, state.wal_segment_bytes);
         let stored =
@@ -399,7 +452,9 @@ async fn check_archiving(
         let limit = ACKNOWLEDGED_WITHIN + ship_interval;
         let gets_on = acknowledges(&connection, slot, row.get("flushed"), limit);
         if is_received && !gets_on.await? {
-            let (outcome, detail) = late(&detail, limit);
+            let user = slots::user(&connection, slot).await;
+            let user = user.map_err(|error| chain(&error).to_string())?;
+            let (outcome, detail) = late(&detail, limit, user.as_deref());
             steps.add(step, outcome, detail);
         } else {
             steps.add(step, outcome, detail);
@@ -461,11 +516,20 @@ async fn acknowledges(
     }
 }
 
-/// What it means that what the primary had is not acknowledged within `limit`.
-fn late(connected: &str, limit: Duration) -> (Outcome, String) {
+/// What it means that what the primary had is not acknowledged within `limit` by the slot's `user`.
+fn late(connected: &str, limit: Duration, user: Option<&str>) -> (Outcome, String) {
+    let Some(user) = user else {
+        let detail = format!(
+            "{connected} a moment ago, and nobody is now: does `backup-agent run` run? Its log says what \
+             keeps it from receiving"
+        );
+        return (Outcome::Warning, detail);
+    };
     let detail = format!(
-        "{connected}, and what the primary had {} s ago is not acknowledged: the repository hangs or is too \
-         slow for the receiver. Its log (`backup-agent run`) names an upload that takes long",
+        "{connected}, and what the primary had {} s ago is not acknowledged by {user}. Either that is another \
+         program: end it, or give it a slot of its own. Or the repository hangs or is too slow: the log of \
+         `backup-agent run` names an upload that takes long. Or that process of the server does not send: it \
+         is stopped, or the network lets nothing through",
         limit.as_secs()
     );
     (Outcome::Warning, detail)
@@ -551,6 +615,68 @@ mod tests {
             assert!(detail.contains(command), "{detail}");
             let named = "timeline 2, which left timeline 1 at 0/5000060, is stored since 1970-01-01T00:00:00Z";
             assert_eq!(detail.contains(named), !rivals.is_empty(), "{detail}");
+        }
+    }
+
+    #[test]
+    fn who_has_the_slot_is_named() {
+        let (outcome, detail) =
+            late("connected", Duration::from_secs(11), Some("PID 7 (pg_receivewal)"));
+        assert_eq!(outcome, Outcome::Warning);
+        assert!(
+            detail.contains("11 s ago") && detail.contains("PID 7 (pg_receivewal)"),
+            "{detail}"
+        );
+        assert!(late("connected", Duration::ZERO, None).1.contains("nobody is now"));
+    }
+
+    #[test]
+    fn a_server_that_does_not_belong_there_is_told_with_what_to_do() {
+        let state = NodeState {
+            role: Role::Primary,
+            system_identifier: 8,
+            timeline: 1,
+            flush_lsn: Some(PgLsn::from(0x500_0060)),
+            replay_lsn: None,
+            server_version: 170_002,
+            data_checksums: true,
+            wal_segment_bytes: 16 << 20,
+        };
+        let standby = NodeState { role: Role::Standby, ..state.clone() };
+        let unsafe_pages = NodeState { data_checksums: false, ..state.clone() };
+        let (ok, other) =
+            (Standing::Ok, Standing::OtherCluster { system_identifier: 8, of_group: 7 });
+        let old = Standing::OldPrimary { timeline: 1, newest: 2 };
+        let left = Standing::OtherTimeline { timeline: 1, newest: 2 };
+        for (state, standing, expected, part) in [
+            (&state, ok, Outcome::Ok, "primary, timeline 1, at 0/5000060"),
+            (&unsafe_pages, ok, Outcome::Warning, "WITHOUT data checksums"),
+            (&state, other, Outcome::Failed, "another database cluster, 8 and not 7"),
+            (&state, old, Outcome::Failed, "an old primary that came back"),
+            (&standby, left, Outcome::Warning, "the primary is on 2"),
+        ] {
+            let (outcome, detail) = server(state, standing);
+            assert_eq!(outcome, expected, "{detail}");
+            assert!(detail.contains(part), "{detail}");
+        }
+    }
+
+    #[test]
+    fn only_backups_of_the_database_cluster_count() {
+        let damaged = ["a is damaged".to_owned()];
+        let suspect = || Some("b".to_owned());
+        for (count, others, bad, suspect, expected, part) in [
+            (1, 0, &[][..], None, Outcome::Ok, "1 in the repository"),
+            (0, 0, &[], None, Outcome::Warning, "none yet;"),
+            (0, 3, &[], None, Outcome::Warning, "none yet (3 of another database cluster"),
+            (2, 3, &[], None, Outcome::Ok, "2 in the repository (3 of another"),
+            (2, 0, &[], suspect(), Outcome::Warning, "b, is suspect"),
+            (2, 0, &damaged, suspect(), Outcome::Failed, "a is damaged"),
+            (0, 0, &damaged, None, Outcome::Failed, "a is damaged"),
+        ] {
+            let (outcome, detail) = backups(count, others, bad, suspect);
+            assert_eq!(outcome, expected, "{detail}");
+            assert!(detail.contains(part), "{detail}");
         }
     }
 

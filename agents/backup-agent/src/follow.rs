@@ -4,9 +4,11 @@
 //! has the slot. The other streams from the primary that the first has found, over timelines.
 
 pub(crate) mod begun;
+pub(crate) mod cluster;
 mod held_up;
 mod no_primary;
 mod servers;
+pub(crate) mod standing;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -21,17 +23,17 @@ use shared::pg::connect::connect;
 use shared::pg::wal::{HistoryEntry, parse_history};
 use shared::pg::{ConnectError, Node, QueryError, Settings};
 use shared::telemetry::chain;
-use shared::topology::{Group, GroupError, NodeState, Role};
+use shared::topology::{Group, NodeState};
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::types::PgLsn;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use crate::backup::Context;
 use crate::config::WalConfig;
-use crate::heartbeat;
+use crate::heartbeat::{self, HeartbeatError};
 use crate::quantities;
 use crate::receive::upload::LONG;
 use crate::receive::{self, Beginning, ReceiveError, Received, Receiver, Shipping, Waiting};
@@ -39,11 +41,13 @@ use crate::replication::{Replication, ReplicationError};
 use crate::repository::{Place, RepositoryError};
 use crate::resume::{self, Position, Refusal, Server, Start};
 use crate::same_key;
-use crate::slots::{self, Alarm, Burden, Slot};
+use crate::slots::{self, Alarm, Burden, Slot, SlotError};
 use crate::wal::piece::{self, Piece};
 use crate::wal::{self, Gap, Packed, WalError, WalMap, newest};
-use no_primary::NoPrimary;
+use cluster::{ClusterError, Known, NotLed};
+use no_primary::{NoPrimary, WATCH_EVERY};
 use servers::Servers;
+use standing::{Standing, Told};
 
 /// The first wait after a failure; each further one doubles it.
 const RETRY_FIRST: Duration = Duration::from_secs(1);
@@ -51,6 +55,10 @@ const RETRY_FIRST: Duration = Duration::from_secs(1);
 pub(crate) const RETRY_LONGEST: Duration = Duration::from_secs(30);
 /// The server may be silent this long while it is not streaming.
 const STALL_LIMIT: Duration = Duration::from_mins(1);
+/// How long the repository may take to say which database cluster is the group's.
+const KNOWN_LIMIT: Duration = Duration::from_secs(5);
+/// SQLSTATE of a slot that another connection uses. Source: `errcodes.txt`.
+const OBJECT_IN_USE: &str = "55006";
 
 /// Why WAL is not being received.
 #[derive(Debug, Error)]
@@ -64,6 +72,27 @@ pub enum FollowError {
     /// The replication connection failed.
     #[error(transparent)]
     Replication(#[from] ReplicationError),
+    /// The slot cannot be used.
+    #[error(transparent)]
+    Slot(#[from] SlotError),
+    /// It is not the group's server.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    /// Somebody else receives with the slot.
+    #[error(
+        "slot {slot} of {node} is in use by {user}. Is that another agent? Without [etcd] only one may run. Is \
+         it another program? Give that a slot of its own, or the agent another (wal.slot). Is it what is left of \
+         this agent's last connection? The server ends that by itself (wal_sender_timeout), or \
+         pg_terminate_backend does"
+    )]
+    SlotInUse {
+        /// The server.
+        node: String,
+        /// The slot.
+        slot: String,
+        /// Who uses it.
+        user: String,
+    },
     /// Receiving stopped.
     #[error(transparent)]
     Receive(#[from] ReceiveError),
@@ -183,6 +212,12 @@ pub struct Following {
     pub primary: Option<Primary>,
     /// Why there is no primary.
     pub no_primary: Option<String>,
+    /// How each server stands to the primary.
+    pub servers: BTreeMap<String, Standing>,
+    /// The server that is received from, or will be.
+    pub from: Option<Primary>,
+    /// How far the primary's disk has WAL, as it answered when it was last asked, and on which timeline.
+    pub flushed: Option<(u32, PgLsn)>,
     /// What the slot costs the primary; `None` if it did not say.
     pub burden: Option<Burden>,
     /// The slot on each server that said what it costs, the primary's too.
@@ -266,6 +301,7 @@ impl Following {
             "state": self.wal_state(),
             "primary": self.primary.as_ref().map(|primary| &primary.node.name),
             "no_primary": self.no_primary,
+            "servers": self.servers,
             "received": received,
             "failure": self.failure,
             "caught_up_at": self.caught_up_at,
@@ -289,6 +325,15 @@ impl SlotState {
     }
 }
 
+/// The servers whose slots are looked after.
+struct Watched<'a> {
+    observed: &'a Group,
+    own: Option<u64>,
+    primary: Option<&'a Primary>,
+    /// The timeline that is followed.
+    newest: Option<u32>,
+}
+
 /// One group's follower.
 #[derive(Debug)]
 pub struct Follower {
@@ -310,6 +355,10 @@ pub struct Follower {
     said_unbounded: AtomicBool,
     /// The size of segments that was compared with what is stored.
     segment_bytes: AtomicU64,
+    /// The database cluster that is followed; 0 before it is known to be the group's.
+    cluster: AtomicU64,
+    /// Commits waited for us when that was last known.
+    commits_wait: AtomicBool,
 }
 
 impl Follower {
@@ -318,6 +367,7 @@ impl Follower {
         let (state, look) = (watch::Sender::default(), Notify::new());
         let (has_got_on, said_kept) = (AtomicBool::new(false), AtomicBool::new(false));
         let (said_unbounded, segment_bytes) = (AtomicBool::new(false), AtomicU64::new(0));
+        let (cluster, commits_wait) = (AtomicU64::new(0), AtomicBool::new(false));
         Self {
             context,
             group,
@@ -328,6 +378,8 @@ impl Follower {
             said_kept,
             said_unbounded,
             segment_bytes,
+            cluster,
+            commits_wait,
         }
     }
 
@@ -354,10 +406,16 @@ impl Follower {
         &self.context.config.wal
     }
 
+    /// The database cluster that is followed.
+    fn followed(&self) -> Option<u64> {
+        Some(self.cluster.load(Ordering::Relaxed)).filter(|it| *it > 0)
+    }
+
     /// Asks the servers every few seconds.
     async fn watch(&self) {
         let (mut servers, mut told) = (Servers::default(), BTreeMap::new());
-        let mut absence = NoPrimary::default();
+        let (mut absence, mut told_servers) = (NoPrimary::default(), Told::default());
+        let (mut known, mut slots_at) = (None, None::<Instant>);
         loop {
             let began_at = Instant::now();
             let nodes = match self.context.topology.nodes().await {
@@ -371,27 +429,83 @@ impl Follower {
                 }
             };
             let observed = servers.look(&self.context.settings, &nodes, self.group).await;
-            let (primary, no_primary) = match leading(&observed) {
+            // A stream that works is not left for a server on a timeline that is over.
+            let received_from = |state: &Following| state.received.and(state.from.clone());
+            let received = received_from(&self.state.borrow()).map(|it| it.timeline);
+            let own = self.own(&observed, &mut known).await;
+            let led = match &own {
+                Ok(own) => cluster::leading(&observed, *own, received),
+                Err(reason) => Err(reason.clone()),
+            };
+            let own = own.ok().flatten();
+            let (primary, no_primary) = match &led {
                 Ok((node, state)) => {
                     absence.is_over(&node.name);
                     (Some(Primary::new(node, state)), None)
                 }
                 Err(reason) => {
-                    let is_received = self.state.borrow().received.is_some();
-                    absence.goes_on(&observed, &reason, is_received);
+                    absence.goes_on(&observed, reason, received.is_some());
                     (None, Some(reason.to_string()))
                 }
             };
+            let newest = primary.as_ref().map(|it| it.timeline).or(received);
+            let standings = standing::standings(&observed, own, newest);
+            told_servers.tell(&standings);
             self.state.send_if_modified(|state| {
-                let changed = state.primary != primary || state.no_primary != no_primary;
-                (state.primary, state.no_primary) = (primary.clone(), no_primary.clone());
+                let changed = state.primary != primary
+                    || state.no_primary != no_primary
+                    || state.servers != standings;
+                state.flushed = led.as_ref().ok().and_then(|(node, it)| {
+                    let is_received = state.from.as_ref().is_some_and(|from| from.node == **node);
+                    Some((it.timeline, it.flush_lsn.filter(|_| is_received)?))
+                });
+                state.received = state.received.map(|it| newer(it, state.flushed));
+                (state.primary, state.no_primary) = (primary.clone(), no_primary);
+                state.servers = standings;
                 changed
             });
-            if let Some(primary) = primary {
-                self.watch_slots(&servers, &observed, &primary, &mut told).await;
+            let is_due = slots_at.is_none_or(|at| at.elapsed() >= WATCH_EVERY);
+            if primary.is_some() || is_due {
+                let of = Watched { observed: &observed, own, primary: primary.as_ref(), newest };
+                self.watch_slots(&servers, of, &mut told).await;
+                slots_at = Some(began_at);
+            } else {
+                let answers =
+                    |node: &str| cluster::states(&observed).any(|(other, _)| other.name == node);
+                self.state.send_modify(|state| {
+                    state.burden = None;
+                    state.slots.retain(|node, _| answers(node));
+                });
             }
             self.pause(began_at, absence.look_every()).await;
         }
+    }
+
+    /// The database cluster that is the group's. The repository is asked only if servers answer that are
+    /// not of the one that is followed.
+    async fn own(
+        &self,
+        observed: &Group,
+        known: &mut Option<(Instant, Known)>,
+    ) -> Result<Option<u64>, NotLed> {
+        let followed = self.followed();
+        let present = || cluster::states(observed).map(|(_, state)| state.system_identifier);
+        let first = followed.or_else(|| present().next());
+        if present().all(|it| Some(it) == first) {
+            return Ok(first);
+        }
+        if known.as_ref().is_none_or(|(at, _)| at.elapsed() >= WATCH_EVERY) {
+            let read = cluster::known(&self.context.repository, self.group);
+            match timeout(KNOWN_LIMIT, read).await {
+                Ok(Ok(read)) => *known = Some((Instant::now(), read)),
+                // What is followed goes on to be.
+                _ if followed.is_some() => {}
+                Ok(Err(failure)) => return Err(NotLed::Repository(chain(&failure).to_string())),
+                Err(_) => return Err(NotLed::Repository("no answer in time".to_owned())),
+            }
+        }
+        let none = Known::new();
+        Ok(cluster::own(observed, followed, known.as_ref().map_or(&none, |(_, known)| known))?)
     }
 
     /// Waits until the servers are to be asked again.
@@ -426,8 +540,17 @@ impl Follower {
                         None
                     }
                     Err(failure) => {
-                        let text = chain(&failure).to_string();
-                        warn!(error = text, "heartbeat not read back from the repository");
+                        let (node, text) = (&primary.node.name, chain(&failure).to_string());
+                        match failure {
+                            HeartbeatError::Connect(_) | HeartbeatError::Query(_) => {
+                                warn!(node, error = text, "heartbeat not written to the primary");
+                            }
+                            _ => warn!(
+                                node,
+                                error = text,
+                                "heartbeat not read back from the repository"
+                            ),
+                        }
                         Some(text)
                     }
                 };
@@ -441,18 +564,28 @@ impl Follower {
     async fn watch_slots(
         &self,
         servers: &Servers,
-        observed: &Group,
-        primary: &Primary,
+        Watched { observed, own, primary, newest }: Watched<'_>,
         told: &mut BTreeMap<String, Vec<Alarm>>,
     ) {
         let mut slots = BTreeMap::new();
-        let standbys = observed.standbys().map(|(node, state)| (node, Some(state)));
-        for (node, standby) in [(&primary.node, None)].into_iter().chain(standbys) {
-            match self.watch_slot(servers, node, standby).await {
+        let of_primary = primary.map(|it| (&it.node, it.timeline, false));
+        let standbys =
+            observed.standbys().filter(|(_, state)| Some(state.system_identifier) == own);
+        let standbys = standbys.map(|(node, state)| (node, state.timeline, true));
+        for (node, timeline, is_standby) in of_primary.into_iter().chain(standbys) {
+            // Nothing is made on a server before it is known to be the group's.
+            let is_kept = is_standby && own == self.followed();
+            match self.watch_slot(servers, (node, timeline), is_kept).await {
                 Ok(mut burden) => {
                     burden.is_lost |= self.state.borrow().lost.contains_key(&node.name);
-                    let alarms = slots::alarms(&burden, self.wal().pg_wal_bytes_max);
-                    tell(&alarms, told.entry(node.name.clone()).or_default(), &burden, &node.name);
+                    let is_received = newest.is_none_or(|newest| newest == timeline);
+                    let room = self.wal().pg_wal_bytes_max;
+                    let alarms = slots::alarms(&burden, room, is_received);
+                    let before = told.entry(node.name.clone()).or_default();
+                    // What was told of the slot is over when it is moved again.
+                    let stay = before.iter().filter(|it| !is_received && it.is_of_slot()).copied();
+                    let holding: Vec<_> = alarms.iter().copied().chain(stay).collect();
+                    tell(&holding, before, &burden, &node.name);
                     slots.insert(node.name.clone(), SlotState { burden, alarms });
                 }
                 Err(failure) => {
@@ -461,18 +594,20 @@ impl Follower {
                 }
             }
         }
-        self.state.send_modify(|state| {
-            state.burden = slots.get(&primary.node.name).map(|slot| slot.burden);
-            state.slots = slots;
-        });
+        let burden = primary.and_then(|it| slots.get(&it.node.name)).map(|slot| slot.burden);
+        self.state.send_modify(|state| (state.burden, state.slots) = (burden, slots));
+        if let Some(burden) = burden {
+            self.commits_wait.store(burden.commits_wait, Ordering::Relaxed);
+        }
     }
 
-    /// Asks what the slot costs a server. That of a standby is made, and moved up to what is stored.
+    /// Asks what the slot costs a server. One that `is_kept`, that of a standby, is made, and moved up to
+    /// what is stored.
     async fn watch_slot(
         &self,
         servers: &Servers,
-        node: &Node,
-        standby: Option<&NodeState>,
+        (node, timeline): (&Node, u32),
+        is_kept: bool,
     ) -> Result<Burden, FollowError> {
         let slot_name = &self.wal().slot;
         let fresh;
@@ -482,16 +617,19 @@ impl Follower {
             fresh = connect(&self.context.settings, node).await?;
             &fresh
         };
-        let burden = slots::burden(connection, slot_name).await?;
-        let received = self.state.borrow().received;
-        if let Some(state) = standby {
+        // Only what is stored of the timeline that the server is on.
+        let received = self.state.borrow().received.filter(|it| it.timeline == timeline);
+        let mut was_lost = false;
+        if is_kept {
             let slot = slots::ensure(connection, slot_name).await?;
+            was_lost = slot.was_lost;
             self.made(node, slot);
-            // Only what is stored of the timeline that this standby is on.
-            if let Some(received) = received.filter(|it| it.timeline == state.timeline) {
+            if let Some(received) = received {
                 slots::advance(connection, slot_name, received.stored_lsn).await?;
             }
         }
+        let mut burden = slots::burden(connection, slot_name).await?;
+        burden.is_lost |= was_lost;
         // What the slot no longer holds back is stored by now, or its loss was recorded.
         let is_over = |until: &PgLsn| received.is_some_and(|it| *until <= it.stored_lsn);
         self.state.send_if_modified(|state| {
@@ -529,13 +667,15 @@ impl Follower {
                 continue;
             };
             let settings = &self.context.settings;
+            self.state.send_modify(|state| state.from = Some(primary.clone()));
             let outcome = tokio::select! {
                 failure = Box::pin(self.stream_from(&primary, may_write)) => failure,
                 () = held_up::held_up(settings, &primary.node, self.state.subscribe()) => {
                     Err(FollowError::HeldUp { node: primary.node.to_string() })
                 }
-                () = other_primary(self.state.subscribe(), &primary) => {
-                    info!(node = primary.node.name, "another server is the primary now");
+                other = other_primary(self.state.subscribe(), &primary) => {
+                    let (from, node) = (&primary.node.name, &other.node.name);
+                    info!(node, timeline = other.timeline, from, "another server is the primary now");
                     wait = RETRY_FIRST;
                     self.stopped(None);
                     continue;
@@ -553,8 +693,11 @@ impl Follower {
             if self.has_got_on.swap(false, Ordering::Relaxed) {
                 wait = RETRY_FIRST;
             }
-            sleep(wait).await;
-            wait = (wait * 2).min(RETRY_LONGEST);
+            sleep(RETRY_FIRST).await;
+            tokio::select! {
+                () = sleep(wait.saturating_sub(RETRY_FIRST)) => wait = (wait * 2).min(RETRY_LONGEST),
+                () = has_changed(self.state.subscribe(), &primary) => wait = RETRY_FIRST,
+            }
         }
     }
 
@@ -563,6 +706,7 @@ impl Follower {
         self.look.notify_one();
         self.state.send_modify(|state| {
             (state.received, state.upload_since, state.failure) = (None, None, failure);
+            (state.from, state.flushed) = (None, None);
         });
     }
 
@@ -577,6 +721,8 @@ impl Follower {
             Settings { application_name: slot_name.clone(), ..self.context.settings.clone() };
         let place = self.context.repository.place(self.group, primary.system_identifier);
         let place = place.pinned().await?;
+        let known = cluster::known(&self.context.repository, self.group).await?;
+        cluster::require(&known, (self.group, &primary.node, primary.system_identifier))?;
         same_key::require(&place).await?;
         require(&place, may_write)?;
         wal::rekey(&place).await?;
@@ -638,12 +784,15 @@ impl Follower {
             } else {
                 Beginning::Pieces(stored.pieces.get(&segment).cloned().unwrap_or_default())
             };
+            let stream = replication.start_replication(slot_name, segment.timeline, lsn).await;
+            let mut stream = match stream {
+                Ok(stream) => stream,
+                Err(failure) => return Err(self.refused(primary, failure).await),
+            };
             info!(
                 node = primary.node.name, timeline = at.timeline, stored_lsn = %at.lsn,
                 memory_bytes_max = receive::memory_bytes_max(primary.segment_bytes), "receiving WAL"
             );
-            let timeline = segment.timeline;
-            let mut stream = replication.start_replication(slot_name, timeline, lsn).await?;
             match receiver.run(&mut stream, segment, beginning).await {
                 Ok(()) => {}
                 Err(ReceiveError::Replication(failure)) if failure.is_removed() => {
@@ -660,11 +809,24 @@ impl Follower {
             }
             let (connection, ended) = stream.finish().await?;
             info!(
-                timeline, next_timeline = ended.next_timeline,
+                timeline = segment.timeline, next_timeline = ended.next_timeline,
                 switch_lsn = %ended.switch_lsn, "timeline ended"
             );
             (replication, slot_lsn) = (connection, ended.switch_lsn);
         }
+    }
+
+    /// Why a server does not begin to stream: it says only the number of the process that has the slot.
+    async fn refused(&self, primary: &Primary, failure: ReplicationError) -> FollowError {
+        let is_in_use = matches!(&failure, ReplicationError::Server { message, .. }
+            if message.code == OBJECT_IN_USE);
+        if is_in_use && let Ok(connection) = connect(&self.context.settings, &primary.node).await {
+            let (node, slot) = (primary.node.to_string(), self.wal().slot.clone());
+            if let Ok(Some(user)) = slots::user(&connection, &slot).await {
+                return FollowError::SlotInUse { node, slot, user };
+            }
+        }
+        failure.into()
     }
 
     /// Makes sure that the place and the slot are there and are ours.
@@ -676,12 +838,13 @@ impl Follower {
     ) -> Result<Slot, FollowError> {
         let slot_name = &self.wal().slot;
         let connection = connect(&self.context.settings, &primary.node).await?;
+        begun::require(&self.context, place, (&connection, primary), may_write).await?;
+        self.cluster.store(primary.system_identifier, Ordering::Relaxed);
+        self.require_size(place, primary).await?;
         // The lease says that nobody but we may use it.
         if self.context.etcd.is_some() && slots::free(&connection, slot_name).await? {
             warn!(node = primary.node.name, slot = slot_name, "another connection had the slot");
         }
-        begun::require(&self.context, place, (&connection, primary), may_write).await?;
-        self.require_size(place, primary).await?;
         let slot = slots::ensure(&connection, slot_name).await?;
         self.made(&primary.node, slot);
         // Whether commits wait is asked before the first of them does.
@@ -691,6 +854,7 @@ impl Follower {
         {
             warn!(node = primary.node.name, "{}", slots::UNBOUNDED);
         }
+        self.commits_wait.store(burden.commits_wait, Ordering::Relaxed);
         self.state.send_modify(|state| state.burden = Some(burden));
         Ok(slot)
     }
@@ -801,7 +965,7 @@ impl Follower {
     /// How to ship just now: at once if commits wait for it.
     fn shipping(&self) -> Shipping {
         let wal = self.wal();
-        let commits_wait = self.state.borrow().burden.is_some_and(|burden| burden.commits_wait);
+        let commits_wait = self.commits_wait.load(Ordering::Relaxed);
         Shipping {
             interval: if commits_wait { Duration::ZERO } else { wal.ship_interval },
             bytes: wal.ship_bytes,
@@ -811,6 +975,7 @@ impl Follower {
 
     fn progressed(&self, received: Received, waiting: Waiting) {
         self.state.send_if_modified(|state| {
+            let received = newer(received, state.flushed);
             if has_got_on(state.received, received) {
                 self.has_got_on.store(true, Ordering::Relaxed);
             }
@@ -834,16 +999,12 @@ impl Primary {
     }
 }
 
-/// The primary to follow: after a failover an old one may be back, on a lower timeline.
-fn leading(group: &Group) -> Result<(&Node, &NodeState), GroupError> {
-    let primaries = group.nodes.iter().filter_map(|it| Some((&it.node, it.state.as_ref().ok()?)));
-    let primaries = primaries.filter(|(_, state)| state.role == Role::Primary);
-    let newest = primaries.clone().map(|(_, state)| state.timeline).max();
-    let mut newest = primaries.filter(|(_, state)| Some(state.timeline) == newest);
-    match (newest.next(), newest.next()) {
-        (Some(primary), None) => Ok(primary),
-        _ => group.primary(),
-    }
+/// What was received, with what the server said on another connection of how far its disk has WAL: the
+/// one that sends may hang.
+fn newer(received: Received, flushed: Option<(u32, PgLsn)>) -> Received {
+    let flushed = flushed.filter(|(timeline, _)| *timeline == received.timeline);
+    let told = flushed.map_or(received.server_lsn, |(_, lsn)| received.server_lsn.max(lsn));
+    Received { server_lsn: told, ..received }
 }
 
 /// Whether WAL was stored since `before`, or all there is was stored already.
@@ -853,15 +1014,26 @@ fn has_got_on(before: Option<Received>, now: Received) -> bool {
     now.lag_bytes() == Some(0) || known.is_some_and(|it| it.stored_lsn < now.stored_lsn)
 }
 
-/// Resolves when a server other than `primary`, or the same on another timeline, is the primary.
-/// That none is seen is no reason to give a stream up that works.
-async fn other_primary(mut changes: watch::Receiver<Following>, primary: &Primary) {
-    let other = |state: &Following| {
+/// Resolves when another server than `primary` is the primary. That none is seen is no reason to give a
+/// stream up that works.
+async fn other_primary(mut changes: watch::Receiver<Following>, primary: &Primary) -> Primary {
+    let other = changes.wait_for(|state| {
         state.primary.as_ref().is_some_and(|it| {
             it.node != primary.node || it.system_identifier != primary.system_identifier
         })
-    };
-    if changes.wait_for(other).await.is_err() {
+    });
+    match other.await.ok().and_then(|state| state.primary.clone()) {
+        Some(other) => other,
+        None => std::future::pending().await,
+    }
+}
+
+/// Resolves when there is another primary than the one that was `tried`, on another timeline, or again.
+async fn has_changed(mut changes: watch::Receiver<Following>, tried: &Primary) {
+    let is_gone = |state: &Following| state.primary.as_ref() != Some(tried);
+    if changes.wait_for(is_gone).await.is_err()
+        || changes.wait_for(|state| state.primary.is_some()).await.is_err()
+    {
         std::future::pending::<()>().await;
     }
 }
@@ -1035,6 +1207,59 @@ mod tests {
             assert_eq!(state, expected, "{case}");
             let (_, name) = WalState::ALL.into_iter().find(|(it, _)| *it == state).unwrap();
             assert_eq!(following.status()["state"], name, "{case}");
+        }
+    }
+
+    #[test]
+    fn what_the_server_has_is_the_newest_that_it_said() {
+        let received = Received {
+            timeline: 2,
+            received_lsn: 50.into(),
+            stored_lsn: 50.into(),
+            server_lsn: 50.into(),
+        };
+        for (case, flushed, expected) in [
+            ("it did not answer", None, 0),
+            ("its sender hangs", Some((2, 90.into())), 40),
+            ("it was asked before", Some((2, 40.into())), 0),
+            ("of another timeline", Some((3, 90.into())), 0),
+        ] {
+            assert_eq!(newer(received, flushed).lag_bytes(), Some(expected), "{case}");
+        }
+    }
+
+    /// Who waits after a failure does not wait on when the cause may be gone.
+    #[tokio::test(start_paused = true)]
+    async fn a_primary_that_changes_or_is_back_ends_the_wait() {
+        let primary = |name: &str, timeline| {
+            let (name, host) = (name.to_owned(), name.to_owned());
+            let node = Node { group: 0, name, host, port: 5432 };
+            Some(Primary { node, timeline, system_identifier: 7, segment_bytes: 16 << 20 })
+        };
+        let tried = primary("a", 1);
+        for (case, seen, expected) in [
+            ("nothing new", vec![primary("a", 1)], false),
+            ("it is gone", vec![None], false),
+            ("it is back", vec![None, primary("a", 1)], true),
+            ("on another timeline", vec![primary("a", 2)], true),
+            ("another one", vec![primary("b", 2)], true),
+        ] {
+            let state =
+                watch::Sender::new(Following { primary: tried.clone(), ..Following::default() });
+            let wait = has_changed(state.subscribe(), tried.as_ref().unwrap());
+            let changes = async {
+                for primary in seen {
+                    sleep(Duration::from_millis(1)).await;
+                    state.send_modify(|state| state.primary = primary);
+                }
+                sleep(Duration::from_secs(1)).await;
+            };
+            let has_changed = tokio::select! {
+                biased;
+                () = wait => true,
+                () = changes => false,
+            };
+            assert_eq!(has_changed, expected, "{case}");
         }
     }
 

@@ -18,6 +18,7 @@ use serde::Serialize;
 use shared::lease::Shares;
 use tokio::sync::watch;
 
+use crate::follow::standing::Standing;
 use crate::follow::{Following, SlotState, WalState};
 use crate::manifest::Commit;
 use crate::outlook::Outlook;
@@ -478,6 +479,39 @@ impl State {
         Ok(())
     }
 
+    /// What each server is to the primary that is followed.
+    fn encode_servers(
+        &self,
+        groups: &BTreeMap<u32, GroupState>,
+        encoder: &mut DescriptorEncoder<'_>,
+    ) -> Result<(), fmt::Error> {
+        let of_group = |(group, state): (&u32, &GroupState)| {
+            let servers = state.following().unwrap_or_default().servers;
+            let group = group.to_string();
+            servers.into_iter().map(move |(node, it)| (group.clone(), node, it.name()))
+        };
+        let servers: Vec<_> = groups.iter().flat_map(of_group).collect();
+        if servers.is_empty() {
+            return Ok(());
+        }
+        let help = "How a server stands to the primary that is followed, one series per state: 1 for the \
+                    current one.";
+        let mut family =
+            encoder.encode_descriptor("server_state", help, None, MetricType::Gauge)?;
+        for (group, node, current) in servers {
+            for name in Standing::NAMES {
+                let labels = [
+                    ("cluster", self.cluster.as_str()),
+                    ("group", &group),
+                    ("node", &node),
+                    ("state", name),
+                ];
+                ConstGauge::new(bit(name == current)).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
+    }
+
     fn encode_slots(
         &self,
         groups: &BTreeMap<u32, GroupState>,
@@ -532,6 +566,7 @@ impl Collector for State {
             }
         }
         self.encode_wal_states(&groups, &mut encoder)?;
+        self.encode_servers(&groups, &mut encoder)?;
         self.encode_slots(&groups, &mut encoder)
     }
 }
@@ -573,6 +608,13 @@ mod tests {
         assert!(text.contains("backup_has_lease{cluster=\"demo\"} 1.0"), "{text}");
         assert!(text.contains(&said("no_primary")) && !text.contains("wal_lag"), "{text}");
         assert_eq!(text.matches("backup_wal_state{").count(), WalState::ALL.len(), "{text}");
+        assert!(!text.contains("server_state"), "{text}");
+        let old = Standing::OldPrimary { timeline: 1, newest: 2 };
+        known.send_modify(|it| it.servers = BTreeMap::from([("b".to_owned(), old)]));
+        let labels = "cluster=\"demo\",group=\"0\",node=\"b\",state=\"old_primary\"";
+        let text = scrape();
+        assert!(text.contains(&format!("backup_server_state{{{labels}}} 1.0")), "{text}");
+        assert_eq!(text.matches("backup_server_state{").count(), Standing::NAMES.len(), "{text}");
         known.send_modify(|it| it.caught_up_at = Some(Utc::now()));
         assert!(scrape().contains("wal_lag_seconds{"), "{}", scrape());
     }

@@ -546,6 +546,12 @@ pub(crate) mod tests {
             let found = chosen(&backups, &wal, &target, TargetTimeline::Latest);
             assert_eq!(found, expected, "{case}");
         }
+        // Timeline 2 left it after what was lost.
+        let left = map(&[(1, (2..7).collect()), (2, (12..20).collect())], &[(2, &[(1, 12)])]);
+        for target in [Target::End, Target::Time(at(8))] {
+            let found = chosen(&backups[..1], &left, &target, TargetTimeline::Number(1));
+            assert_eq!(found, None, "{target}: on the timeline that was left");
+        }
         let only_first = &backups[..1];
         let refused = choose(only_first, &wal, &Target::End, TargetTimeline::Latest, None);
         let message = refused.unwrap_err().to_string();

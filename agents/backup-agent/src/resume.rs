@@ -250,14 +250,16 @@ fn on(server: &Server, lsn: PgLsn) -> u32 {
     entry.map_or(server.timeline, |entry| entry.timeline)
 }
 
-/// Where the server's history left `timeline`, or the timeline that both have in common.
+/// Where the server's history and that of a stored timeline part: where the first of the two left the last
+/// timeline that both have.
 fn left_at(stored: &WalMap, server: &Server, timeline: u32) -> PgLsn {
     let own = stored.histories.get(&timeline).map_or(&[][..], Vec::as_slice);
-    let ours = |candidate: u32| {
-        candidate == timeline || own.iter().any(|entry| entry.timeline == candidate)
+    let left = |entry: &HistoryEntry| {
+        let own = own.iter().find(|it| it.timeline == entry.timeline).map(|it| it.switch_lsn);
+        let own = if entry.timeline == timeline { Some(entry.switch_lsn) } else { own };
+        own.map(|own| own.min(entry.switch_lsn))
     };
-    let common = server.history.iter().rev().find(|entry| ours(entry.timeline));
-    common.map_or(PgLsn::from(0), |entry| entry.switch_lsn)
+    server.history.iter().rev().find_map(left).unwrap_or(PgLsn::from(0))
 }
 
 /// Goes from `lsn` along the server's history to the first byte that is not stored; not past a segment with
@@ -483,6 +485,11 @@ mod tests {
         let other = Server { timeline: 3, ..server(2, lsn(4, 0)) };
         let divergence = Divergence { timeline: 2, from_lsn: lsn(5, 1000), until_lsn: lsn(7, 0) };
         let refused = start(&stored, &other, OnDivergence::Refuse);
+        assert_eq!(refused, Err(Refusal::Diverged(divergence)));
+        // The old primary wrote on for longer than timeline 2 did, and was promoted then.
+        let left = HistoryEntry { switch_lsn: lsn(8, 0), ..history().remove(0) };
+        let later = Server { history: vec![left], ..other };
+        let refused = start(&stored, &later, OnDivergence::Refuse);
         assert_eq!(refused, Err(Refusal::Diverged(divergence)));
     }
 

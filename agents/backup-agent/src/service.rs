@@ -11,6 +11,7 @@ use shared::lease::{Identity, Shares, TTL, replica_name};
 use shared::pg::wal::Segment;
 use shared::tasks::Tasks;
 use shared::telemetry::chain;
+use shared::topology::Topology;
 use shared::{metrics, shutdown, topology};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
@@ -77,8 +78,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     metrics::build_info(&mut registry, AGENT, env!("CARGO_PKG_VERSION"));
     state.register(&mut registry);
     let (address, grace) = (config.admin_address, config.shutdown_grace);
-    let (ready, status) = (state.clone(), state.clone());
-    let admin = Admin::bind(address, registry, move || not_ready(&ready), move || status.status())
+    let (ready, status, members) = (state.clone(), state.clone(), context.topology.clone());
+    let not_ready = move || not_ready(&ready, &members);
+    let admin = Admin::bind(address, registry, not_ready, move || status.status())
         .await
         .with_context(|| format!("listen on {address}"))?;
     let (needs_backup, wanted) = mpsc::channel(WANTED_MAX);
@@ -104,7 +106,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 }
 
 /// Why the agent cannot do its work now.
-fn not_ready(state: &State) -> Vec<String> {
+fn not_ready(state: &State, topology: &Topology) -> Vec<String> {
     let unread = |(group, state): &(u32, Option<DateTime<Utc>>)| {
         let limit = Utc::now() - OBSERVE_LIMIT - OBSERVE_EVERY;
         match state {
@@ -116,7 +118,9 @@ fn not_ready(state: &State) -> Vec<String> {
     let no_lease = state.lost_since().map(|since| {
         format!("etcd grants no lease since {since}: no WAL is received, and no scheduled backup is taken")
     });
-    no_lease.into_iter().chain(state.observed_at().iter().filter_map(unread)).collect()
+    let unknown = topology.why_unknown();
+    let reasons = no_lease.into_iter().chain(unknown);
+    reasons.chain(state.observed_at().iter().filter_map(unread)).collect()
 }
 
 /// Takes a backup of every group at each time of the schedule, and at once of a group whose WAL has

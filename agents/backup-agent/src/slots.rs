@@ -4,7 +4,30 @@
 
 use shared::pg::wal::{Segment, WalFile};
 use shared::pg::{Connection, QueryError};
+use thiserror::Error;
 use tokio_postgres::types::PgLsn;
+
+/// How often a connection is told to end that uses the slot, each with a second for it.
+const FREE_ATTEMPTS: u32 = 5;
+
+/// Why a slot cannot be used.
+#[derive(Debug, Error)]
+pub enum SlotError {
+    /// The server did not answer or refused.
+    #[error(transparent)]
+    Query(#[from] QueryError),
+    /// It is somebody else's.
+    #[error(
+        "slot {slot} of {node} is a logical one and somebody else's: it is left alone, and nothing holds \
+         WAL back there. Give the agent a slot of its own (wal.slot), or drop this one if nobody needs it"
+    )]
+    Logical {
+        /// The server.
+        node: String,
+        /// The slot.
+        slot: String,
+    },
+}
 
 /// A slot that can be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,14 +85,18 @@ impl Burden {
 /// # Errors
 ///
 /// The server did not answer or refused: no free slot (`max_replication_slots`), no right to
-/// (`REPLICATION`), or the slot is in use.
-pub async fn ensure(connection: &Connection, slot: &str) -> Result<Slot, QueryError> {
-    let find = "SELECT restart_lsn, coalesce(wal_status, 'none') FROM pg_replication_slots \
-                WHERE slot_name = $1";
+/// (`REPLICATION`), or the slot is in use. Or it is a logical one.
+pub async fn ensure(connection: &Connection, slot: &str) -> Result<Slot, SlotError> {
+    let find = "SELECT restart_lsn, coalesce(wal_status, 'none'), slot_type = 'physical' \
+                FROM pg_replication_slots WHERE slot_name = $1";
     let found = connection.query(find, &[&slot]).await?;
     let mut was_lost = false;
     if let Some(row) = found.first() {
         let (restart_lsn, status): (Option<PgLsn>, String) = (row.get(0), row.get(1));
+        if !row.get::<_, bool>(2) {
+            let (node, slot) = (connection.node().to_string(), slot.to_owned());
+            return Err(SlotError::Logical { node, slot });
+        }
         match restart_lsn {
             Some(restart_lsn) if status != "lost" => {
                 return Ok(Slot { restart_lsn, is_new: false, was_lost });
@@ -93,7 +120,8 @@ pub async fn ensure(connection: &Connection, slot: &str) -> Result<Slot, QueryEr
 /// The server did not answer.
 pub async fn held_from(connection: &Connection, slot: &str) -> Result<Option<PgLsn>, QueryError> {
     let ask = "SELECT coalesce(restart_lsn, 'FFFFFFFF/FFFFFFFF') FROM pg_replication_slots \
-               WHERE slot_name = $1 AND (restart_lsn IS NOT NULL OR wal_status = 'lost')";
+               WHERE slot_name = $1 AND slot_type = 'physical' \
+               AND (restart_lsn IS NOT NULL OR wal_status = 'lost')";
     Ok(connection.query(ask, &[&slot]).await?.first().map(|row| row.get(0)))
 }
 
@@ -105,9 +133,34 @@ pub async fn held_from(connection: &Connection, slot: &str) -> Result<Option<PgL
 ///
 /// The server did not answer or refused.
 pub async fn free(connection: &Connection, slot: &str) -> Result<bool, QueryError> {
-    let end = "SELECT pg_terminate_backend(active_pid, 5000) FROM pg_replication_slots \
+    let end = "SELECT pg_terminate_backend(active_pid, 1000) FROM pg_replication_slots \
+               WHERE slot_name = $1 AND slot_type = 'physical' AND active_pid IS NOT NULL";
+    let mut had_one = false;
+    // A walsender first sends why it ends. To the full socket of a frozen replica it never gets that
+    // through, and gives it up when it is told once more.
+    for _ in 0..FREE_ATTEMPTS {
+        let ended = connection.query(end, &[&slot]).await?;
+        let Some(row) = ended.first() else { break };
+        had_one = true;
+        if row.get(0) {
+            break;
+        }
+    }
+    Ok(had_one)
+}
+
+/// Who uses a slot: `PID 4711 (pg_receivewal from 10.0.0.7)`; `None` if nobody does.
+///
+/// # Errors
+///
+/// The server did not answer.
+pub async fn user(connection: &Connection, slot: &str) -> Result<Option<String>, QueryError> {
+    let ask = "SELECT format('PID %s (%s%s)', active_pid, \
+               coalesce(nullif(application_name, ''), 'no application_name'), \
+               ' from ' || host(client_addr)) FROM pg_replication_slots \
+               LEFT JOIN pg_stat_replication ON pid = active_pid \
                WHERE slot_name = $1 AND active_pid IS NOT NULL";
-    Ok(!connection.query(end, &[&slot]).await?.is_empty())
+    Ok(connection.query(ask, &[&slot]).await?.first().map(|row| row.get(0)))
 }
 
 /// Moves a standby's slot up to what the repository holds, and no further than it has replayed.
@@ -122,7 +175,7 @@ pub async fn advance(
 ) -> Result<(), QueryError> {
     let advance = "SELECT pg_replication_slot_advance(slot_name, \
                    least($2::pg_lsn, pg_last_wal_replay_lsn())) FROM pg_replication_slots \
-                   WHERE slot_name = $1 AND NOT active \
+                   WHERE slot_name = $1 AND slot_type = 'physical' AND NOT active \
                    AND restart_lsn < least($2::pg_lsn, pg_last_wal_replay_lsn())";
     connection.query(advance, &[&slot, &stored_lsn]).await?;
     Ok(())
@@ -153,7 +206,7 @@ pub async fn segments(
 pub async fn burden(connection: &Connection, slot: &str) -> Result<Burden, QueryError> {
     let ask = "SELECT (SELECT pg_wal_lsn_diff(CASE WHEN pg_is_in_recovery() \
                THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END, restart_lsn)::bigint \
-               FROM pg_replication_slots WHERE slot_name = $1), \
+               FROM pg_replication_slots WHERE slot_name = $1 AND slot_type = 'physical'), \
                (SELECT setting::bigint << 20 FROM pg_settings \
                 WHERE name = 'max_slot_wal_keep_size' AND setting::bigint >= 0), \
                (SELECT coalesce(sum(size), 0)::bigint FROM pg_ls_waldir()), \
@@ -162,7 +215,7 @@ pub async fn burden(connection: &Connection, slot: &str) -> Result<Burden, Query
                (SELECT count(*) FROM pg_stat_replication WHERE application_name <> $1 \
                 AND state = 'streaming' AND sync_state IN ('sync', 'quorum', 'potential')), \
                EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = $1 \
-                       AND wal_status = 'lost'), \
+                       AND slot_type = 'physical' AND wal_status = 'lost'), \
                CASE WHEN pg_is_in_recovery() THEN '' \
                ELSE current_setting('synchronous_standby_names') END, \
                (SELECT sum(setting::bigint * CASE name WHEN 'max_wal_size' THEN $2::bigint ELSE 1 END)::bigint \
@@ -214,8 +267,16 @@ pub enum Alarm {
     CommitsWaitForUsAlone,
 }
 
-/// Decides which alarms hold. `room_bytes` is the room there is for `pg_wal`, where it is known.
-pub fn alarms(burden: &Burden, room_bytes: Option<u64>) -> Vec<Alarm> {
+impl Alarm {
+    /// Whether it is about what the slot holds back.
+    pub fn is_of_slot(self) -> bool {
+        matches!(self, Self::SlotHalf | Self::SlotNearlyLost | Self::SlotLost)
+    }
+}
+
+/// Decides which alarms hold. `room_bytes` is the room there is for `pg_wal`, where it is known. The slot of
+/// a server that is not on the timeline that `is_received` is not moved, and holds nothing of it back.
+pub fn alarms(burden: &Burden, room_bytes: Option<u64>, is_received: bool) -> Vec<Alarm> {
     let quarters = |used: u64, of: u64| used.saturating_mul(4) / of.max(1);
     let slot =
         burden.retained_bytes.zip(burden.limit_bytes).and_then(|(retained, limit)| match quarters(
@@ -226,6 +287,7 @@ pub fn alarms(burden: &Burden, room_bytes: Option<u64>) -> Vec<Alarm> {
             _ => Some(Alarm::SlotNearlyLost),
         });
     let slot = if burden.is_lost { Some(Alarm::SlotLost) } else { slot };
+    let slot = slot.filter(|_| is_received);
     let disk = room_bytes.filter(|room| quarters(burden.pg_wal_bytes, *room) >= 3);
     let grows = burden.is_unbounded(room_bytes) && burden.pg_wal_bytes > burden.usual_bytes;
     let alone = burden.commits_wait && burden.other_synchronous == 0;
@@ -301,7 +363,9 @@ mod tests {
             ("the only one", waits, None, vec![Alarm::CommitsWaitForUsAlone]),
         ];
         for (case, burden, room, expected) in cases {
-            assert_eq!(alarms(&burden, room), expected, "{case}");
+            assert_eq!(alarms(&burden, room, true), expected, "{case}");
+            let others: Vec<_> = expected.into_iter().filter(|it| !it.is_of_slot()).collect();
+            assert_eq!(alarms(&burden, room, false), others, "{case}, on another timeline");
         }
     }
 }

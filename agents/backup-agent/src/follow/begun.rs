@@ -17,7 +17,7 @@ use crate::repository::{Place, RepositoryError};
 use crate::slots;
 
 /// The object that is made before the first slot is.
-const BEGUN: &str = "begun";
+pub(super) const BEGUN: &str = "begun";
 
 /// Marks a place as one into which WAL is to be stored.
 pub(crate) async fn begin(place: &Place) -> Result<(), RepositoryError> {
@@ -32,8 +32,9 @@ pub(crate) async fn is_marked(place: &Place) -> Result<bool, RepositoryError> {
     Ok(place.store().head(&place.key(BEGUN)).await?.is_some())
 }
 
-/// Marks a place for the WAL of a primary; refuses one that is not marked and has nothing of what is
-/// before the slot's position, if WAL was stored before.
+/// Marks a place for the WAL of a primary, which also says that the group is of this database cluster;
+/// refuses one that is not marked and has nothing of what is before the slot's position, if WAL was
+/// stored before.
 pub(super) async fn require(
     context: &Context,
     place: &Place,
@@ -50,8 +51,8 @@ pub(super) async fn require(
     };
     let location = place.location();
     let before = slot_lsn.unwrap_or(PgLsn::from(u64::MAX));
-    if !is_marked(place).await? && !holds_before(place, primary.segment_bytes, before).await? {
-        if stored_before {
+    if !is_marked(place).await? {
+        if stored_before && !holds_before(place, primary.segment_bytes, before).await? {
             let (node, group) = (primary.node.to_string(), *group);
             return Err(FollowError::Empty { place: location, node, group });
         }

@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use shared::telemetry::chain;
 use shared::topology::{Group, GroupError};
+
+use super::cluster::NotLed;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
 /// How often the servers are asked while there is a primary.
-const WATCH_EVERY: Duration = Duration::from_secs(10);
+pub(super) const WATCH_EVERY: Duration = Duration::from_secs(10);
 /// How often while there was one a moment ago: commits may wait for us, and a restart takes moments.
 const SOON: Duration = Duration::from_millis(500);
 /// For so long.
@@ -37,7 +39,7 @@ impl NoPrimary {
     }
 
     /// Takes note that there is none; says so if it lasts.
-    pub(super) fn goes_on(&mut self, group: &Group, reason: &GroupError, is_received: bool) {
+    pub(super) fn goes_on(&mut self, group: &Group, reason: &NotLed, is_received: bool) {
         let since = *self.since.get_or_insert_with(Instant::now);
         if !is_due(since.elapsed(), self.told_at.map(|at| at.elapsed())) {
             return;
@@ -77,15 +79,20 @@ fn is_due(without: Duration, told: Option<Duration>) -> bool {
     without >= TELL_AFTER && told.is_none_or(|told| told >= TELL_EVERY)
 }
 
-fn next_step(reason: &GroupError) -> &'static str {
+fn next_step(reason: &NotLed) -> &'static str {
     match reason {
-        GroupError::NoPrimary { .. } => {
+        NotLed::Group(GroupError::NoPrimary { .. }) => {
             "Start the primary, or promote a standby; if it runs, does the configuration name it, and may \
              the agent log in?"
         }
-        GroupError::SeveralPrimaries { .. } => "Stop the one that should not write",
-        GroupError::SeveralClusters { .. } => {
+        NotLed::Group(GroupError::SeveralPrimaries { .. }) => "Stop the one that should not write",
+        NotLed::Group(GroupError::SeveralClusters { .. }) => {
             "Take those of another cluster out of the configuration"
+        }
+        // They say it themselves.
+        NotLed::Cluster(_) => "See the error",
+        NotLed::Repository(_) => {
+            "Mend the repository, or take those of another cluster out of the configuration"
         }
     }
 }

@@ -31,6 +31,15 @@ use crate::stream::{self, Stream};
 const READ_BYTES: usize = 256 << 10;
 /// Time for dialling, TLS and authentication together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// What the server does to notice an agent that is gone: it asks as soon as an agent notices a server …
+const KEEPALIVES: &str =
+    "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3";
+/// … and gives up one that takes nothing, in milliseconds: so soon as `wal_sender_timeout` would by
+/// default. A walsender that is told to end first sends why, and waits for a frozen agent's full socket
+/// for ever; a checkpoint that gives its slot up waits for the walsender, and `pg_wal` grows beyond
+/// `max_slot_wal_keep_size`. A store that takes nothing for so long costs the connection too, and
+/// nothing else: the slot holds back what was sent.
+const TCP_USER_TIMEOUT: &str = "-c tcp_user_timeout=60000";
 /// Warnings kept for the log; a damaged table can cause one per page.
 const WARNINGS_MAX: usize = 100;
 
@@ -192,7 +201,8 @@ impl fmt::Debug for Replication {
 }
 
 impl Replication {
-    /// Connects to a server in replication mode.
+    /// Connects to a server in replication mode, to read from a slot: the server ends the connection if
+    /// nothing is read for a minute.
     ///
     /// `stall_limit` bounds the server's silence in everything after.
     ///
@@ -203,6 +213,30 @@ impl Replication {
         settings: &Settings,
         node: &Node,
         stall_limit: Duration,
+    ) -> Result<Self, ReplicationError> {
+        let options = format!("{KEEPALIVES} {TCP_USER_TIMEOUT}");
+        Self::connect_with(settings, node, stall_limit, &options).await
+    }
+
+    /// Like [`connect`](Self::connect), to read a base backup: nothing waits for it on the server, and it
+    /// waits for the store as long as that takes.
+    ///
+    /// # Errors
+    ///
+    /// As [`connect`](Self::connect).
+    pub async fn connect_for_backup(
+        settings: &Settings,
+        node: &Node,
+        stall_limit: Duration,
+    ) -> Result<Self, ReplicationError> {
+        Self::connect_with(settings, node, stall_limit, KEEPALIVES).await
+    }
+
+    async fn connect_with(
+        settings: &Settings,
+        node: &Node,
+        stall_limit: Duration,
+        options: &str,
     ) -> Result<Self, ReplicationError> {
         let name = node.to_string();
         let connecting = async {
@@ -217,7 +251,7 @@ impl Replication {
                 warnings: Vec::new(),
                 warning_count: 0,
             };
-            connection.start(settings, settings.may_give_away(node)).await?;
+            connection.start(settings, settings.may_give_away(node), options).await?;
             connection.stall_limit = stall_limit;
             Ok(connection)
         };
@@ -230,12 +264,14 @@ impl Replication {
         &mut self,
         settings: &Settings,
         gives_hash: bool,
+        options: &str,
     ) -> Result<(), ReplicationError> {
         let parameters = [
             ("user", settings.user.as_str()),
             ("replication", "true"),
             ("application_name", settings.application_name.as_str()),
             ("client_encoding", "UTF8"),
+            ("options", options),
         ];
         let mut out = BytesMut::new();
         frontend::startup_message(parameters, &mut out).map_err(|e| self.broken(e))?;
@@ -322,6 +358,21 @@ impl Replication {
             timeline: self.field(row, 1)?,
             lsn: self.field(row, 2)?,
         })
+    }
+
+    /// Asks for a setting of this session.
+    ///
+    /// # Errors
+    ///
+    /// The connection broke, or the server knows no such setting.
+    pub async fn show(&mut self, name: &str) -> Result<String, ReplicationError> {
+        self.query(&format!("SHOW {name}")).await?;
+        let rows = self.rows().await?;
+        self.ready().await?;
+        match rows.as_slice() {
+            [row] => self.field(row, 0),
+            _ => Err(self.unexpected("SHOW gave no row")),
+        }
     }
 
     async fn query(&mut self, command: &str) -> Result<(), ReplicationError> {

@@ -302,6 +302,20 @@ impl WalMap {
         })
     }
 
+    /// Whether another timeline left this one after what is stored of a segment: then `wal-fetch` does not hand
+    /// it over, nor says that it is the end.
+    fn went_on(&self, segment: Segment) -> bool {
+        // Of the segment in which it was left, the other timeline has a copy.
+        let bytes = match self.within_reach(segment) {
+            0 => self.segment_bytes,
+            covered => covered + 1,
+        };
+        let end = segment.number * self.segment_bytes + bytes;
+        let mut left =
+            self.histories.values().flatten().filter(|it| it.timeline == segment.timeline);
+        left.any(|entry| u64::from(entry.switch_lsn) >= end)
+    }
+
     /// The numbers of the segments of a timeline of which anything is stored, not in order.
     pub fn numbers(&self, timeline: u32) -> impl Iterator<Item = u64> {
         let complete = self.segments.get(&timeline).into_iter().flat_map(BTreeMap::keys).copied();
@@ -348,6 +362,9 @@ impl WalMap {
                 }
                 Some([_, _, ..]) => Then::Conflict { segment: name() },
                 Some([]) | None if cover.furthest > cover.to => Then::Gap { segment: name() },
+                Some([]) | None if on == target && self.went_on(segment) => {
+                    Then::Gap { segment: name() }
+                }
                 Some([]) | None if self.is_beyond(target, history, segment) => Then::End,
                 Some([]) | None => Then::Gap { segment: name() },
             };

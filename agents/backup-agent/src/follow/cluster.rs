@@ -1,0 +1,351 @@
+//! Which database cluster is a group's. A server of another one may answer under the group's names: by a
+//! wrong address, or because the cluster was made anew. Nothing is stored of it until somebody says which.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Utc};
+use shared::pg::Node;
+use shared::telemetry::chain;
+use shared::topology::{Group, GroupError, NodeState, Role};
+use thiserror::Error;
+
+use super::begun::BEGUN;
+use crate::repository::{Repository, RepositoryError};
+
+/// The database clusters of a group that the repository knows, and when it was said of each that WAL
+/// may be received of it; `None` if only base backups of it are there.
+pub(crate) type Known = BTreeMap<u64, Option<DateTime<Utc>>>;
+
+/// Why a server is not taken for the group's.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum ClusterError {
+    /// The repository holds another database cluster under this name.
+    #[error(
+        "{node} is of the database cluster with system identifier {found}, and the repository holds {known} \
+         for group {group}: nothing of {node} is stored. Is it the wrong server? Then correct the \
+         configuration. Was the database cluster made anew (initdb, pg_upgrade)? Then say so with \
+         `backup-agent begin --group {group}`, and take a backup"
+    )]
+    Other {
+        /// The group.
+        group: u32,
+        /// The server.
+        node: String,
+        /// Its system identifier.
+        found: u64,
+        /// What the repository holds, or what was followed before.
+        known: u64,
+    },
+    /// Several database clusters answer, and nobody said which is the group's.
+    #[error(
+        "group {group} mixes database clusters, and the repository does not tell which is its own: {}. Take \
+         the others out of the configuration", nodes.join(", ")
+    )]
+    Unclear {
+        /// The group.
+        group: u32,
+        /// Each server with its system identifier.
+        nodes: Vec<String>,
+    },
+}
+
+/// Why no server is the primary to follow.
+#[derive(Clone, Debug, Error)]
+pub(crate) enum NotLed {
+    /// There is none, or there are several.
+    #[error(transparent)]
+    Group(#[from] GroupError),
+    /// It is of another database cluster.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    /// What the repository holds of the group is not known.
+    #[error(
+        "several database clusters answer, and the repository does not say which is the group's: {0}"
+    )]
+    Repository(String),
+}
+
+/// Reads which database clusters the repository knows of a group. WAL alone proves nothing: the archiver
+/// of any server stores it.
+pub(crate) async fn known(repository: &Repository, group: u32) -> Result<Known, RepositoryError> {
+    let mut known = Known::new();
+    for place in repository.places(group).await? {
+        let mark = place.list(BEGUN, None, Some(1)).await?.first().map(|mark| mark.modified_at);
+        if mark.is_some() || !place.list_folders("base/").await?.is_empty() {
+            known.insert(place.system_identifier, mark);
+        }
+    }
+    Ok(known)
+}
+
+/// Refuses a server of another database cluster than the repository knows.
+pub(crate) fn require(
+    known: &Known,
+    (group, node, found): (u32, &Node, u64),
+) -> Result<(), ClusterError> {
+    let newest = known.iter().max_by_key(|(_, mark)| **mark);
+    match newest {
+        Some((newest, _)) if !known.contains_key(&found) => {
+            Err(ClusterError::Other { group, node: node.to_string(), found, known: *newest })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The database cluster that is the group's: the one that is `followed`, unless another was begun after
+/// it; or, of those that answer, the last that was begun.
+pub(crate) fn own(
+    group: &Group,
+    followed: Option<u64>,
+    known: &Known,
+) -> Result<Option<u64>, ClusterError> {
+    let present: BTreeMap<u64, &Node> =
+        states(group).map(|(node, state)| (state.system_identifier, node)).collect();
+    let begun = |it: &u64| known.get(it).copied().flatten();
+    if let Some(followed) = followed {
+        let later = present.keys().filter(|it| begun(it) > begun(&followed));
+        return Ok(Some(later.max_by_key(|it| begun(it)).copied().unwrap_or(followed)));
+    }
+    let mut candidates: Vec<u64> = present.keys().copied().collect();
+    if !known.is_empty() {
+        candidates.retain(|it| known.contains_key(it));
+        let newest = candidates.iter().map(begun).max();
+        candidates.retain(|it| Some(begun(it)) == newest);
+    }
+    match (candidates.as_slice(), present.first_key_value()) {
+        ([only], _) => Ok(Some(*only)),
+        (_, None) => Ok(None),
+        ([], Some((found, node))) => {
+            require(known, (group.number, node, *found)).map(|()| Some(*found))
+        }
+        (_, Some(_)) => {
+            let name = |(node, state): (&Node, &NodeState)| {
+                format!("{} has system identifier {}", node.name, state.system_identifier)
+            };
+            let nodes = states(group).map(name).collect();
+            Err(ClusterError::Unclear { group: group.number, nodes })
+        }
+    }
+}
+
+/// The primary to follow, of the database cluster `own`: after a failover an old one may be back, on a
+/// lower timeline. None is that is on a lower one than `at_least`, which is received.
+pub(crate) fn leading(
+    group: &Group,
+    own: Option<u64>,
+    at_least: Option<u32>,
+) -> Result<(&Node, &NodeState), NotLed> {
+    let is_own = |state: &NodeState| own.is_none_or(|own| own == state.system_identifier);
+    let is_over = |state: &NodeState| at_least.is_some_and(|least| state.timeline < least);
+    if let Some(known) = own
+        && !states(group).any(|(_, state)| is_own(state))
+        && let Some((node, state)) = states(group).next()
+    {
+        let (node, found) = (node.to_string(), state.system_identifier);
+        return Err(ClusterError::Other { group: group.number, node, found, known }.into());
+    }
+    let primaries = states(group)
+        .filter(|(_, state)| state.role == Role::Primary && is_own(state) && !is_over(state));
+    let newest = primaries.clone().map(|(_, state)| state.timeline).max();
+    let newest: Vec<_> = primaries.filter(|(_, state)| Some(state.timeline) == newest).collect();
+    let number = group.number;
+    match newest.as_slice() {
+        [primary] => Ok(*primary),
+        [] => {
+            let nodes = group.nodes.iter().map(|it| match &it.state {
+                Ok(state) if !is_own(state) => {
+                    format!("{} is of another database cluster", it.node.name)
+                }
+                Ok(state) if state.role == Role::Primary => {
+                    format!(
+                        "{} is a primary on timeline {}, which is over",
+                        it.node.name, state.timeline
+                    )
+                }
+                _ => it.to_string(),
+            });
+            Err(GroupError::NoPrimary { group: number, nodes: nodes.collect() }.into())
+        }
+        several => {
+            let name = |(node, state): &(&Node, &NodeState)| {
+                format!("{} on timeline {}", node.name, state.timeline)
+            };
+            let nodes = several.iter().map(name).collect();
+            Err(GroupError::SeveralPrimaries { group: number, nodes }.into())
+        }
+    }
+}
+
+/// What a group is found to be, without anything that was followed before.
+#[derive(Debug)]
+pub(crate) struct Judged<'a> {
+    /// Its database cluster, if that is known.
+    pub(crate) own: Option<u64>,
+    /// The primary to follow.
+    pub(crate) leader: Result<(&'a Node, &'a NodeState), NotLed>,
+}
+
+/// Finds out which database cluster is the group's, and which server is to be followed.
+pub(crate) async fn judge<'a>(repository: &Repository, group: &'a Group) -> Judged<'a> {
+    let known = match known(repository, group.number).await {
+        Ok(known) => known,
+        // Without several to choose from, nothing hangs on it.
+        Err(_) if is_one(group) => Known::new(),
+        Err(failure) => {
+            let leader = Err(NotLed::Repository(chain(&failure).to_string()));
+            return Judged { own: None, leader };
+        }
+    };
+    let newest = known.iter().max_by_key(|(_, mark)| **mark).map(|(newest, _)| *newest);
+    match own(group, None, &known) {
+        Ok(own) => Judged { own: own.or(newest), leader: leading(group, own, None) },
+        Err(reason) => Judged { own: newest, leader: Err(reason.into()) },
+    }
+}
+
+/// Whether all servers that answered are of one database cluster.
+fn is_one(group: &Group) -> bool {
+    let mut identifiers = states(group).map(|(_, state)| state.system_identifier);
+    let first = identifiers.next();
+    identifiers.all(|it| Some(it) == first)
+}
+
+/// The servers that answered.
+pub(super) fn states(group: &Group) -> impl Iterator<Item = (&Node, &NodeState)> + Clone {
+    group.nodes.iter().filter_map(|it| Some((&it.node, it.state.as_ref().ok()?)))
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::time::Duration;
+
+    use chrono::TimeDelta;
+    use shared::pg::ConnectError;
+    use shared::topology::Observation;
+
+    use super::*;
+
+    /// A server's name, role, timeline and system identifier; `None` if it does not answer.
+    type Server<'a> = (&'a str, Option<(Role, u32, u64)>);
+
+    pub(in super::super) fn group(nodes: &[Server<'_>]) -> Group {
+        let observation = |(name, state): &Server<'_>| {
+            let (name, host) = ((*name).to_owned(), (*name).to_owned());
+            let node = Node { group: 0, name, host, port: 5432 };
+            let state = state.map(|(role, timeline, system_identifier)| NodeState {
+                role,
+                system_identifier,
+                timeline,
+                flush_lsn: None,
+                replay_lsn: None,
+                server_version: 170_002,
+                data_checksums: true,
+                wal_segment_bytes: 16 << 20,
+            });
+            let limit = Duration::from_secs(10);
+            let silent = || ConnectError::TimedOut { node: node.to_string(), limit }.into();
+            Observation { state: state.ok_or_else(silent), node }
+        };
+        Group { number: 0, nodes: nodes.iter().map(observation).collect() }
+    }
+
+    const P: Role = Role::Primary;
+    const S: Role = Role::Standby;
+
+    #[test]
+    fn the_cluster_that_is_known_is_the_groups() {
+        let begun = |seconds| Some(DateTime::UNIX_EPOCH + TimeDelta::seconds(seconds));
+        let both = group(&[("a", Some((P, 1, 7))), ("x", Some((P, 2, 8)))]);
+        let (a, x) = (group(&[("a", Some((P, 1, 7)))]), group(&[("x", Some((P, 2, 8)))]));
+        let silent = group(&[("a", None)]);
+        for (case, group, followed, known, expected) in [
+            ("the first start", &a, None, vec![], Ok(Some(7))),
+            ("nobody answers", &silent, None, vec![(7, begun(1))], Ok(None)),
+            ("nobody answers any more", &silent, Some(7), vec![], Ok(Some(7))),
+            ("nobody can tell", &both, None, vec![], Err("mixes database clusters")),
+            ("the repository holds one", &both, None, vec![(7, begun(1))], Ok(Some(7))),
+            ("of one there are backups only", &both, None, vec![(7, None)], Ok(Some(7))),
+            ("it holds neither", &both, None, vec![(9, begun(1))], Err("the repository holds 9")),
+            ("it holds another", &x, None, vec![(7, begun(1))], Err("the repository holds 7")),
+            ("it was made anew", &both, None, vec![(7, begun(1)), (8, begun(2))], Ok(Some(8))),
+            ("backups of both", &both, None, vec![(7, None), (8, None)], Err("mixes database")),
+            ("one is followed", &both, Some(7), vec![(7, begun(1))], Ok(Some(7))),
+            ("it is followed and away", &x, Some(7), vec![(7, begun(1))], Ok(Some(7))),
+            ("an older one is back", &x, Some(7), vec![(8, begun(1)), (7, begun(2))], Ok(Some(7))),
+            ("one is begun", &x, Some(7), vec![(7, begun(1)), (8, begun(2))], Ok(Some(8))),
+        ] {
+            let known = known.into_iter().collect();
+            match (own(group, followed, &known), expected) {
+                (Err(error), Err(part)) => {
+                    assert!(error.to_string().contains(part), "{case}: {error}");
+                }
+                (found, expected) => assert_eq!(found.ok(), expected.ok(), "{case}"),
+            }
+        }
+    }
+
+    #[test]
+    fn the_primary_is_the_newest_of_its_own_cluster() {
+        for (case, nodes, own, at_least, expected) in [
+            ("alone", vec![("a", Some((P, 1, 7)))], None, None, Ok("a")),
+            (
+                "an old one is back",
+                vec![("a", Some((P, 1, 7))), ("b", Some((P, 2, 7)))],
+                Some(7),
+                None,
+                Ok("b"),
+            ),
+            (
+                "another cluster's, on a higher timeline",
+                vec![("x", Some((P, 9, 8))), ("a", Some((P, 1, 7)))],
+                Some(7),
+                None,
+                Ok("a"),
+            ),
+            (
+                "only another cluster's",
+                vec![("x", Some((P, 9, 8)))],
+                Some(7),
+                None,
+                Err("x (x:5432) is of the database cluster with system identifier 8"),
+            ),
+            (
+                "its own is a standby",
+                vec![("x", Some((P, 9, 8))), ("a", Some((S, 1, 7)))],
+                Some(7),
+                None,
+                Err("no primary: x is of another database cluster, a is a standby"),
+            ),
+            (
+                "two on one timeline",
+                vec![("a", Some((P, 2, 7))), ("b", Some((P, 2, 7)))],
+                None,
+                None,
+                Err("several primaries: a on timeline 2, b on timeline 2"),
+            ),
+            (
+                "the one that is received from takes no logins",
+                vec![("a", Some((P, 1, 7))), ("b", None)],
+                Some(7),
+                Some(2),
+                Err("no primary: a is a primary on timeline 1, which is over, b is unknown"),
+            ),
+            (
+                "nothing is received, so the old one is looked at",
+                vec![("a", Some((P, 1, 7))), ("b", None)],
+                Some(7),
+                None,
+                Ok("a"),
+            ),
+        ] {
+            let group = group(&nodes);
+            let found = leading(&group, own, at_least).map(|(node, _)| node.name.as_str());
+            match (found, expected) {
+                (Err(error), Err(part)) => {
+                    assert!(error.to_string().contains(part), "{case}: {error}");
+                }
+                (found, expected) => assert_eq!(found.ok(), expected.ok(), "{case}"),
+            }
+        }
+    }
+}

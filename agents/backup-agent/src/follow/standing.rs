@@ -1,0 +1,250 @@
+//! How each server of a group stands to the primary that is followed, and what the log says of those
+//! that do not belong there.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::Serialize;
+use shared::topology::{Group, Role};
+use tokio::time::Instant;
+use tracing::{error, info, warn};
+
+/// A failover or a restart that is over within this is not told …
+const SOON: Duration = Duration::from_secs(10);
+/// … nor that a standby has not found its new primary yet.
+const FOLLOWS_WITHIN: Duration = Duration::from_secs(30);
+/// How often it is told again.
+const TELL_EVERY: Duration = Duration::from_mins(10);
+
+/// How a server stands to the primary that is followed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum Standing {
+    /// It is that primary or on its timeline, as far as is known.
+    Ok,
+    /// It does not answer.
+    Unreachable,
+    /// It is of another database cluster, and left alone.
+    OtherCluster {
+        /// Which.
+        #[serde(serialize_with = "as_text")]
+        system_identifier: u64,
+        /// The group's.
+        #[serde(serialize_with = "as_text")]
+        of_group: u64,
+    },
+    /// A primary on a lower timeline than the one that is followed.
+    OldPrimary {
+        /// Its timeline.
+        timeline: u32,
+        /// The one that is followed.
+        newest: u32,
+    },
+    /// A standby on another timeline than the primary.
+    OtherTimeline {
+        /// Its timeline.
+        timeline: u32,
+        /// The primary's.
+        newest: u32,
+    },
+}
+
+/// Too many digits for a number of JSON.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn as_text<S: serde::Serializer>(number: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(number)
+}
+
+impl Standing {
+    /// All of them, as `/status` and the metrics name them.
+    pub const NAMES: [&str; 5] =
+        ["ok", "unreachable", "other_cluster", "old_primary", "other_timeline"];
+
+    /// What it is called.
+    pub fn name(self) -> &'static str {
+        let index = match self {
+            Self::Ok => 0,
+            Self::Unreachable => 1,
+            Self::OtherCluster { .. } => 2,
+            Self::OldPrimary { .. } => 3,
+            Self::OtherTimeline { .. } => 4,
+        };
+        Self::NAMES[index]
+    }
+
+    /// What is wrong with the server, and what to do; `None` if nothing is, or if it does not answer.
+    pub fn problem(self) -> Option<String> {
+        match self {
+            Self::Ok | Self::Unreachable => None,
+            Self::OtherCluster { system_identifier, of_group } => Some(format!(
+                "it is of another database cluster, {system_identifier} and not {of_group}, and left alone. \
+                 Take it out of the configuration"
+            )),
+            Self::OldPrimary { timeline, newest } => Some(format!(
+                "an old primary that came back: it is a primary on timeline {timeline}, and timeline {newest} \
+                 is followed. What is written to it is not stored. Stop it, or make it a standby (pg_rewind)"
+            )),
+            Self::OtherTimeline { timeline, newest } => Some(format!(
+                "a standby on timeline {timeline}, and the primary is on {newest}: it does not follow, and \
+                 its slot is not moved. Its log says why; pg_rewind it, or make it anew"
+            )),
+        }
+    }
+
+    /// How long it lasts before it is told; `None` if it never is.
+    fn told_after(self) -> Option<Duration> {
+        match self {
+            Self::Ok | Self::Unreachable => None,
+            Self::OtherCluster { .. } => Some(Duration::ZERO),
+            Self::OldPrimary { .. } => Some(SOON),
+            Self::OtherTimeline { .. } => Some(FOLLOWS_WITHIN),
+        }
+    }
+}
+
+/// How the servers stand, if the group is of the database cluster `own`, and `newest` is the timeline that
+/// is followed; as far as is known.
+pub(crate) fn standings(
+    group: &Group,
+    own: Option<u64>,
+    newest: Option<u32>,
+) -> BTreeMap<String, Standing> {
+    let standing = |observation: &shared::topology::Observation| {
+        let Ok(state) = &observation.state else { return Standing::Unreachable };
+        let (timeline, system_identifier) = (state.timeline, state.system_identifier);
+        match (own, newest) {
+            (Some(of_group), _) if of_group != system_identifier => {
+                Standing::OtherCluster { system_identifier, of_group }
+            }
+            (_, Some(newest)) if state.role == Role::Primary && timeline < newest => {
+                Standing::OldPrimary { timeline, newest }
+            }
+            (_, Some(newest)) if state.role == Role::Standby && timeline != newest => {
+                Standing::OtherTimeline { timeline, newest }
+            }
+            _ => Standing::Ok,
+        }
+    };
+    group.nodes.iter().map(|it| (it.node.name.clone(), standing(it))).collect()
+}
+
+/// What was told of the servers.
+#[derive(Debug, Default)]
+pub(super) struct Told {
+    problems: BTreeMap<String, Problem>,
+}
+
+#[derive(Debug)]
+struct Problem {
+    standing: Standing,
+    since: Instant,
+    told_at: Option<Instant>,
+}
+
+impl Told {
+    /// Says what lasts, each ten minutes, and what is over.
+    pub(super) fn tell(&mut self, servers: &BTreeMap<String, Standing>) {
+        for (node, standing) in servers {
+            // Unknown: it may be as it was.
+            if *standing == Standing::Unreachable {
+                continue;
+            }
+            let before = self.problems.remove(node);
+            let Some(after) = standing.told_after() else {
+                if before.is_some_and(|it| it.told_at.is_some()) {
+                    info!(
+                        node,
+                        "the server is on the primary's timeline and of its database cluster again"
+                    );
+                }
+                continue;
+            };
+            let now = Instant::now();
+            let fresh = Problem { standing: *standing, since: now, told_at: None };
+            let same = before.filter(|it| it.standing.name() == standing.name());
+            let mut problem = Problem { standing: *standing, ..same.unwrap_or(fresh) };
+            let is_due = problem.told_at.is_none_or(|at| at.elapsed() >= TELL_EVERY);
+            if problem.since.elapsed() >= after && is_due {
+                problem.told_at = Some(now);
+                let what = standing.problem().unwrap_or_default();
+                if matches!(standing, Standing::OtherTimeline { .. }) {
+                    warn!(node, problem = what, "a standby does not follow the primary");
+                } else {
+                    error!(node, problem = what, "a server does not belong in the group");
+                }
+            }
+            self.problems.insert(node.clone(), problem);
+        }
+        self.problems.retain(|node, _| servers.contains_key(node));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::sleep;
+
+    use super::super::cluster::tests::group;
+    use super::*;
+
+    #[test]
+    fn each_server_is_judged_by_what_is_followed() {
+        let (p, s) = (Role::Primary, Role::Standby);
+        let group = group(&[
+            ("a", Some((p, 2, 7))),
+            ("b", Some((p, 1, 7))),
+            ("c", Some((s, 2, 7))),
+            ("d", Some((s, 1, 7))),
+            ("x", Some((p, 9, 8))),
+            ("y", Some((s, 2, 8))),
+            ("z", None),
+        ]);
+        let names = |own, newest| {
+            let found = standings(&group, own, newest);
+            found.values().map(|it| it.name()).collect::<Vec<_>>().join(" ")
+        };
+        for (case, own, newest, expected) in [
+            (
+                "a is followed",
+                Some(7),
+                Some(2),
+                "ok old_primary ok other_timeline other_cluster other_cluster unreachable",
+            ),
+            (
+                "no primary is seen",
+                Some(7),
+                None,
+                "ok ok ok ok other_cluster other_cluster unreachable",
+            ),
+            ("nothing is known", None, None, "ok ok ok ok ok ok unreachable"),
+        ] {
+            assert_eq!(names(own, newest), expected, "{case}");
+        }
+        for (node, standing) in standings(&group, Some(7), Some(2)) {
+            let is_said = standing.problem().is_some();
+            assert_eq!(is_said, !["a", "c", "z"].contains(&node.as_str()), "{node}");
+            assert_eq!(is_said, standing.told_after().is_some(), "{node}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_lasts_is_told_once_in_ten_minutes() {
+        let mut told = Told::default();
+        let mut at = |standing| {
+            told.tell(&BTreeMap::from([("b".to_owned(), standing)]));
+            told.problems.get("b").and_then(|it| it.told_at)
+        };
+        let old = Standing::OldPrimary { timeline: 1, newest: 2 };
+        assert_eq!(at(old), None, "a failover");
+        sleep(SOON).await;
+        let first = at(old);
+        assert!(first.is_some(), "it lasts");
+        sleep(SOON).await;
+        assert_eq!(at(old), first, "told a moment ago");
+        assert_eq!(at(Standing::Unreachable), first, "nobody knows");
+        sleep(TELL_EVERY).await;
+        assert!(at(old) > first, "told long ago");
+        assert_eq!(at(Standing::Ok), None, "it is over");
+        let other = Standing::OtherCluster { system_identifier: 8, of_group: 7 };
+        assert!(at(other).is_some(), "told at once");
+    }
+}
