@@ -184,8 +184,23 @@ start_databases() {
     for name in "${names[@]}"; do wait_hint="init-scripts/status.sh $name" wait_for 600 "$name serves" serves "$name"; done
 }
 
-# put_back: whatever failed until the new volumes are there.
-put_remove_volumes() {
+# put_back NEXT: what fails before the new volumes are whole leaves everything as it was. Runs as the script ends,
+# when the variables of main may be gone.
+put_back() {
+    trap - EXIT
+    say "starts the databases as they were"
+    remove_jobs
+    remove_generation "$1"
+    start_databases
+    say "the databases run as before: nothing was replaced"
+}
+
+# remove_generation N: volumes that a restore made and did not end.
+remove_generation() {
+    docker volume ls --format '{{.Name}}' | { grep -E "^${STACK}_(coordinator|worker)-.*$1\$" || true; } | xargs -r docker volume rm >/dev/null
+}
+
+remove_volumes() {
     local used names
     used=$(for name in $(databases); do echo "${STACK}_$name$(generation)"; done)
     mapfile -t names < <(docker volume ls --format '{{.Name}}' | grep -E "^${STACK}_(coordinator-[0-9]+|worker-[0-9]+-[0-9]+)(_[0-9]+)?\$" | grep -vxF "$used")
@@ -194,11 +209,10 @@ put_remove_volumes() {
     say "removed volumes: ${names[*]}"
 }
 
-# The next generation's volumes are new: those that a stopped run left behind go.
+# The next generation's volumes are new.
 restore() {
-    local group next argument identifier
-    next=_$(($(generation | tr -d _) + 1))
-    docker volume ls --format '{{.Name}}' | { grep -E "^${STACK}_(coordinator|worker)-.*$next\$" || true; } | xargs -r docker volume rm >/dev/null
+    local group argument identifier
+    remove_generation "$next"
     say "restores the groups $(groups | xargs)"
     for group in $(groups); do
         argument=()
@@ -214,7 +228,7 @@ restore() {
 }
 
 main() {
-    local action='' sure=no target=() identifiers=() restored_conf
+    local action='' sure=no target=() identifiers=() restored_conf next
     while [[ $# -gt 0 ]]; do
         case $1 in
         --latest) action+=restore ;;
@@ -235,10 +249,12 @@ main() {
     restored_conf=${STACK}_restored.conf_$(content_hash "$root/configs/postgres/restored.conf")
     docker config inspect "$restored_conf" >/dev/null 2>&1 ||
         docker config create --label "com.docker.stack.namespace=$STACK" "$restored_conf" "$root/configs/postgres/restored.conf" >/dev/null
+    next=_$(($(generation | tr -d _) + 1))
     remove_jobs
     commit_once
+    # shellcheck disable=SC2064  # as it is now
+    trap "put_back $next" EXIT
     end_databases
-    trap put_back EXIT
     restore
     remove_jobs
     say "starts the databases"
