@@ -343,6 +343,7 @@ ensure_tagged() {
     local variable=$1 name=$2 hash
     shift 2
     [[ -z ${!variable:-} ]] || return 0
+    ensure_base_image
     hash=$(inputs_hash "$@")
     name="$name:${hash:0:12}"
     ensure_image "$name" "$@"
@@ -373,8 +374,9 @@ ensure_agent_images() {
 
 # Whether the database image has Citus.
 detect_citus() {
-    CITUS=no
-    ! docker run --rm --entrypoint bash "$POSTGRES_IMAGE" -c 'test -e "$(pg_config --pkglibdir 2>/dev/null || echo /usr/lib/postgresql/17/lib)/citus.so"' || CITUS=yes
+    CITUS=$(docker run --rm --entrypoint bash "$POSTGRES_IMAGE" -c \
+        'if [[ -e $(pg_config --pkglibdir 2>/dev/null || echo /usr/lib/postgresql/17/lib)/citus.so ]]; then echo yes; else echo no; fi') ||
+        die "the image $POSTGRES_IMAGE does not run" "see the message above; if it is in a registry, this machine must reach it (docker login, docker pull)"
 }
 
 # take_running: images, Citus and networks as they are deployed, for what changes one thing of a running stack.

@@ -28,14 +28,16 @@ PROFILE is small (one machine, 2 cores and 8 GiB; the default), production, or a
 What the environment has already is not changed by the profile: DATABASE=shop init-scripts/up.sh
 
   --no-build   takes the programs that lie in .cache/image instead of building them
+  --images     only makes the images, and prints a line NAME_IMAGE=… of each: for a registry that several machines use
   --no-proof   ends when everything is well
   -h, --help   this text
 
 Running it again brings in what has changed, one server after the other, and repeats the proof; it may be
 stopped and started again at any point. init-scripts/status.sh says what does not start, and why;
 init-scripts/down.sh removes everything. Images of your own: POSTGRES_IMAGE, ETCD_IMAGE, HAPROXY_IMAGE,
-PGBOUNCER_IMAGE, REDIS_IMAGE, PROMETHEUS_IMAGE, ALERTMANAGER_IMAGE, GRAFANA_IMAGE, …_AGENT_IMAGE;
-POSTGRES_BASE_IMAGE is what the database image is made from (one with Citus, for instance).
+PGBOUNCER_IMAGE, REDIS_IMAGE, PROMETHEUS_IMAGE, ALERTMANAGER_IMAGE, GRAFANA_IMAGE, BACKUP_AGENT_IMAGE,
+LAG_EXPORTER_IMAGE, HEALTH_MONITOR_IMAGE, REBALANCE_AGENT_IMAGE, in the environment or the profile: what is named is
+not built. POSTGRES_BASE_IMAGE is what the database image is made from (one with Citus, for instance).
 
 Exit: 0 all is well and the copy equals the source at T, 1 something failed, 2 wrong use.
 TEXT
@@ -43,21 +45,29 @@ TEXT
 
 # --- programs and images --------------------------------------------------------------------------
 
-# They are built one after the other: together, the features of one would get into the others.
-build_programs() {
-    local quiet=() agent
-    [[ -t 2 ]] || quiet=(--quiet)
-    say "builds the agents and the S3 server (the first time about ten minutes)"
-    cd "$root"
-    for agent in "${agents[@]}"; do build_program "$agent" "$agent"; done
-    build_program cluster-tests s3-server
+# programs: those that images are made of; none of an image that is named.
+programs() {
+    local name variable
+    for name in "${agents[@]}"; do
+        variable=$(upper "$name")_IMAGE
+        [[ -n ${!variable:-} ]] || echo "$name"
+    done
+    [[ $S3_FOR_TESTS != yes || -n ${S3_FOR_TESTS_IMAGE:-} ]] || echo s3-server
 }
 
-# build_program PACKAGE NAME
-build_program() {
-    cargo build --release --locked "${quiet[@]}" --package "$1" --bin "$2" ||
-        die "$2 does not build" "see the lines above"
-    stage "$2"
+# build_programs NAME…: one after the other: together, the features of one would get into the others.
+build_programs() {
+    local quiet=() name package
+    [[ -t 2 ]] || quiet=(--quiet)
+    say "builds $(joined ', ' "$@") (the first time about ten minutes)"
+    cd "$root"
+    for name in "$@"; do
+        package=$name
+        [[ $name != s3-server ]] || package=cluster-tests
+        cargo build --release --locked "${quiet[@]}" --package "$package" --bin "$name" ||
+            die "$name does not build" "see the lines above"
+        stage "$name"
+    done
 }
 
 # Puts a program where the images take it from, and only if it changed: the image follows from it.
@@ -67,29 +77,37 @@ stage() {
     cmp --silent "$built" "$staged" || install -m 0755 "$built" "$staged"
 }
 
+# check_programs NAME…
 check_programs() {
     local name
-    for name in "${agents[@]}" s3-server; do
+    for name in "$@"; do
         [[ -x $cache/image/$name ]] || die "$cache/image/$name is not there" "leave --no-build away"
     done
 }
 
 # The images wait for the network and the disk while cargo keeps the cores busy.
 build() {
-    local images
-    [[ $build == no ]] || ensure_cargo
+    local images programs
+    mapfile -t programs < <(programs)
+    [[ $build == no || ${#programs[@]} -eq 0 ]] || ensure_cargo
     ensure_docker
-    if [[ $build == yes ]]; then
-        (ensure_base_image && ensure_stack_images) &
+    if [[ $build == yes && ${#programs[@]} -gt 0 ]]; then
+        (ensure_stack_images) &
         images=$!
-        build_programs
+        build_programs "${programs[@]}"
         wait "$images" || die "an image is not there" "see the message above"
     fi
-    check_programs
-    ensure_base_image
+    check_programs "${programs[@]}"
     ensure_stack_images
     ensure_agent_images
-    detect_citus
+}
+
+print_images() {
+    local name
+    for name in POSTGRES ETCD HAPROXY PGBOUNCER REDIS PROMETHEUS ALERTMANAGER "${agents[@]}" S3_FOR_TESTS; do
+        name=$(upper "$name")_IMAGE
+        [[ -z ${!name:-} ]] || printf '%s=%s\n' "$name" "${!name}"
+    done
 }
 
 # --- the Swarm ------------------------------------------------------------------------------------
@@ -394,6 +412,7 @@ TEXT
 }
 
 bring_up() {
+    detect_citus
     ensure_swarm
     ensure_places
     choose_encryption
@@ -419,11 +438,12 @@ bring_up() {
 }
 
 main() {
-    local build=yes proof=yes profile_name=''
+    local build=yes proof=yes images_only=no profile_name=''
     while [[ $# -gt 0 ]]; do
         case $1 in
         --no-build) build=no ;;
         --no-proof) proof=no ;;
+        --images) images_only=yes ;;
         -h | --help) usage && return 0 ;;
         -*) usage >&2 && exit 2 ;;
         *) [[ -z $profile_name ]] || { usage >&2 && exit 2; } && profile_name=$1 ;;
@@ -432,10 +452,11 @@ main() {
     done
     lock_stack
     [[ ! -e $rotation ]] || die "the rotation of $(<"$rotation") was interrupted" "init-scripts/rotate-secret.sh $(<"$rotation")"
-    mkdir -p "$secrets"
-    chmod 0700 "$up"
     load_profile "${profile_name:-$(cat "$up/profile" 2>/dev/null || echo small)}"
     build
+    [[ $images_only == no ]] || { print_images && return 0; }
+    mkdir -p "$secrets"
+    chmod 0700 "$up"
     bring_up
     [[ $proof == no ]] || prove
     say "the stack is up, and well"
