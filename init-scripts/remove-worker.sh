@@ -54,7 +54,10 @@ check_group() {
 }
 
 superuser() {
-    sql "$(container_of "$(leader_of "$1")")" "$DATABASE" "$2"
+    local container
+    container=$(primary_here "$1")
+    [[ -n $container ]] || die "the primary of group $1 is not on this machine" "init-scripts/switchover.sh $1 --to a server of this machine"
+    sql "$container" "$DATABASE" "$2"
 }
 
 drain() {
@@ -72,8 +75,8 @@ drain() {
 # Tables in any database, but for what init-scripts/ made there.
 refuse_tables() {
     local container database found
-    container=$(container_of "$(leader_of "$group")")
-    [[ -n $container ]] || die "the primary of worker group $group is on another machine" "run this there"
+    container=$(primary_here "$group")
+    [[ -n $container ]] || die "the primary of worker group $group is on another machine: $(machine_of "$(leader_of "$group")")" "run this there"
     for database in $(sql "$container" postgres 'SELECT datname FROM pg_database WHERE datallowconn AND NOT datistemplate'); do
         found=$(sql "$container" "$database" "SELECT string_agg(oid::regclass::text, ', ') FROM (
             SELECT oid FROM pg_class WHERE relkind IN ('r', 'p', 'm') AND relpersistence <> 't'

@@ -125,10 +125,10 @@ wait_for_jobs() {
 
 # A recovery finds a time only by a commit after it, and a group that nobody writes to has none.
 commit_once() {
-    local group leader
+    local group primary
     for group in $(groups); do
-        leader=$(leader_of "$group")
-        [[ -z $leader ]] || timeout 10 docker exec "$(container_of "$leader")" psql --no-psqlrc --quiet postgres \
+        primary=$(primary_here "$group")
+        [[ -z $primary ]] || timeout 10 docker exec "$primary" psql --no-psqlrc --quiet postgres \
             --command "SELECT pg_logical_emit_message(true, 'pgmesh', 'restore')" >/dev/null ||
             say "  the primary of group $group takes no writes: its last commit must be after the target"
     done

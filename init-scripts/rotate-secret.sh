@@ -92,7 +92,7 @@ check_stack() {
 }
 
 leader_is_here() {
-    [[ -n $(leader_of "$1") ]]
+    [[ -n $(primary_here "$1") ]]
 }
 
 # new_value LINE: for one of the files.
@@ -149,7 +149,7 @@ SQL
 alter_role() {
     local group
     for group in $(groups); do
-        alteration | docker exec --interactive "$(container_of "$(leader_of "$group")")" psql --no-psqlrc --quiet --set ON_ERROR_STOP=1 postgres ||
+        alteration | docker exec --interactive "$(primary_here "$group")" psql --no-psqlrc --quiet --set ON_ERROR_STOP=1 postgres ||
             die "the password of ${name%_password} could not be changed in group $group" "see the message above, start again"
     done
     say "  ${name%_password} has its new password in the groups $(groups | xargs)"

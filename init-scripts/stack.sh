@@ -424,17 +424,22 @@ missing_services() {
     services | awk '{ split($2, n, "/"); if (n[1] + 0 < n[2] + 0) print $1 }'
 }
 
-# leader_of GROUP: its primary, as the servers of this machine say; nothing while there is none, or it is elsewhere.
+# machine_of SERVICE: that it runs on.
+machine_of() {
+    docker service ps --filter desired-state=running --format '{{.Node}}' "${STACK}_$1" 2>/dev/null | head -n 1
+}
+
+# leader_of GROUP: its primary, on whatever machine, as Patroni has it in etcd; nothing while there is none, or no
+# server of this machine can say.
 leader_of() {
-    local member container
-    for member in $(members_of "$1"); do
-        container=$(container_of "$member")
-        [[ -z $container ]] || [[ $(docker exec "$container" psql --no-psqlrc --quiet --no-align --tuples-only \
-            --command 'SELECT pg_is_in_recovery()' postgres 2>/dev/null) != f ]] || {
-            echo "$member"
-            return 0
-        }
-    done
+    (patroni_members "$1" 2>/dev/null || true) | awk '$2 == "Leader" { print $1 }'
+}
+
+# primary_here GROUP: the container of its primary; nothing where that is on another machine.
+primary_here() {
+    local leader
+    leader=$(leader_of "$1")
+    [[ -z $leader ]] || container_of "$leader"
 }
 
 # --- deploying ------------------------------------------------------------------------------------
@@ -466,6 +471,8 @@ update_changed() {
     done
     [[ ${#changed[@]} -gt 0 ]] || return 0
     say "updates what has changed: ${changed[*]}"
+    # Of their servers Patroni must be able to say who leads.
+    [[ " ${changed[*]}" != *" coordinator-"* && " ${changed[*]}" != *" worker-"* ]] || any_database >/dev/null
     for group in $(groups); do primaries+=("$(leader_of "$group")"); done
     for member in "${changed[@]}"; do
         [[ " ${primaries[*]} " == *" $member "* ]] || update_member "$member"
@@ -477,13 +484,15 @@ update_changed() {
 
 # One member after the other, and a primary only once another one leads.
 update_member() {
-    local member=$1 group deployed_at
+    local member=$1 group options deployed_at
     deployed_at=$(date --utc +%Y-%m-%dT%H:%M:%S)
     if [[ $member == coordinator-* || $member == worker-* ]]; then
         group=$(group_of "$member")
+        wait_hint="init-scripts/status.sh" wait_for 60 "Patroni does not say who is in group $group" patroni_members "$group"
         if [[ $(leader_of "$group") == "$member" && $(members_of "$group" | wc -l) -gt 1 ]]; then
             say "  $member hands over its group"
-            patronictl "$member" switchover --leader "$member" --force >"$cache/log/switchover.log" 2>&1 ||
+            mapfile -t options < <(group_options "$group")
+            patronictl "$(any_database)" switchover "${options[@]}" --leader "$member" --force >"$cache/log/switchover.log" 2>&1 ||
                 die "the switchover away from $member failed" "see $cache/log/switchover.log; init-scripts/status.sh"
         fi
     fi
@@ -504,18 +513,25 @@ update_is_over() {
     esac
 }
 
-# serves MEMBER: it is back in its role. Of one on another machine Swarm's word is taken.
+# serves MEMBER: it is back in its role.
 serves() {
     local container
     [[ $(services | awk -v name="$1" '$1 == name { split($2, n, "/"); print n[1] }') -ge 1 ]] || return 1
     container=$(container_of "$1")
-    [[ -n $container ]] || return 0
+    [[ -n $container ]] || { serves_elsewhere "$1" && return 0 || return 1; }
     [[ $(docker inspect --format '{{.State.Health.Status}}' "$container") == healthy ]] || return 1
     case $1 in
     coordinator-* | worker-*)
         [[ $(docker exec "$container" psql --no-psqlrc --quiet --no-align --tuples-only --dbname postgres --command \
             "SELECT NOT pg_is_in_recovery() OR EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming')" 2>/dev/null) == t ]]
         ;;
+    esac
+}
+
+# serves_elsewhere MEMBER: of a server Patroni knows it; of the rest Swarm's word is taken.
+serves_elsewhere() {
+    case $1 in
+    coordinator-* | worker-*) patroni_members "$(group_of "$1")" | grep -E "^$1 (Leader running|[A-Za-z]+ streaming) " >/dev/null ;;
     esac
 }
 
@@ -613,32 +629,35 @@ for it in json.load(sys.stdin):
 
 # What bootstrap.dcs of patroni.yml says holds for new clusters only; so it is brought into those that run.
 bring_in_dynamic_settings() {
-    local group member options=()
+    local group container options
+    container=$(container_of "$(any_database)")
     for group in $(groups); do
-        member=$(leader_of "$group")
-        [[ -n $member ]] || continue
-        [[ $CITUS != yes ]] || options=(--group "$group")
-        docker exec "$(container_of "$member")" bash -euo pipefail -c '
-            python3 -c "import json, yaml; print(json.dumps(yaml.safe_load(open(\"/etc/pgmesh/patroni.yml\"))[\"bootstrap\"][\"dcs\"]))" |
-                patronictl edit-config --apply - --force "$@"' patronictl "${options[@]}" >"$cache/log/edit-config-$group.log" 2>&1 ||
+        mapfile -t options < <(group_options "$group")
+        docker exec --interactive "$container" bash -euo pipefail -c '
+            python3 -c "import json, sys, yaml; print(json.dumps(yaml.safe_load(sys.stdin)[\"bootstrap\"][\"dcs\"]))" |
+                patronictl edit-config "$@" --apply - --force' patronictl "${options[@]}" \
+            <"$RENDERED/patroni-$(if ((group == 0)); then echo coordinator; else echo worker; fi).yml" >"$cache/log/edit-config-$group.log" 2>&1 ||
             die "patronictl edit-config failed in group $group" "see $cache/log/edit-config-$group.log"
-        restart_where_pending "$group" "$member"
+        restart_where_pending "$group" "$container"
     done
 }
 
-# restart_where_pending GROUP PRIMARY: some settings hold after a restart only; the primary is last.
+# restart_where_pending GROUP CONTAINER: some settings hold after a restart only; the primary is last. The container
+# is one to ask Patroni in.
 restart_where_pending() {
-    local member pending
+    local member pending leader options
     # Patroni's next turn notices what has changed.
     sleep 5
-    pending=$(docker exec "$(container_of "$2")" bash -c '
-        patronictl list --format json "$1" |
+    leader=$(leader_of "$1")
+    mapfile -t options < <(group_options "$1")
+    pending=$(docker exec "$2" bash -o pipefail -c '
+        patronictl list --format json "$@" |
             python3 -c "import json, sys; print(*[it[\"Member\"] for it in json.load(sys.stdin) if it.get(\"Pending restart\")])"' \
-        list "$(patroni_scope "$1")")
-    for member in $(members_of "$1" | grep -vx "$2") "$2"; do
+        list "${options[@]}")
+    for member in $(members_of "$1" | grep -vx "$leader") $leader; do
         [[ " $pending " == *" $member "* ]] || continue
         say "  restarts PostgreSQL of $member, for settings that need it"
-        patronictl "$2" restart --force --pending "$(patroni_scope "$1")" "$member" >"$cache/log/restart-$member.log" 2>&1 ||
+        docker exec "$2" patronictl restart --force --pending "${options[@]}" "$member" >"$cache/log/restart-$member.log" 2>&1 ||
             die "$member did not restart" "see $cache/log/restart-$member.log"
         wait_hint="init-scripts/status.sh" wait_for 120 "$member serves" serves "$member"
     done
@@ -666,7 +685,7 @@ health() {
 # health_elsewhere: the verdict of a health monitor on another machine, by its page, as `check` would print it.
 health_elsewhere() {
     local machine body found
-    machine=$(docker service ps --filter desired-state=running --format '{{.Node}}' "${STACK}_health-monitor" | head -n 1)
+    machine=$(machine_of health-monitor)
     [[ -n $machine ]] || return 3
     machine=$(docker node inspect --format '{{.Status.Addr}}' "$machine")
     body=$(exec 3<>"/dev/tcp/$machine/9631" && printf 'GET /status HTTP/1.0\r\n\r\n' >&3 && timeout 5 cat <&3) || return 3
@@ -709,7 +728,7 @@ agent() {
     local container
     container=$(container_of backup-agent)
     [[ -n $container ]] || die "the backup agent does not run on this machine" \
-        "run this where it does: $(docker service ps --filter desired-state=running --format '{{.Node}}' "${STACK}_backup-agent" | xargs); or: init-scripts/status.sh backup-agent"
+        "run this where it does: $(machine_of backup-agent); or: init-scripts/status.sh backup-agent"
     docker exec "${terminal[@]}" "$container" backup-agent --log-format text "$@"
 }
 

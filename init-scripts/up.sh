@@ -188,14 +188,18 @@ check_ports() {
 # --- deploying ------------------------------------------------------------------------------------
 
 deploy_all() {
-    local member names missing
+    local member names missing etcd=()
     # Those that a run before this one began, if it was stopped.
     while updating; do sleep 1; done
     mapfile -t names < <(members)
     mapfile -t missing < <(missing_services)
     # What does not run is made anew (its volumes stay): otherwise a mended service that takes its time would be
-    # rolled back to what did not run.
-    for member in "${missing[@]}"; do docker service rm "${STACK}_$member" >/dev/null; done
+    # rolled back to what did not run. etcd first: without it Patroni does not say who leads.
+    for member in "${missing[@]}"; do
+        docker service rm "${STACK}_$member" >/dev/null
+        [[ $member != etcd-* ]] || etcd+=("$member")
+    done
+    [[ ${#etcd[@]} -eq 0 ]] || deploy networks "${etcd[@]}"
     update_changed "${names[@]}"
     note_failed_tasks
     deployed_at=$(date --utc +%Y-%m-%dT%H:%M:%S)
@@ -361,7 +365,7 @@ remove_copy() {
 back_up() {
     [[ $proof == yes ]] || ! findings >/dev/null || return 0
     [[ -n $(container_of backup-agent) ]] || {
-        say "  the backup agent is on $(docker service ps --filter desired-state=running --format '{{.Node}}' "${STACK}_backup-agent"): take the first backup there," \
+        say "  the backup agent is on $(machine_of backup-agent): take the first backup there," \
             "docker exec \$(docker ps -qf name=${STACK}_backup-agent) backup-agent backup"
         return 0
     }
@@ -374,11 +378,12 @@ back_up() {
 prove() {
     local leader primary copy_options
     leader=$(leader_of 0)
-    [[ -n $leader ]] || {
-        say "the coordinators' primary is on another machine: run init-scripts/up.sh there to prove the backup"
+    primary=$(container_of "$leader")
+    [[ -n $primary && -n $(container_of backup-agent) ]] || {
+        say "no proof of the backup: it needs the coordinators' primary and the backup agent on this machine, and $leader is on" \
+            "$(machine_of "$leader"), the agent on $(machine_of backup-agent); there, backup-agent verify reads one back"
         return 0
     }
-    primary=$(container_of "$leader")
     [[ -e $up/demo_password ]] || (umask 077 && random_hex 24 >"$up/demo_password")
     ensure_data
     start_load
