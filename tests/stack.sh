@@ -7,6 +7,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../init-scripts/lib.sh"
 # shellcheck source=init-scripts/stack.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../init-scripts/stack.sh"
+# shellcheck source=tests/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 usage() {
     cat <<'TEXT'
@@ -23,52 +25,6 @@ counted that clients see.
 
 The last line is "N passed, N failed, N skipped". Exit: 0 all passed, 1 otherwise, 2 wrong use.
 TEXT
-}
-
-passed=0 failed=0 skipped=0
-
-# try WHAT COMMAND…
-try() {
-    local what=$1 output
-    shift
-    if output=$("$@" 2>&1); then
-        passed=$((passed + 1))
-        say "ok      $what"
-    else
-        failed=$((failed + 1))
-        say "FAILED  $what"
-        tail -n 15 <<<"$output" | sed 's/^/            /'
-    fi
-}
-
-skip() {
-    skipped=$((skipped + 1))
-    say "skipped $1: $2"
-}
-
-# refused PATTERN COMMAND…: it fails, and says so.
-refused() {
-    local pattern=$1 output
-    shift
-    if output=$("$@" 2>&1); then
-        echo "not refused: $output"
-        return 1
-    fi
-    grep -qE "$pattern" <<<"$output" || {
-        echo "refused otherwise: $output"
-        return 1
-    }
-}
-
-# equals EXPECTED COMMAND…
-equals() {
-    local expected=$1 output
-    shift
-    output=$("$@")
-    [[ $output == "$expected" ]] || {
-        echo "expected $expected, got $output"
-        return 1
-    }
 }
 
 in_service() {
@@ -612,8 +568,7 @@ main() {
         try "down.sh removes the stack" "$root/init-scripts/down.sh"
         try "nothing is left" nothing_left
     fi
-    echo "$passed passed, $failed failed, $skipped skipped"
-    [[ $failed -eq 0 ]]
+    summary
 }
 
 main "$@"
