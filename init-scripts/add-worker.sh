@@ -54,7 +54,7 @@ knows() {
 }
 
 main() {
-    local group name members
+    local group name members container
     case ${1:-} in
     '') ;;
     -h | --help) usage && return 0 ;;
@@ -93,8 +93,9 @@ main() {
     wait_until_well 300
     note_group "$group" ''
     say "worker group $group serves, and all is well. What the agents say of it:"
-    docker exec "$(container_of lag-exporter)" lag-exporter show | sed -n "1p; /worker-$group-/p"
-    docker exec "$(container_of backup-agent)" backup-agent list --group "$group"
+    container=$(container_of lag-exporter)
+    [[ -z $container ]] || docker exec "$container" lag-exporter show | sed -n "1p; /worker-$group-/p"
+    agent list --group "$group"
 }
 
 main "$@"

@@ -56,13 +56,6 @@ remove_jobs() {
     done
 }
 
-# What the backup agent is given, a job is given too.
-options_of_agent() {
-    docker service inspect --format '
-        {{- range .Spec.TaskTemplate.ContainerSpec.Secrets}}--secret source={{.SecretName}},target={{.File.Name}},uid=999,gid=999,mode=0400{{"\n"}}{{end}}
-        {{- range .Spec.TaskTemplate.ContainerSpec.Configs}}--config source={{.ConfigName}},target={{.File.Name}}{{"\n"}}{{end}}' "${STACK}_backup-agent" | xargs -n 2
-}
-
 # start_job GROUP VOLUMES ARGUMENT…: on the machine of the group's first server, with its volume.
 start_job() {
     local group=$1 volumes=$2 member options

@@ -12,6 +12,7 @@ readonly RENDERED="$up/stack"
 readonly scripts="$root/init-scripts"
 readonly stack_label=pgmesh.stack
 readonly start_limit_s=600
+readonly job_limit_s=86400
 # The name of the secret that rotate-secret.sh is replacing; until it has ended.
 readonly rotation="$up/rotating"
 # Progress bars where the script writes to a terminal.
@@ -682,13 +683,16 @@ health() {
     if [[ -n $container ]]; then docker exec "$container" health-monitor check; else health_elsewhere; fi
 }
 
-# health_elsewhere: the verdict of a health monitor on another machine, by its page, as `check` would print it.
+# health_elsewhere: the verdict of a health monitor on another machine, by its page, as `check` would print it. A
+# machine that is lost does not answer.
+# shellcheck disable=SC2016  # the inner shell expands what is its own
 health_elsewhere() {
-    local machine body found
-    machine=$(machine_of health-monitor)
-    [[ -n $machine ]] || return 3
-    machine=$(docker node inspect --format '{{.Status.Addr}}' "$machine")
-    body=$(exec 3<>"/dev/tcp/$machine/9631" && printf 'GET /status HTTP/1.0\r\n\r\n' >&3 && timeout 5 cat <&3) || return 3
+    local machine body='' found
+    for machine in $(docker service ps --filter desired-state=running --format '{{.Node}}' "${STACK}_health-monitor"); do
+        machine=$(docker node inspect --format '{{.Status.Addr}}' "$machine")
+        body=$(timeout 5 bash -c 'exec 3<>"/dev/tcp/$1/9631" && printf "GET /status HTTP/1.0\r\n\r\n" >&3 && cat <&3' ask "$machine" 2>/dev/null || true)
+        [[ $body != *'"verdict":'* ]] || break
+    done
     [[ $body == *'"verdict":'* ]] || return 3
     found=$(grep -oE '"component":\{[^}]*\},"verdict":\{"next":"([^"\\]|\\.)*","reason":"([^"\\]|\\.)*","since":[^,]*,"status":"(warning|unknown|critical)"' <<<"$body" |
         sed -E 's/.*"kind":"([a-z]*)","name":"([^"]*)".*"reason":"(.*)","since":.*"status":"([a-z]*)"$/\U\4\E  \1 \2  \3/' || true)
@@ -723,13 +727,43 @@ wait_until_well() {
 
 # --- asking ---------------------------------------------------------------------------------------
 
-# agent COMMAND…: of the backup agent that runs.
+# agent COMMAND…: of the backup agent: in its container, or where that is on another machine, in one that runs once.
 agent() {
     local container
     container=$(container_of backup-agent)
-    [[ -n $container ]] || die "the backup agent does not run on this machine" \
-        "run this where it does: $(machine_of backup-agent); or: init-scripts/status.sh backup-agent"
-    docker exec "${terminal[@]}" "$container" backup-agent --log-format text "$@"
+    if [[ -n $container ]]; then
+        docker exec "${terminal[@]}" "$container" backup-agent --log-format text "$@"
+    else
+        agent_job "$@"
+    fi
+}
+
+# agent_job COMMAND…: Swarm runs it once, on any machine, with what the agent is given; then what it printed.
+agent_job() {
+    local job="${STACK}_backup-agent-once" image options state began=$SECONDS
+    image=$(docker service inspect --format '{{.Spec.TaskTemplate.ContainerSpec.Image}}' "${STACK}_backup-agent" 2>/dev/null) ||
+        die "the backup agent is not deployed" "init-scripts/up.sh"
+    mapfile -t options < <(options_of_agent | tr ' ' '\n')
+    docker service rm "$job" >/dev/null 2>&1 || true
+    docker service create --detach --quiet --mode replicated-job --restart-condition none --name "$job" \
+        --label "com.docker.stack.namespace=$STACK" --container-label "com.docker.stack.namespace=$STACK" \
+        --init --no-healthcheck --read-only --cap-drop ALL --mount type=tmpfs,target=/tmp --limit-memory "$BACKUP_AGENT_MEMORY" \
+        --endpoint-mode dnsrr --network "${STACK}_coordination" --network "${STACK}_data" "${options[@]}" --no-resolve-image \
+        --entrypoint backup-agent "$image" --log-format text "$@" >/dev/null
+    until state=$(docker service ps --format '{{.CurrentState}}' "$job" | head -n 1) && [[ $state =~ ^(Complete|Failed|Rejected|Shutdown) ]]; do
+        ((SECONDS - began < job_limit_s)) || break
+        sleep 1
+    done
+    timeout 30 docker service logs --raw "$job" 2>&1 || docker service ps --no-trunc --format '{{.CurrentState}} {{.Error}}' "$job"
+    docker service rm "$job" >/dev/null
+    [[ $state == Complete* ]]
+}
+
+# What the backup agent is given, a job is given too.
+options_of_agent() {
+    docker service inspect --format '
+        {{- range .Spec.TaskTemplate.ContainerSpec.Secrets}}--secret source={{.SecretName}},target={{.File.Name}},uid=999,gid=999,mode=0400{{"\n"}}{{end}}
+        {{- range .Spec.TaskTemplate.ContainerSpec.Configs}}--config source={{.ConfigName}},target={{.File.Name}}{{"\n"}}{{end}}' "${STACK}_backup-agent" | xargs -n 2
 }
 
 # sql CONTAINER DATABASE QUERY: as the superuser, inside the container.

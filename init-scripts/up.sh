@@ -364,11 +364,6 @@ remove_copy() {
 
 back_up() {
     [[ $proof == yes ]] || ! findings >/dev/null || return 0
-    [[ -n $(container_of backup-agent) ]] || {
-        say "  the backup agent is on $(machine_of backup-agent): take the first backup there," \
-            "docker exec \$(docker ps -qf name=${STACK}_backup-agent) backup-agent backup"
-        return 0
-    }
     say "tries the chain of the backups"
     agent check || die "the check of the backup agent failed" "see the lines above"
     say "takes a backup of each group"
@@ -379,9 +374,9 @@ prove() {
     local leader primary copy_options
     leader=$(leader_of 0)
     primary=$(container_of "$leader")
-    [[ -n $primary && -n $(container_of backup-agent) ]] || {
-        say "no proof of the backup: it needs the coordinators' primary and the backup agent on this machine, and $leader is on" \
-            "$(machine_of "$leader"), the agent on $(machine_of backup-agent); there, backup-agent verify reads one back"
+    [[ -n $primary ]] || {
+        say "no proof of the backup: it needs the coordinators' primary on this machine, and $leader is on $(machine_of "$leader");" \
+            "init-scripts/switchover.sh 0 --to a server of this one, then start again"
         return 0
     }
     [[ -e $up/demo_password ]] || (umask 077 && random_hex 24 >"$up/demo_password")
@@ -439,7 +434,7 @@ bring_up() {
     wait_until_well 300 '^[A-Z]+ +repository '
     bring_in_dynamic_settings
     back_up
-    if [[ -n $(container_of backup-agent) ]]; then wait_until_well 300; fi
+    wait_until_well 300
 }
 
 main() {
