@@ -192,16 +192,13 @@ bring_up() {
     say "init-scripts/up.sh on machine-1, which has neither cargo nor the base image"
     script up.sh "$repository/machines.env" || die "up.sh failed" "see the lines above; --keep leaves the machines to look at"
     passed=$((passed + 1))
-    try "a backup of each group is taken" agent backup
+    try "each group has a backup" agent list
     try "the verdict is healthy" becomes_well 180
 }
 
-# agent COMMAND…: of the backup agent, on whatever machine it is.
+# agent COMMAND…: of the backup agent, on whatever machine that is.
 agent() {
-    local machine container
-    machine=$(in_stack 'machine_of backup-agent')
-    container=$(on "$machine" docker ps --quiet --filter label=com.docker.swarm.service.name=pgmesh_backup-agent | head -n 1)
-    on "$machine" docker exec "$container" backup-agent --log-format text "$@"
+    in_stack "agent $*"
 }
 
 # becomes_well SECONDS
@@ -229,6 +226,7 @@ try_placement() {
     for name in worker-1 worker-2 haproxy pgbouncer; do try "$name-… is on two machines" equals 2 machines_with "$name-[12]"; done
     for name in health-monitor rebalance-agent; do try "$name is on two machines" equals 2 machines_with "$name"; done
     try "all wanted tasks run" equals '' in_stack missing_services
+    try "the page of a health monitor says that all is well" equals '' in_stack health_elsewhere
     try_encryption
 }
 
@@ -413,10 +411,10 @@ writes_on() {
         awk -v now="$EPOCHREALTIME" "{ last = \$1 } END { print FILENAME, now - last; exit !(now - last < 5) }" "$file" || exit 1; done'
 }
 
-# Of the servers whose machine is lost, all are named.
-verdict_names_the_lost() {
+# names_the_lost health|health_elsewhere: of the servers whose machine is lost, all.
+names_the_lost() {
     local said name
-    said=$(in_stack 'health 2>&1' || true)
+    said=$(in_stack "$1 2>&1" || true)
     while read -r name; do
         grep -q "$name" <<<"$said" || { echo "$name is not in what the health monitor says:" && echo "$said" && return 1; }
     done < <(awk -v lost="$lost" '$2 == lost && /^(coordinator|worker)-/ { print $1 }' <<<"$tasks_before")
@@ -453,7 +451,8 @@ try_cut() {
     say "        $(leader), seen $(since "$cut_at") s after"
     sleep "$(awk -v gone="$(since "$cut_at")" -v all="$cut_s" 'BEGIN { print (all > gone) ? all - gone : 0 }')"
     try "all three clients write on" writes_on
-    try "the health monitor names the lost servers" verdict_names_the_lost
+    try "the health monitor names the lost servers" names_the_lost health
+    try "and by the page of one on whatever machine" names_the_lost health_elsewhere
     try "status.sh says what does not run" refused "$lost_primary" script status.sh
     try "Swarm knows that $lost is gone" equals down on machine-1 docker node inspect --format '{{.Status.State}}' "$lost"
     there=$(on "$lost" docker exec "$old" cat /tmp/there)
