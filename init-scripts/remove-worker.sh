@@ -88,6 +88,7 @@ refuse_tables() {
 
 no_containers() {
     local name
+    [[ -z $(ending) ]] || return 1
     for name in "${members[@]}"; do [[ -z $(container_of "$name") ]] || return 1; done
 }
 
@@ -147,7 +148,7 @@ main() {
         say "ends ${services_there[*]}"
         docker service rm "${services_there[@]}" >/dev/null
     fi
-    wait_hint="docker ps" wait_for 180 "the containers of worker group $group end" no_containers
+    wait_hint=$ending_hint wait_for 180 "the containers of worker group $group end" no_containers
     forget
     note_group "$group" removed
     render_all

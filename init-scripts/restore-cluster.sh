@@ -135,11 +135,12 @@ end_databases() {
     done
     say "ends the database servers"
     for name in "${there[@]}"; do docker service rm "$name" >/dev/null; done
-    wait_hint="docker ps" wait_for 180 "the database servers end" no_databases
+    wait_hint=$ending_hint wait_for 180 "the database servers end" no_databases
 }
 
 no_databases() {
     local name
+    [[ -z $(ending) ]] || return 1
     for name in $(databases); do [[ -z $(container_of "$name") ]] || return 1; done
 }
 

@@ -415,6 +415,13 @@ container_of() {
     docker ps --quiet --filter "label=com.docker.swarm.service.name=${STACK}_$1" | head -n 1
 }
 
+# ending: the machines where containers of removed services still run. One that is lost says nothing of its own.
+# shellcheck disable=SC2046  # one word for each
+ending() {
+    docker node ps --format '{{.DesiredState}} {{.Node}}' $(docker node ls --quiet) | awk '$1 == "Remove" { print $2 }' | sort -u
+}
+readonly ending_hint="docker ps on the machines that docker node ps shows with the wanted state Remove; a lost one: docker node demote, docker node rm --force"
+
 # services: name, "running/wanted" of each service of the stack.
 services() {
     docker stack services --format '{{.Name}} {{.Replicas}}' "$STACK" 2>/dev/null | sed "s/^${STACK}_//" | sort
