@@ -353,7 +353,7 @@ below() {
 
 # confirmed: what the clients were told is stored.
 confirmed() {
-    docker exec "$client" bash -c 'cat /tmp/writers/*.confirmed | cut -d " " -f 2 | sort'
+    docker exec "$client" bash -c 'cat /tmp/writers/*.confirmed | cut -d " " -f 2' | sort
 }
 
 all_confirmed_are_there() {
@@ -387,7 +387,7 @@ isolate() {
 
 # The superuser of that machine writes to its server, whoever leads: time, whether the server recovers, what became of it.
 write_there() {
-    on "$lost" docker exec --detach "$old" bash -c '
+    docker exec --detach "$prefix-$lost" bash -c 'docker exec "$1" bash -c "$2" >/tmp/there 2>&1' there "$old" '
         rm -f /tmp/stop
         for ((n = 0; n < 600; n++)); do
             [[ ! -e /tmp/stop ]] || exit 0
@@ -395,7 +395,7 @@ write_there() {
             if said=$(timeout 2 psql --no-psqlrc --quiet --command "INSERT INTO confirmed VALUES (\$\$there-$EPOCHREALTIME\$\$)" app 2>&1); then said=confirmed; fi
             echo "$EPOCHREALTIME $recovers $(tr "\n" " " <<<"$said")"
             sleep 0.3
-        done >/tmp/there'
+        done'
 }
 
 # confirmed_there AFTER: the writes that it confirmed later than that.
@@ -455,7 +455,7 @@ try_cut() {
     try "and by the page of one on whatever machine" names_the_lost health_elsewhere
     try "status.sh says what does not run" refused "$lost_primary" script status.sh
     try "Swarm knows that $lost is gone" equals down on machine-1 docker node inspect --format '{{.Status.State}}' "$lost"
-    there=$(on "$lost" docker exec "$old" cat /tmp/there)
+    there=$(on "$lost" cat /tmp/there)
     say "        on $lost: the last write it confirmed was $(since "$cut_at" "$(awk '$3 == "confirmed" { last = $1 } END { print last }' <<<"$there")") s after it was cut off;" \
         "its server was a primary for $(since "$cut_at" "$(awk '$2 == "f" { last = $1 } END { print last }' <<<"$there")") s"
     try "the old primary confirmed nothing once it was alone" equals '' confirmed_there "$(awk -v at="$cut_at" 'BEGIN { printf "%.3f", at + 0.5 }')"
