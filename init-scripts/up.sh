@@ -162,7 +162,7 @@ choose_encryption() {
             die "this kernel cannot encrypt overlay networks (ESP with AES-GCM)" \
                 "take one with CONFIG_INET_ESP, or set NETWORK_ENCRYPTION=no: TLS is there in any case"
         else
-            say "  overlay networks without encryption: this kernel has no ESP. One machine alone needs none"
+            say "  overlay networks without encryption: this kernel has no ESP$( ((PLACES > 1)) || echo ". One machine alone needs none")"
         fi
         ;;
     *) die "NETWORK_ENCRYPTION=$NETWORK_ENCRYPTION" "yes, no or auto" ;;

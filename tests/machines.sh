@@ -24,7 +24,7 @@ all that. It takes about 20 minutes on two cores, 6 GiB of memory and 12 GiB of 
   --no-build    takes the programs that lie in .cache/image instead of building them. Images that are named by
                 POSTGRES_IMAGE and so on (init-scripts/up.sh --help) are not built at all
 
-The machines need the capabilities SYS_ADMIN and NET_ADMIN, and no seccomp, but are not privileged.
+The machines need the capabilities SYS_ADMIN, NET_ADMIN and SYS_PTRACE, and no seccomp, but are not privileged.
 
 The last line is "N passed, N failed, N skipped". Exit: 0 all passed, 1 otherwise, 2 wrong use.
 TEXT
@@ -70,7 +70,7 @@ ensure_machine() {
     [[ $(docker inspect --format '{{.State.Running}}' "$name" 2>/dev/null) != true ]] || return 0
     docker volume create "$name" >/dev/null
     docker run --detach --init --name "$name" --hostname "$1" --network "$network" --network-alias "$1" \
-        --cgroupns private --cap-add SYS_ADMIN --cap-add NET_ADMIN \
+        --cgroupns private --cap-add SYS_ADMIN --cap-add NET_ADMIN --cap-add SYS_PTRACE \
         --security-opt seccomp=unconfined --security-opt apparmor=unconfined --security-opt systempaths=unconfined \
         --volume "$name:/var/lib/docker" pgmesh-machine >/dev/null
     wait_hint="docker logs $name" wait_for 60 "the Docker engine of $1 does not answer" on "$1" docker info
