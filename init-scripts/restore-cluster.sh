@@ -56,13 +56,14 @@ remove_jobs() {
     done
 }
 
-# start_job GROUP VOLUMES ARGUMENT…: on the machine of the group's first server, with its volume.
+# start_job GROUP VOLUMES ARGUMENT…: on the machine of the group's first server, with its volume. Not as a job of
+# Swarm's: with several managers that may run more than once, at the same time (moby/moby#53632).
 start_job() {
     local group=$1 volumes=$2 member options
     shift 2
     member=$(members_of "$group" | head -n 1)
     mapfile -t options < <(options_of_agent | tr ' ' '\n')
-    docker service create --detach --quiet --mode replicated-job --restart-condition none --name "$(job "$group")" \
+    docker service create --detach --quiet --restart-condition none --name "$(job "$group")" \
         --label "com.docker.stack.namespace=$STACK" --container-label "com.docker.stack.namespace=$STACK" \
         --init --no-healthcheck --endpoint-mode dnsrr --network "${STACK}_data" --constraint "node.labels.pgmesh.place == $(place_of "$member")" \
         --mount "type=volume,source=${STACK}_$member$volumes,target=/var/lib/postgresql/17,volume-label=com.docker.stack.namespace=$STACK" \

@@ -745,14 +745,15 @@ agent() {
     fi
 }
 
-# agent_job COMMAND…: Swarm runs it once, on any machine, with what the agent is given; then what it printed.
+# agent_job COMMAND…: Swarm runs it once, on any machine, with what the agent is given; then what it printed. Not as a
+# job of Swarm's: those run once for each manager that ever led, at the same time and again (moby/moby#53632).
 agent_job() {
     local job="${STACK}_backup-agent-once" image options state began=$SECONDS
     image=$(docker service inspect --format '{{.Spec.TaskTemplate.ContainerSpec.Image}}' "${STACK}_backup-agent" 2>/dev/null) ||
         die "the backup agent is not deployed" "init-scripts/up.sh"
     mapfile -t options < <(options_of_agent | tr ' ' '\n')
     docker service rm "$job" >/dev/null 2>&1 || true
-    docker service create --detach --quiet --mode replicated-job --restart-condition none --name "$job" \
+    docker service create --detach --quiet --restart-condition none --name "$job" \
         --label "com.docker.stack.namespace=$STACK" --container-label "com.docker.stack.namespace=$STACK" \
         --init --no-healthcheck --read-only --cap-drop ALL --mount type=tmpfs,target=/tmp --limit-memory "$BACKUP_AGENT_MEMORY" \
         --endpoint-mode dnsrr --network "${STACK}_coordination" --network "${STACK}_data" "${options[@]}" --no-resolve-image \
