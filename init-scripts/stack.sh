@@ -475,14 +475,19 @@ update_changed() {
 
 # One member after the other, and a primary only once another one leads.
 update_member() {
-    local member=$1 group deployed_at
+    local member=$1 group to deployed_at
     deployed_at=$(date --utc +%Y-%m-%dT%H:%M:%S)
     if [[ $member == coordinator-* || $member == worker-* ]]; then
         group=$(group_of "$member")
         if [[ $(leader_of "$group") == "$member" && $(members_of "$group" | wc -l) -gt 1 ]]; then
-            say "  $member hands over its group"
-            patronictl "$member" switchover --leader "$member" --force >"$cache/log/switchover.log" 2>&1 ||
-                die "the switchover away from $member failed" "see $cache/log/switchover.log; init-scripts/status.sh"
+            # One that has just come back is no synchronous standby yet.
+            wait_hint="init-scripts/switchover.sh $group says what is in the way" \
+                wait_for 120 "no standby of group $group is fit to take over from $member" fit_standby "$group" "$member"
+            to=$(fit_standby "$group" "$member") || die "no standby of group $group is fit to take over$to" "init-scripts/status.sh; start again"
+            say "  $member hands over group $group to $to"
+            hand_over "$group" "$member" "$to"
+        elif [[ $(members_of "$group" | wc -l) -eq 1 ]]; then
+            say "  $member is the only server of group $group: nobody can use that group until it is back"
         fi
     fi
     say "  updates $member"
@@ -607,6 +612,43 @@ patroni_members() {
 import json, sys
 for it in json.load(sys.stdin):
     print(it[\"Member\"], it[\"Role\"].replace(\" \", \"\"), it[\"State\"].replace(\" \", \"-\"), it.get(\"Lag in MB\", 0))"' list "${options[@]}"
+}
+
+readonly lag_mb_max=16
+
+# fit_standby GROUP PRIMARY [MEMBER]: the standby that is least behind, or that one, if it may take over. Otherwise it
+# fails, and prints for each why not.
+fit_standby() {
+    local name role state lag reason reasons='' to='' least=''
+    while read -r name role state lag; do
+        [[ $name != "$2" && (-z ${3:-} || $name == "$3") ]] || continue
+        reason=''
+        if [[ $state != streaming ]]; then
+            reason="it is ${state//-/ }, and does not stream"
+        elif [[ $1 == 0 && $role == Replica ]]; then
+            reason="it is no synchronous standby now: commits may be missing there"
+        elif ! [[ $lag =~ ^[0-9]+$ ]] || ((lag > lag_mb_max)); then
+            reason="it is $lag MB behind"
+        elif [[ -z $to ]] || ((lag < least)); then
+            to=$name least=$lag
+        fi
+        [[ -z $reason ]] || reasons+="; $name: $reason"
+    done < <(patroni_members "$1")
+    echo "${to:-${reasons:-: it has none}}"
+    [[ -n $to ]]
+}
+
+leads() {
+    patroni_members "$1" | grep "^$2 Leader running " >/dev/null
+}
+
+# hand_over GROUP FROM TO: Patroni's switchover, until the other one leads. patronictl ends well even where it was refused.
+hand_over() {
+    local options
+    mapfile -t options < <(group_options "$1")
+    patronictl "$(any_database)" switchover "${options[@]}" --leader "$2" --candidate "$3" --force >"$cache/log/switchover.log" 2>&1 ||
+        die "Patroni did not switch over: $(grep -v '^[+|]' "$cache/log/switchover.log" | tail -n 1)" "see $cache/log/switchover.log; init-scripts/status.sh"
+    wait_hint="see $cache/log/switchover.log; init-scripts/status.sh" wait_for 60 "$3 leads" leads "$1" "$3"
 }
 
 # What bootstrap.dcs of patroni.yml says holds for new clusters only; so it is brought into those that run.
