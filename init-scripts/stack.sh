@@ -20,8 +20,15 @@ terminal=()
 
 # lock_stack: one script at a time changes the stack.
 lock_stack() {
-    exec 9>"$cache/up.lock"
-    flock --nonblock 9 || die "another script of init-scripts/ is changing the stack" "wait until it has ended"
+    exec 9>>"$cache/up.lock"
+    flock --nonblock 9 || die "the stack is being changed by $(<"$cache/up.lock")" \
+        "wait until that has ended; if it was killed, until what it had begun has"
+    printf '%s (process %s, since %s)\n' "${0##*/}" "$$" "$(date '+%Y-%m-%d %H:%M:%S')" >"$cache/up.lock"
+}
+
+# refuse_in_rotation: for scripts that bring secrets to services.
+refuse_in_rotation() {
+    [[ ! -e $rotation ]] || die "the rotation of $(<"$rotation") was interrupted" "init-scripts/rotate-secret.sh $(<"$rotation")"
 }
 
 # --- the profile ----------------------------------------------------------------------------------

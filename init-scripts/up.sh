@@ -431,7 +431,7 @@ main() {
         shift
     done
     lock_stack
-    [[ ! -e $rotation ]] || die "the rotation of $(<"$rotation") was interrupted" "init-scripts/rotate-secret.sh $(<"$rotation")"
+    refuse_in_rotation
     mkdir -p "$secrets"
     chmod 0700 "$up"
     load_profile "${profile_name:-$(cat "$up/profile" 2>/dev/null || echo small)}"
