@@ -9,6 +9,7 @@ readonly ROOT=$root
 readonly up="${PGMESH_UP:-$cache/up}"
 readonly secrets="$up/secrets"
 readonly RENDERED="$up/stack"
+readonly rendering="$up/stack.new"
 readonly scripts="$root/init-scripts"
 readonly stack_label=pgmesh.stack
 readonly start_limit_s=600
@@ -237,7 +238,7 @@ hash_all() {
     for file in "$secrets"/*; do
         printf -v "HASH_$(upper "${file##*/}")" '%s' "$(secret_hash "$file")"
     done
-    for file in "$RENDERED"/* "$root"/init-scripts/[0-9][0-9]-*.sql; do
+    for file in "$rendering"/* "$root"/init-scripts/[0-9][0-9]-*.sql; do
         name=${file##*/}
         [[ $name == *.yml && $name != prometheus.yml && $name != alertmanager.yml && $name != *-prometheus.yml && $name != patroni-*.yml ]] ||
             printf -v "HASH_$(upper "$name")" '%s' "$(content_hash "$file")"
@@ -255,25 +256,25 @@ render_patroni() {
     [[ $kind != coordinator ]] || SYNCHRONOUS_MODE=quorum
     SUPERUSER_METHOD=reject
     [[ $CITUS != yes ]] || SUPERUSER_METHOD=scram-sha-256
-    render "$root/configs/postgres/patroni.yml" >"$RENDERED/patroni-$kind.yml"
+    render "$root/configs/postgres/patroni.yml" >"$rendering/patroni-$kind.yml"
 }
 
 render_configs() {
     local agent
     render_patroni coordinator
     render_patroni worker
-    render "$root/configs/haproxy/haproxy.cfg" >"$RENDERED/haproxy.cfg"
-    render "$root/configs/pgbouncer/pgbouncer.ini" >"$RENDERED/pgbouncer.ini"
-    render "$root/configs/pgbouncer/userlist.txt" >"$RENDERED/userlist.txt"
-    cp "$root/configs/pgbouncer/run.sh" "$RENDERED/pgbouncer.sh"
-    render "$root/configs/redis/redis.conf" >"$RENDERED/redis.conf"
-    render "$root/configs/prometheus/prometheus.yml" >"$RENDERED/prometheus.yml"
-    render "$root/configs/prometheus/grafana-prometheus.yml" >"$RENDERED/grafana-prometheus.yml"
-    render "$root/configs/alertmanager/alertmanager.yml" >"$RENDERED/alertmanager.yml"
+    render "$root/configs/haproxy/haproxy.cfg" >"$rendering/haproxy.cfg"
+    render "$root/configs/pgbouncer/pgbouncer.ini" >"$rendering/pgbouncer.ini"
+    render "$root/configs/pgbouncer/userlist.txt" >"$rendering/userlist.txt"
+    cp "$root/configs/pgbouncer/run.sh" "$rendering/pgbouncer.sh"
+    render "$root/configs/redis/redis.conf" >"$rendering/redis.conf"
+    render "$root/configs/prometheus/prometheus.yml" >"$rendering/prometheus.yml"
+    render "$root/configs/prometheus/grafana-prometheus.yml" >"$rendering/grafana-prometheus.yml"
+    render "$root/configs/alertmanager/alertmanager.yml" >"$rendering/alertmanager.yml"
     for agent in "${agents[@]}"; do
-        render "$root/configs/stack/$agent.toml" >"$RENDERED/$agent.toml"
+        render "$root/configs/stack/$agent.toml" >"$rendering/$agent.toml"
     done
-    cp "$up/ca.crt" "$RENDERED/ca.crt"
+    cp "$up/ca.crt" "$rendering/ca.crt"
 }
 
 # render_service TEMPLATE NAME: $RENDERED/NAME.yml. Its label pgmesh.spec changes with everything in it.
@@ -281,7 +282,7 @@ render_service() {
     local text
     SPEC='' text=$(render "$1")
     SPEC=$(sha256sum <<<"$text" | cut -c 1-12)
-    render "$1" >"$RENDERED/$2.yml"
+    render "$1" >"$rendering/$2.yml"
 }
 
 # of_certificate NAME: for the template of a service that has its own.
@@ -303,7 +304,7 @@ render_database() {
     memory=${kind^^}_MEMORY cpus=${kind^^}_CPUS
     MEMORY=${!memory} CPUS=${!cpus}
     PATRONI_CONFIG=patroni-$kind.yml
-    PATRONI_CONFIG_HASH=$(content_hash "$RENDERED/$PATRONI_CONFIG")
+    PATRONI_CONFIG_HASH=$(content_hash "$rendering/$PATRONI_CONFIG")
     of_certificate "$1"
     render_service "$root/configs/stack/database.yml" "$1"
 }
@@ -317,8 +318,8 @@ render_numbered() {
 # render_all: everything into $RENDERED. Secrets, certificates and the names of images must be there.
 render_all() {
     local name
-    rm -rf "$RENDERED"
-    mkdir -p "$RENDERED"
+    rm -rf "$rendering"
+    mkdir -p "$rendering" "$RENDERED"
     derive
     render_configs
     hash_all
@@ -327,9 +328,12 @@ render_all() {
     for name in $(haproxies); do render_numbered haproxy "$name"; done
     for name in $(pgbouncers); do of_certificate "$name" && render_numbered pgbouncer "$name"; done
     [[ $S3_FOR_TESTS != yes ]] || render_service "$root/configs/stack/s3-for-tests.yml" s3-for-tests
-    render "$root/stack.yml" >"$RENDERED/stack.yml"
+    render "$root/stack.yml" >"$rendering/stack.yml"
     # For deploying a member alone.
-    sed -n '/^version:/p; /^networks:/,/^$/p' "$RENDERED/stack.yml" >"$RENDERED/networks.yml"
+    sed -n '/^version:/p; /^networks:/,/^$/p' "$rendering/stack.yml" >"$rendering/networks.yml"
+    for name in "$RENDERED"/*; do [[ -e $rendering/${name##*/} ]] || rm -f "$name"; done
+    mv "$rendering"/* "$RENDERED"
+    rmdir "$rendering"
 }
 
 # members: the services with a file of their own, in the order in which they are updated.
@@ -396,6 +400,7 @@ take_running() {
         [[ -n ${!name} || $service == s3-for-tests ]] ||
             die "the service $service is not deployed" "init-scripts/up.sh mends the stack; then start again"
     done
+    [[ -e $RENDERED/coordinator-1.yml ]] || die "$RENDERED/coordinator-1.yml is not there" "init-scripts/up.sh makes it anew; then start again"
     CITUS=no NETWORK_OPTIONS='{}'
     ! grep -q PATRONI_CITUS_GROUP "$RENDERED/coordinator-1.yml" || CITUS=yes
     [[ $(docker network inspect --format '{{index .Options "encrypted"}}' "${STACK}_data") != true ]] || NETWORK_OPTIONS='{encrypted: "true"}'
