@@ -277,7 +277,7 @@ render_configs() {
     cp "$up/ca.crt" "$rendering/ca.crt"
 }
 
-# render_service TEMPLATE NAME: $RENDERED/NAME.yml. Its label pgmesh.spec changes with everything in it.
+# render_service TEMPLATE NAME: NAME.yml. Its label pgmesh.spec changes with everything in it.
 render_service() {
     local text
     SPEC='' text=$(render "$1")
@@ -315,7 +315,8 @@ render_numbered() {
     render_service "$root/configs/stack/$1.yml" "$2"
 }
 
-# render_all: everything into $RENDERED. Secrets, certificates and the names of images must be there.
+# render_all: everything into $RENDERED. Secrets, certificates and the names of images must be there. A script that is
+# stopped leaves each file as it was or as it is to be: others read there what runs (take_running).
 render_all() {
     local name
     rm -rf "$rendering"
@@ -705,6 +706,72 @@ prune() {
     for name in $(docker config ls --filter "label=com.docker.stack.namespace=$STACK" --format '{{.Name}}'); do
         grep -qF "\"$name\"" "$RENDERED"/*.yml || docker config rm "$name" >/dev/null 2>&1 || true
     done
+}
+
+# --- a copy of a group, restored beside it -----------------------------------------------------------
+
+readonly copy=pgmesh-restored
+readonly database_data=/var/lib/postgresql/17
+
+# archive_all GROUP: until the repository holds all that is committed now, as the backup agent confirms.
+archive_all() {
+    local primary lsn
+    primary=$(container_of "$(leader_of "$1")")
+    lsn=$(sql "$primary" postgres 'SELECT pg_current_wal_flush_lsn()')
+    wait_hint="docker service logs ${STACK}_backup-agent" wait_for 120 "the repository has the WAL of group $1 up to $lsn" sql_is "$primary" \
+        "SELECT coalesce(max(flush_lsn) >= '$lsn', false) FROM pg_stat_replication WHERE application_name = 'pgmesh_backup'" t
+}
+
+# prepare_copy GROUP: what the copy needs, in a volume that only its user can read: files of this machine belong
+# to others. The options of its container are $copy_options.
+prepare_copy() {
+    remove_copy
+    docker volume create --label "$stack_label=$STACK" "$copy" >/dev/null
+    docker volume create --label "$stack_label=$STACK" "$copy-secrets" >/dev/null
+    { cat "$RENDERED/backup-agent.toml" && printf '\n[wal]\ngroup = %s\n' "$1"; } >"$up/$copy.toml"
+    (umask 077 && cd "$secrets" && tar -c pgmesh_backup_password pgmesh_backup_key* s3_access_key_id s3_secret_access_key \
+        tls_backup-agent_certificate tls_backup-agent_key) |
+        docker run --rm --interactive --user 0 --entrypoint bash --volume "$copy-secrets:/secrets" "$POSTGRES_IMAGE" -c '
+            cd /secrets && tar -x && mv tls_backup-agent_certificate tls_certificate && mv tls_backup-agent_key tls_key &&
+                chown -R 999:999 . && chmod 0400 * && chmod 0700 .'
+    copy_options=(
+        --network "${STACK}_data" --label "$stack_label=$STACK" --shm-size 256m
+        --volume "$copy:$database_data" --volume "$copy-secrets:/run/secrets:ro"
+        --volume "$up/$copy.toml:/etc/pgmesh/backup-agent.toml:ro" --volume "$up/ca.crt:/etc/pgmesh/ca.crt:ro"
+        --volume "$root/configs/postgres/restored.conf:/etc/pgmesh/postgresql.conf:ro"
+    )
+}
+
+# restore_copy GROUP TARGET…: into a new volume, by the agent's own command; then PostgreSQL replays the WAL up to the
+# target and opens the copy for writing. The copy never archives: it must not write into the repository of its source.
+restore_copy() {
+    local group=$1 copy_options
+    shift
+    prepare_copy "$group"
+    logged restore docker run --rm --init "${copy_options[@]}" --entrypoint backup-agent "$BACKUP_AGENT_IMAGE" \
+        --log-format text restore --group "$group" --to "$database_data/main" "$@" --target-action promote --archive-mode off ||
+        die "the restore failed" "see the lines above"
+    docker run --detach --init --name "$copy" "${copy_options[@]}" --no-healthcheck --entrypoint postgres-entrypoint \
+        --stop-signal SIGINT "$BACKUP_AGENT_IMAGE" >/dev/null
+    wait_hint="docker logs $copy" wait_for 300 "the copy has replayed the WAL" copy_settled
+    copy_is_open || {
+        docker logs --tail 5 "$copy" >&2
+        die "PostgreSQL ended before it reached the target" "docker logs $copy"
+    }
+}
+
+copy_is_open() {
+    sql_is "$copy" 'SELECT pg_is_in_recovery()' f
+}
+
+# Open, or ended: then there is nothing to wait for.
+copy_settled() {
+    copy_is_open || [[ $(docker inspect --format '{{.State.Running}}' "$copy") == false ]]
+}
+
+remove_copy() {
+    docker rm --force --volumes "$copy" >/dev/null 2>&1 || true
+    docker volume rm --force "$copy" "$copy-secrets" >/dev/null
 }
 
 # --- the verdict ----------------------------------------------------------------------------------
