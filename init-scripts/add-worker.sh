@@ -61,6 +61,7 @@ main() {
     *) usage >&2 && exit 2 ;;
     esac
     open_stack
+    refuse_in_rotation
     choose_group
     mapfile -t members < <(members_of "$group")
     SECONDS=$SECONDS "$scripts/certificates.sh" "$up/values"

@@ -129,6 +129,7 @@ main() {
     done
     [[ -n $group ]] || { usage >&2 && exit 2; }
     open_stack
+    refuse_in_rotation
     if [[ $(state_of_group "$group") == removed ]]; then
         say "worker group $group is removed already"
         remove_volumes

@@ -9,6 +9,7 @@ readonly ROOT=$root
 readonly up="${PGMESH_UP:-$cache/up}"
 readonly secrets="$up/secrets"
 readonly RENDERED="$up/stack"
+readonly rendering="$up/stack.new"
 readonly scripts="$root/init-scripts"
 readonly stack_label=pgmesh.stack
 readonly start_limit_s=600
@@ -21,8 +22,15 @@ terminal=()
 
 # lock_stack: one script at a time changes the stack.
 lock_stack() {
-    exec 9>"$cache/up.lock"
-    flock --nonblock 9 || die "another script of init-scripts/ is changing the stack" "wait until it has ended"
+    exec 9>>"$cache/up.lock"
+    flock --nonblock 9 || die "the stack is being changed by $(<"$cache/up.lock")" \
+        "wait until that has ended; if it was killed, until what it had begun has"
+    printf '%s (process %s, since %s)\n' "${0##*/}" "$$" "$(date '+%Y-%m-%d %H:%M:%S')" >"$cache/up.lock"
+}
+
+# refuse_in_rotation: for scripts that bring secrets to services.
+refuse_in_rotation() {
+    [[ ! -e $rotation ]] || die "the rotation of $(<"$rotation") was interrupted" "init-scripts/rotate-secret.sh $(<"$rotation")"
 }
 
 # --- the profile ----------------------------------------------------------------------------------
@@ -231,7 +239,7 @@ hash_all() {
     for file in "$secrets"/*; do
         printf -v "HASH_$(upper "${file##*/}")" '%s' "$(secret_hash "$file")"
     done
-    for file in "$RENDERED"/* "$root"/init-scripts/[0-9][0-9]-*.sql; do
+    for file in "$rendering"/* "$root"/init-scripts/[0-9][0-9]-*.sql; do
         name=${file##*/}
         [[ $name == *.yml && $name != prometheus.yml && $name != alertmanager.yml && $name != *-prometheus.yml && $name != patroni-*.yml ]] ||
             printf -v "HASH_$(upper "$name")" '%s' "$(content_hash "$file")"
@@ -249,33 +257,33 @@ render_patroni() {
     [[ $kind != coordinator ]] || SYNCHRONOUS_MODE=quorum
     SUPERUSER_METHOD=reject
     [[ $CITUS != yes ]] || SUPERUSER_METHOD=scram-sha-256
-    render "$root/configs/postgres/patroni.yml" >"$RENDERED/patroni-$kind.yml"
+    render "$root/configs/postgres/patroni.yml" >"$rendering/patroni-$kind.yml"
 }
 
 render_configs() {
     local agent
     render_patroni coordinator
     render_patroni worker
-    render "$root/configs/haproxy/haproxy.cfg" >"$RENDERED/haproxy.cfg"
-    render "$root/configs/pgbouncer/pgbouncer.ini" >"$RENDERED/pgbouncer.ini"
-    render "$root/configs/pgbouncer/userlist.txt" >"$RENDERED/userlist.txt"
-    cp "$root/configs/pgbouncer/run.sh" "$RENDERED/pgbouncer.sh"
-    render "$root/configs/redis/redis.conf" >"$RENDERED/redis.conf"
-    render "$root/configs/prometheus/prometheus.yml" >"$RENDERED/prometheus.yml"
-    render "$root/configs/prometheus/grafana-prometheus.yml" >"$RENDERED/grafana-prometheus.yml"
-    render "$root/configs/alertmanager/alertmanager.yml" >"$RENDERED/alertmanager.yml"
+    render "$root/configs/haproxy/haproxy.cfg" >"$rendering/haproxy.cfg"
+    render "$root/configs/pgbouncer/pgbouncer.ini" >"$rendering/pgbouncer.ini"
+    render "$root/configs/pgbouncer/userlist.txt" >"$rendering/userlist.txt"
+    cp "$root/configs/pgbouncer/run.sh" "$rendering/pgbouncer.sh"
+    render "$root/configs/redis/redis.conf" >"$rendering/redis.conf"
+    render "$root/configs/prometheus/prometheus.yml" >"$rendering/prometheus.yml"
+    render "$root/configs/prometheus/grafana-prometheus.yml" >"$rendering/grafana-prometheus.yml"
+    render "$root/configs/alertmanager/alertmanager.yml" >"$rendering/alertmanager.yml"
     for agent in "${agents[@]}"; do
-        render "$root/configs/stack/$agent.toml" >"$RENDERED/$agent.toml"
+        render "$root/configs/stack/$agent.toml" >"$rendering/$agent.toml"
     done
-    cp "$up/ca.crt" "$RENDERED/ca.crt"
+    cp "$up/ca.crt" "$rendering/ca.crt"
 }
 
-# render_service TEMPLATE NAME: $RENDERED/NAME.yml. Its label pgmesh.spec changes with everything in it.
+# render_service TEMPLATE NAME: NAME.yml. Its label pgmesh.spec changes with everything in it.
 render_service() {
     local text
     SPEC='' text=$(render "$1")
     SPEC=$(sha256sum <<<"$text" | cut -c 1-12)
-    render "$1" >"$RENDERED/$2.yml"
+    render "$1" >"$rendering/$2.yml"
 }
 
 # of_certificate NAME: for the template of a service that has its own.
@@ -297,7 +305,7 @@ render_database() {
     memory=${kind^^}_MEMORY cpus=${kind^^}_CPUS
     MEMORY=${!memory} CPUS=${!cpus}
     PATRONI_CONFIG=patroni-$kind.yml
-    PATRONI_CONFIG_HASH=$(content_hash "$RENDERED/$PATRONI_CONFIG")
+    PATRONI_CONFIG_HASH=$(content_hash "$rendering/$PATRONI_CONFIG")
     of_certificate "$1"
     render_service "$root/configs/stack/database.yml" "$1"
 }
@@ -308,11 +316,12 @@ render_numbered() {
     render_service "$root/configs/stack/$1.yml" "$2"
 }
 
-# render_all: everything into $RENDERED. Secrets, certificates and the names of images must be there.
+# render_all: everything into $RENDERED. Secrets, certificates and the names of images must be there. A script that is
+# stopped leaves each file as it was or as it is to be: others read there what runs (take_running).
 render_all() {
     local name
-    rm -rf "$RENDERED"
-    mkdir -p "$RENDERED"
+    rm -rf "$rendering"
+    mkdir -p "$rendering" "$RENDERED"
     derive
     render_configs
     hash_all
@@ -321,9 +330,12 @@ render_all() {
     for name in $(haproxies); do render_numbered haproxy "$name"; done
     for name in $(pgbouncers); do of_certificate "$name" && render_numbered pgbouncer "$name"; done
     [[ $S3_FOR_TESTS != yes ]] || render_service "$root/configs/stack/s3-for-tests.yml" s3-for-tests
-    render "$root/stack.yml" >"$RENDERED/stack.yml"
+    render "$root/stack.yml" >"$rendering/stack.yml"
     # For deploying a member alone.
-    sed -n '/^version:/p; /^networks:/,/^$/p' "$RENDERED/stack.yml" >"$RENDERED/networks.yml"
+    sed -n '/^version:/p; /^networks:/,/^$/p' "$rendering/stack.yml" >"$rendering/networks.yml"
+    for name in "$RENDERED"/*; do [[ -e $rendering/${name##*/} ]] || rm -f "$name"; done
+    mv "$rendering"/* "$RENDERED"
+    rmdir "$rendering"
 }
 
 # members: the services with a file of their own, in the order in which they are updated.
@@ -392,6 +404,7 @@ take_running() {
         [[ -n ${!name} || $service == s3-for-tests ]] ||
             die "the service $service is not deployed" "init-scripts/up.sh mends the stack; then start again"
     done
+    [[ -e $RENDERED/coordinator-1.yml ]] || die "$RENDERED/coordinator-1.yml is not there" "init-scripts/up.sh makes it anew; then start again"
     CITUS=no NETWORK_OPTIONS='{}'
     ! grep -q PATRONI_CITUS_GROUP "$RENDERED/coordinator-1.yml" || CITUS=yes
     [[ $(docker network inspect --format '{{index .Options "encrypted"}}' "${STACK}_data") != true ]] || NETWORK_OPTIONS='{encrypted: "true"}'
@@ -492,16 +505,20 @@ update_changed() {
 
 # One member after the other, and a primary only once another one leads.
 update_member() {
-    local member=$1 group options deployed_at
+    local member=$1 group to deployed_at
     deployed_at=$(date --utc +%Y-%m-%dT%H:%M:%S)
     if [[ $member == coordinator-* || $member == worker-* ]]; then
         group=$(group_of "$member")
         wait_hint="init-scripts/status.sh" wait_for 60 "Patroni does not say who is in group $group" patroni_members "$group"
         if [[ $(leader_of "$group") == "$member" && $(members_of "$group" | wc -l) -gt 1 ]]; then
-            say "  $member hands over its group"
-            mapfile -t options < <(group_options "$group")
-            patronictl "$(any_database)" switchover "${options[@]}" --leader "$member" --force >"$cache/log/switchover.log" 2>&1 ||
-                die "the switchover away from $member failed" "see $cache/log/switchover.log; init-scripts/status.sh"
+            # One that has just come back is no synchronous standby yet.
+            wait_hint="init-scripts/switchover.sh $group says what is in the way" \
+                wait_for 120 "no standby of group $group is fit to take over from $member" fit_standby "$group" "$member"
+            to=$(fit_standby "$group" "$member") || die "no standby of group $group is fit to take over$to" "init-scripts/status.sh; start again"
+            say "  $member hands over group $group to $to"
+            hand_over "$group" "$member" "$to"
+        elif [[ $(members_of "$group" | wc -l) -eq 1 ]]; then
+            say "  $member is the only server of group $group: nobody can use that group until it is back"
         fi
     fi
     say "  updates $member"
@@ -635,6 +652,45 @@ for it in json.load(sys.stdin):
     print(it[\"Member\"], it[\"Role\"].replace(\" \", \"\"), it[\"State\"].replace(\" \", \"-\"), it.get(\"Lag in MB\", 0))"' list "${options[@]}"
 }
 
+readonly lag_mb_max=16
+
+# fit_standby GROUP PRIMARY [MEMBER]: the standby that is least behind, or that one, if it may take over. Otherwise it
+# fails, and prints for each why not.
+fit_standby() {
+    local name role state lag reason reasons='' to='' least=''
+    while read -r name role state lag; do
+        [[ $name != "$2" && (-z ${3:-} || $name == "$3") ]] || continue
+        reason=''
+        if [[ $state != streaming ]]; then
+            reason="it is ${state//-/ }, and does not stream"
+        elif [[ $1 == 0 && $role == Replica ]]; then
+            reason="it is no synchronous standby now: commits may be missing there"
+        elif ! [[ $lag =~ ^[0-9]+$ ]] || ((lag > lag_mb_max)); then
+            reason="it is $lag MB behind"
+        elif [[ -z $to ]] || ((lag < least)); then
+            to=$name least=$lag
+        fi
+        [[ -z $reason ]] || reasons+="; $name: $reason"
+    done < <(patroni_members "$1")
+    echo "${to:-${reasons:-: it has none}}"
+    [[ -n $to ]]
+}
+
+leads() {
+    patroni_members "$1" | grep "^$2 Leader running " >/dev/null
+}
+
+# hand_over GROUP FROM TO: Patroni's switchover, until the other one leads. patronictl ends well even where it was refused.
+hand_over() {
+    local options
+    mapfile -t options < <(group_options "$1")
+    {
+        patronictl "$(any_database)" switchover "${options[@]}" --leader "$2" --candidate "$3" --force >"$cache/log/switchover.log" 2>&1 &&
+            ! grep '^Switchover failed' "$cache/log/switchover.log" >/dev/null
+    } || die "Patroni did not switch over: $(grep -v '^[+|]' "$cache/log/switchover.log" | tail -n 1)" "see $cache/log/switchover.log; init-scripts/status.sh"
+    wait_hint="see $cache/log/switchover.log; init-scripts/status.sh" wait_for 60 "$3 leads" leads "$1" "$3"
+}
+
 # What bootstrap.dcs of patroni.yml says holds for new clusters only; so it is brought into those that run.
 bring_in_dynamic_settings() {
     local group container options
@@ -680,6 +736,72 @@ prune() {
     for name in $(docker config ls --filter "label=com.docker.stack.namespace=$STACK" --format '{{.Name}}'); do
         grep -qF "\"$name\"" "$RENDERED"/*.yml || docker config rm "$name" >/dev/null 2>&1 || true
     done
+}
+
+# --- a copy of a group, restored beside it -----------------------------------------------------------
+
+readonly copy=pgmesh-restored
+readonly database_data=/var/lib/postgresql/17
+
+# archive_all GROUP: until the repository holds all that is committed now, as the backup agent confirms.
+archive_all() {
+    local primary lsn
+    primary=$(container_of "$(leader_of "$1")")
+    lsn=$(sql "$primary" postgres 'SELECT pg_current_wal_flush_lsn()')
+    wait_hint="docker service logs ${STACK}_backup-agent" wait_for 120 "the repository has the WAL of group $1 up to $lsn" sql_is "$primary" \
+        "SELECT coalesce(max(flush_lsn) >= '$lsn', false) FROM pg_stat_replication WHERE application_name = 'pgmesh_backup'" t
+}
+
+# prepare_copy GROUP: what the copy needs, in a volume that only its user can read: files of this machine belong
+# to others. The options of its container are $copy_options.
+prepare_copy() {
+    remove_copy
+    docker volume create --label "$stack_label=$STACK" "$copy" >/dev/null
+    docker volume create --label "$stack_label=$STACK" "$copy-secrets" >/dev/null
+    { cat "$RENDERED/backup-agent.toml" && printf '\n[wal]\ngroup = %s\n' "$1"; } >"$up/$copy.toml"
+    (umask 077 && cd "$secrets" && tar -c pgmesh_backup_password pgmesh_backup_key* s3_access_key_id s3_secret_access_key \
+        tls_backup-agent_certificate tls_backup-agent_key) |
+        docker run --rm --interactive --user 0 --entrypoint bash --volume "$copy-secrets:/secrets" "$POSTGRES_IMAGE" -c '
+            cd /secrets && tar -x && mv tls_backup-agent_certificate tls_certificate && mv tls_backup-agent_key tls_key &&
+                chown -R 999:999 . && chmod 0400 * && chmod 0700 .'
+    copy_options=(
+        --network "${STACK}_data" --label "$stack_label=$STACK" --shm-size 256m
+        --volume "$copy:$database_data" --volume "$copy-secrets:/run/secrets:ro"
+        --volume "$up/$copy.toml:/etc/pgmesh/backup-agent.toml:ro" --volume "$up/ca.crt:/etc/pgmesh/ca.crt:ro"
+        --volume "$root/configs/postgres/restored.conf:/etc/pgmesh/postgresql.conf:ro"
+    )
+}
+
+# restore_copy GROUP TARGET…: into a new volume, by the agent's own command; then PostgreSQL replays the WAL up to the
+# target and opens the copy for writing. The copy never archives: it must not write into the repository of its source.
+restore_copy() {
+    local group=$1 copy_options
+    shift
+    prepare_copy "$group"
+    logged restore docker run --rm --init "${copy_options[@]}" --entrypoint backup-agent "$BACKUP_AGENT_IMAGE" \
+        --log-format text restore --group "$group" --to "$database_data/main" "$@" --target-action promote --archive-mode off ||
+        die "the restore failed" "see the lines above"
+    docker run --detach --init --name "$copy" "${copy_options[@]}" --no-healthcheck --entrypoint postgres-entrypoint \
+        --stop-signal SIGINT "$BACKUP_AGENT_IMAGE" >/dev/null
+    wait_hint="docker logs $copy" wait_for 300 "the copy has replayed the WAL" copy_settled
+    copy_is_open || {
+        docker logs --tail 5 "$copy" >&2
+        die "PostgreSQL ended before it reached the target" "docker logs $copy"
+    }
+}
+
+copy_is_open() {
+    sql_is "$copy" 'SELECT pg_is_in_recovery()' f
+}
+
+# Open, or ended: then there is nothing to wait for.
+copy_settled() {
+    copy_is_open || [[ $(docker inspect --format '{{.State.Running}}' "$copy") == false ]]
+}
+
+remove_copy() {
+    docker rm --force --volumes "$copy" >/dev/null 2>&1 || true
+    docker volume rm --force "$copy" "$copy-secrets" >/dev/null
 }
 
 # --- the verdict ----------------------------------------------------------------------------------

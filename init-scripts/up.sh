@@ -8,10 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 # shellcheck source=init-scripts/stack.sh
 source "$(dirname "${BASH_SOURCE[0]}")/stack.sh"
 
-readonly config=/etc/pgmesh/backup-agent.toml
-readonly database_data=/var/lib/postgresql/17
 readonly demo_scale=10
-readonly copy=pgmesh-restored
 readonly load=pgmesh-load
 
 usage() {
@@ -260,14 +257,6 @@ stop_load() {
         sql_is "$primary" "SELECT count(*) FROM pg_stat_activity WHERE usename = 'demo'" 0
 }
 
-# The repository holds what the backup agent confirms.
-archive_all() {
-    local lsn
-    lsn=$(sql "$primary" postgres 'SELECT pg_current_wal_flush_lsn()')
-    wait_hint="docker service logs ${STACK}_backup-agent" wait_for 120 "the repository has the WAL up to $lsn" sql_is "$primary" \
-        "SELECT coalesce(max(flush_lsn) >= '$lsn', false) FROM pg_stat_replication WHERE application_name = 'pgmesh_backup'" t
-}
-
 # state_of CONTAINER: everything a client can see of a server, as one checksum. The restrict key is random
 # unless given; rows come in the order of the heap, which is the same in a copy of the files.
 state_of() {
@@ -291,57 +280,11 @@ note_moment() {
     start_load
     say "  T = $moment; the load writes on"
     wait_for 30 "the load has changed the database" load_wrote
-    archive_all
+    archive_all 0
 }
 
 load_wrote() {
     [[ $(rows_of "$primary") != "$moment_rows" ]]
-}
-
-# What the copy needs, in a volume that only its user can read: files of this machine belong to others.
-# copy_options: the options of its container.
-prepare_copy() {
-    docker rm --force --volumes "$copy" >/dev/null 2>&1 || true
-    docker volume rm --force "$copy" "$copy-secrets" >/dev/null
-    docker volume create --label "$stack_label=$STACK" "$copy" >/dev/null
-    docker volume create --label "$stack_label=$STACK" "$copy-secrets" >/dev/null
-    (umask 077 && cd "$secrets" && tar -c pgmesh_backup_password pgmesh_backup_key* s3_access_key_id s3_secret_access_key \
-        tls_backup-agent_certificate tls_backup-agent_key) |
-        docker run --rm --interactive --user 0 --entrypoint bash --volume "$copy-secrets:/secrets" "$POSTGRES_IMAGE" -c '
-            cd /secrets && tar -x && mv tls_backup-agent_certificate tls_certificate && mv tls_backup-agent_key tls_key &&
-                chown -R 999:999 . && chmod 0400 * && chmod 0700 .'
-    copy_options=(
-        --network "${STACK}_data" --label "$stack_label=$STACK" --shm-size 256m
-        --volume "$copy:$database_data" --volume "$copy-secrets:/run/secrets:ro"
-        --volume "$RENDERED/backup-agent.toml:$config:ro" --volume "$up/ca.crt:/etc/pgmesh/ca.crt:ro"
-        --volume "$root/configs/postgres/restored.conf:/etc/pgmesh/postgresql.conf:ro"
-    )
-}
-
-# Into a new volume, by the agent's own command; then PostgreSQL replays the WAL up to T and opens the
-# copy for writing. The copy never archives: it must not write into the repository of its source.
-restore_copy() {
-    prepare_copy
-    docker run --rm --init "${terminal[@]}" "${copy_options[@]}" --entrypoint backup-agent "$BACKUP_AGENT_IMAGE" \
-        --log-format text restore --group 0 --to "$database_data/main" --target-time "$moment" \
-        --target-action promote --archive-mode off ||
-        die "the restore failed" "see the message above"
-    docker run --detach --init --name "$copy" "${copy_options[@]}" --no-healthcheck --entrypoint postgres-entrypoint \
-        --stop-signal SIGINT "$BACKUP_AGENT_IMAGE" >/dev/null
-    wait_hint="docker logs $copy" wait_for 300 "the copy has replayed to T" copy_settled
-    copy_is_open || {
-        docker logs --tail 5 "$copy" >&2
-        die "PostgreSQL ended before it reached T" "docker logs $copy"
-    }
-}
-
-copy_is_open() {
-    sql_is "$copy" 'SELECT pg_is_in_recovery()' f
-}
-
-# Open, or ended: then there is nothing to wait for.
-copy_settled() {
-    copy_is_open || [[ $(docker inspect --format '{{.State.Running}}' "$copy") == false ]]
 }
 
 compare() {
@@ -355,13 +298,6 @@ compare() {
         die "pg_amcheck finds damage in the copy" "see $cache/log/amcheck.log"
 }
 
-# The copy has shown what it was for.
-remove_copy() {
-    stop_load
-    docker rm --force --volumes "$copy" >/dev/null 2>&1 || true
-    docker volume rm --force "$copy" "$copy-secrets" >/dev/null
-}
-
 back_up() {
     [[ $proof == yes ]] || ! findings >/dev/null || return 0
     say "tries the chain of the backups"
@@ -371,7 +307,7 @@ back_up() {
 }
 
 prove() {
-    local leader primary copy_options
+    local leader primary
     leader=$(leader_of 0)
     primary=$(container_of "$leader")
     [[ -n $primary ]] || {
@@ -385,9 +321,10 @@ prove() {
     say "notes the state at a moment T"
     note_moment
     say "restores to T"
-    restore_copy
+    restore_copy 0 --target-time "$moment"
     say "compares"
     compare
+    stop_load
     remove_copy
     say "the copy equals the source at T, and pg_amcheck finds nothing"
 }
@@ -451,7 +388,7 @@ main() {
         shift
     done
     lock_stack
-    [[ ! -e $rotation ]] || die "the rotation of $(<"$rotation") was interrupted" "init-scripts/rotate-secret.sh $(<"$rotation")"
+    refuse_in_rotation
     load_profile "${profile_name:-$(cat "$up/profile" 2>/dev/null || echo small)}"
     build
     [[ $images_only == no ]] || { print_images && return 0; }

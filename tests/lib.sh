@@ -1,13 +1,18 @@
 # shellcheck shell=bash
+# shellcheck disable=SC2154  # those of init-scripts/lib.sh
 # What tests/stack.sh and tests/machines.sh try things with. Sourced after init-scripts/lib.sh, never run.
 
 passed=0 failed=0 skipped=0
 
-# try WHAT COMMAND…
+# try WHAT COMMAND…: what the command prints is in the log.
+tests_log="$cache/log/tests-$(basename "$0" .sh).log"
+readonly tests_log
 try() {
-    local what=$1 output
+    local what=$1 output result=0
     shift
-    if output=$("$@" 2>&1); then
+    output=$("$@" 2>&1) || result=$?
+    printf '\n--- %s: exit %s\n%s\n' "$what" "$result" "$output" >>"$tests_log"
+    if [[ $result == 0 ]]; then
         passed=$((passed + 1))
         say "ok      $what"
     else

@@ -544,6 +544,7 @@ main() {
         esac
         shift
     done
+    : >"$tests_log"
     [[ $keep == yes ]] || trap remove_machines EXIT
     make_machines
     if [[ -z $only || -z $(on machine-1 docker service ls --quiet) ]]; then bring_up; fi
