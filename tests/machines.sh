@@ -17,7 +17,7 @@ production on it with little memory, and tries what one machine cannot show: tha
 members on one machine, that a client writes through HAProxy on two of them, that a machine that is cut off with
 the coordinators' primary takes no writes any more while the others go on without a lost commit, that all is well
 once it is back, and that init-scripts/up.sh brings in what has changed wherever the primaries are. Then it removes
-all that. It takes about 20 minutes on two cores, 6 GiB of memory and 12 GiB of disk.
+all that. It takes about 20 minutes on two cores, 6 GiB of memory and 10 GiB of disk.
 
   --keep        leaves the machines and the stack; the next run goes on with them
   --only STEP   one of placement clients cut change down
