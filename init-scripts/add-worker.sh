@@ -33,7 +33,7 @@ choose_group() {
 }
 
 has_tables() {
-    [[ $(sql "$(container_of "$(leader_of "$group")")" "$DATABASE" "SELECT count(*) > 0 FROM pgmesh.initialised") == t ]]
+    [[ $(sql "$(primary_here "$group")" "$DATABASE" "SELECT count(*) > 0 FROM pgmesh.initialised") == t ]]
 }
 
 is_registered() {
@@ -41,7 +41,7 @@ is_registered() {
 }
 
 sql_is_in_database() {
-    [[ $(sql "$(container_of "$(leader_of 0)")" "$DATABASE" "$1") == "$2" ]]
+    [[ $(sql "$(for name in $(coordinators); do container_of "$name"; done | head -n 1)" "$DATABASE" "$1") == "$2" ]]
 }
 
 # knows AGENT COMMAND…: what the agent says names each server of the group.
@@ -54,13 +54,14 @@ knows() {
 }
 
 main() {
-    local group name members
+    local group name members container
     case ${1:-} in
     '') ;;
     -h | --help) usage && return 0 ;;
     *) usage >&2 && exit 2 ;;
     esac
     open_stack
+    refuse_in_rotation
     choose_group
     mapfile -t members < <(members_of "$group")
     SECONDS=$SECONDS "$scripts/certificates.sh" "$up/values"
@@ -70,7 +71,7 @@ main() {
     deploy networks "${members[@]}"
     wait_until_running
     for name in "${members[@]}"; do wait_hint="init-scripts/status.sh $name" wait_for 600 "$name serves" serves "$name"; done
-    if [[ -n $(leader_of "$group") ]]; then
+    if [[ -n $(primary_here "$group") ]]; then
         wait_hint="docker service logs ${STACK}_${members[0]}" wait_for 180 "group $group has its roles" has_tables
     fi
     if [[ $CITUS == yes ]]; then
@@ -93,8 +94,9 @@ main() {
     wait_until_well 300
     note_group "$group" ''
     say "worker group $group serves, and all is well. What the agents say of it:"
-    docker exec "$(container_of lag-exporter)" lag-exporter show | sed -n "1p; /worker-$group-/p"
-    docker exec "$(container_of backup-agent)" backup-agent list --group "$group"
+    container=$(container_of lag-exporter)
+    [[ -z $container ]] || docker exec "$container" lag-exporter show | sed -n "1p; /worker-$group-/p"
+    agent list --group "$group"
 }
 
 main "$@"

@@ -54,7 +54,10 @@ check_group() {
 }
 
 superuser() {
-    sql "$(container_of "$(leader_of "$1")")" "$DATABASE" "$2"
+    local container
+    container=$(primary_here "$1")
+    [[ -n $container ]] || die "the primary of group $1 is not on this machine" "init-scripts/switchover.sh $1 --to a server of this machine"
+    sql "$container" "$DATABASE" "$2"
 }
 
 drain() {
@@ -72,8 +75,8 @@ drain() {
 # Tables in any database, but for what init-scripts/ made there.
 refuse_tables() {
     local container database found
-    container=$(container_of "$(leader_of "$group")")
-    [[ -n $container ]] || die "the primary of worker group $group is on another machine" "run this there"
+    container=$(primary_here "$group")
+    [[ -n $container ]] || die "the primary of worker group $group is on another machine: $(machine_of "$(leader_of "$group")")" "run this there"
     for database in $(sql "$container" postgres 'SELECT datname FROM pg_database WHERE datallowconn AND NOT datistemplate'); do
         found=$(sql "$container" "$database" "SELECT string_agg(oid::regclass::text, ', ') FROM (
             SELECT oid FROM pg_class WHERE relkind IN ('r', 'p', 'm') AND relpersistence <> 't'
@@ -85,6 +88,7 @@ refuse_tables() {
 
 no_containers() {
     local name
+    [[ -z $(ending) ]] || return 1
     for name in "${members[@]}"; do [[ -z $(container_of "$name") ]] || return 1; done
 }
 
@@ -125,6 +129,7 @@ main() {
     done
     [[ -n $group ]] || { usage >&2 && exit 2; }
     open_stack
+    refuse_in_rotation
     if [[ $(state_of_group "$group") == removed ]]; then
         say "worker group $group is removed already"
         remove_volumes
@@ -144,7 +149,7 @@ main() {
         say "ends ${services_there[*]}"
         docker service rm "${services_there[@]}" >/dev/null
     fi
-    wait_hint="docker ps" wait_for 180 "the containers of worker group $group end" no_containers
+    wait_hint=$ending_hint wait_for 180 "the containers of worker group $group end" no_containers
     forget
     note_group "$group" removed
     render_all

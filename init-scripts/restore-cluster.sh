@@ -56,20 +56,14 @@ remove_jobs() {
     done
 }
 
-# What the backup agent is given, a job is given too.
-options_of_agent() {
-    docker service inspect --format '
-        {{- range .Spec.TaskTemplate.ContainerSpec.Secrets}}--secret source={{.SecretName}},target={{.File.Name}},uid=999,gid=999,mode=0400{{"\n"}}{{end}}
-        {{- range .Spec.TaskTemplate.ContainerSpec.Configs}}--config source={{.ConfigName}},target={{.File.Name}}{{"\n"}}{{end}}' "${STACK}_backup-agent" | xargs -n 2
-}
-
-# start_job GROUP VOLUMES ARGUMENT…: on the machine of the group's first server, with its volume.
+# start_job GROUP VOLUMES ARGUMENT…: on the machine of the group's first server, with its volume. Not as a job of
+# Swarm's: with several managers that may run more than once, at the same time (moby/moby#53632).
 start_job() {
     local group=$1 volumes=$2 member options
     shift 2
     member=$(members_of "$group" | head -n 1)
     mapfile -t options < <(options_of_agent | tr ' ' '\n')
-    docker service create --detach --quiet --mode replicated-job --restart-condition none --name "$(job "$group")" \
+    docker service create --detach --quiet --restart-condition none --name "$(job "$group")" \
         --label "com.docker.stack.namespace=$STACK" --container-label "com.docker.stack.namespace=$STACK" \
         --init --no-healthcheck --endpoint-mode dnsrr --network "${STACK}_data" --constraint "node.labels.pgmesh.place == $(place_of "$member")" \
         --mount "type=volume,source=${STACK}_$member$volumes,target=/var/lib/postgresql/17,volume-label=com.docker.stack.namespace=$STACK" \
@@ -125,10 +119,10 @@ wait_for_jobs() {
 
 # A recovery finds a time only by a commit after it, and a group that nobody writes to has none.
 commit_once() {
-    local group leader
+    local group primary
     for group in $(groups); do
-        leader=$(leader_of "$group")
-        [[ -z $leader ]] || timeout 10 docker exec "$(container_of "$leader")" psql --no-psqlrc --quiet postgres \
+        primary=$(primary_here "$group")
+        [[ -z $primary ]] || timeout 10 docker exec "$primary" psql --no-psqlrc --quiet postgres \
             --command "SELECT pg_logical_emit_message(true, 'pgmesh', 'restore')" >/dev/null ||
             say "  the primary of group $group takes no writes: its last commit must be after the target"
     done
@@ -142,11 +136,12 @@ end_databases() {
     done
     say "ends the database servers"
     for name in "${there[@]}"; do docker service rm "$name" >/dev/null; done
-    wait_hint="docker ps" wait_for 180 "the database servers end" no_databases
+    wait_hint=$ending_hint wait_for 180 "the database servers end" no_databases
 }
 
 no_databases() {
     local name
+    [[ -z $(ending) ]] || return 1
     for name in $(databases); do [[ -z $(container_of "$name") ]] || return 1; done
 }
 
@@ -184,8 +179,23 @@ start_databases() {
     for name in "${names[@]}"; do wait_hint="init-scripts/status.sh $name" wait_for 600 "$name serves" serves "$name"; done
 }
 
-# put_back: whatever failed until the new volumes are there.
-put_remove_volumes() {
+# put_back NEXT: what fails before the new volumes are whole leaves everything as it was. Runs as the script ends,
+# when the variables of main may be gone.
+put_back() {
+    trap - EXIT
+    say "starts the databases as they were"
+    remove_jobs
+    remove_generation "$1"
+    start_databases
+    say "the databases run as before: nothing was replaced"
+}
+
+# remove_generation N: volumes that a restore made and did not end.
+remove_generation() {
+    docker volume ls --format '{{.Name}}' | { grep -E "^${STACK}_(coordinator|worker)-.*$1\$" || true; } | xargs -r docker volume rm >/dev/null
+}
+
+remove_volumes() {
     local used names
     used=$(for name in $(databases); do echo "${STACK}_$name$(generation)"; done)
     mapfile -t names < <(docker volume ls --format '{{.Name}}' | grep -E "^${STACK}_(coordinator-[0-9]+|worker-[0-9]+-[0-9]+)(_[0-9]+)?\$" | grep -vxF "$used")
@@ -194,11 +204,10 @@ put_remove_volumes() {
     say "removed volumes: ${names[*]}"
 }
 
-# The next generation's volumes are new: those that a stopped run left behind go.
+# The next generation's volumes are new.
 restore() {
-    local group next argument identifier
-    next=_$(($(generation | tr -d _) + 1))
-    docker volume ls --format '{{.Name}}' | { grep -E "^${STACK}_(coordinator|worker)-.*$next\$" || true; } | xargs -r docker volume rm >/dev/null
+    local group argument identifier
+    remove_generation "$next"
     say "restores the groups $(groups | xargs)"
     for group in $(groups); do
         argument=()
@@ -214,7 +223,7 @@ restore() {
 }
 
 main() {
-    local action='' sure=no target=() identifiers=() restored_conf
+    local action='' sure=no target=() identifiers=() restored_conf next
     while [[ $# -gt 0 ]]; do
         case $1 in
         --latest) action+=restore ;;
@@ -235,10 +244,12 @@ main() {
     restored_conf=${STACK}_restored.conf_$(content_hash "$root/configs/postgres/restored.conf")
     docker config inspect "$restored_conf" >/dev/null 2>&1 ||
         docker config create --label "com.docker.stack.namespace=$STACK" "$restored_conf" "$root/configs/postgres/restored.conf" >/dev/null
+    next=_$(($(generation | tr -d _) + 1))
     remove_jobs
     commit_once
+    # shellcheck disable=SC2064  # as it is now
+    trap "put_back $next" EXIT
     end_databases
-    trap put_back EXIT
     restore
     remove_jobs
     say "starts the databases"

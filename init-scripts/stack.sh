@@ -9,9 +9,11 @@ readonly ROOT=$root
 readonly up="${PGMESH_UP:-$cache/up}"
 readonly secrets="$up/secrets"
 readonly RENDERED="$up/stack"
+readonly rendering="$up/stack.new"
 readonly scripts="$root/init-scripts"
 readonly stack_label=pgmesh.stack
 readonly start_limit_s=600
+readonly job_limit_s=86400
 # The name of the secret that rotate-secret.sh is replacing; until it has ended.
 readonly rotation="$up/rotating"
 # Progress bars where the script writes to a terminal.
@@ -20,8 +22,15 @@ terminal=()
 
 # lock_stack: one script at a time changes the stack.
 lock_stack() {
-    exec 9>"$cache/up.lock"
-    flock --nonblock 9 || die "another script of init-scripts/ is changing the stack" "wait until it has ended"
+    exec 9>>"$cache/up.lock"
+    flock --nonblock 9 || die "the stack is being changed by $(<"$cache/up.lock")" \
+        "wait until that has ended; if it was killed, until what it had begun has"
+    printf '%s (process %s, since %s)\n' "${0##*/}" "$$" "$(date '+%Y-%m-%d %H:%M:%S')" >"$cache/up.lock"
+}
+
+# refuse_in_rotation: for scripts that bring secrets to services.
+refuse_in_rotation() {
+    [[ ! -e $rotation ]] || die "the rotation of $(<"$rotation") was interrupted" "init-scripts/rotate-secret.sh $(<"$rotation")"
 }
 
 # --- the profile ----------------------------------------------------------------------------------
@@ -230,7 +239,7 @@ hash_all() {
     for file in "$secrets"/*; do
         printf -v "HASH_$(upper "${file##*/}")" '%s' "$(secret_hash "$file")"
     done
-    for file in "$RENDERED"/* "$root"/init-scripts/[0-9][0-9]-*.sql; do
+    for file in "$rendering"/* "$root"/init-scripts/[0-9][0-9]-*.sql; do
         name=${file##*/}
         [[ $name == *.yml && $name != prometheus.yml && $name != alerts.yml && $name != alertmanager.yml && $name != *-prometheus.yml && $name != patroni-*.yml ]] ||
             printf -v "HASH_$(upper "$name")" '%s' "$(content_hash "$file")"
@@ -248,34 +257,34 @@ render_patroni() {
     [[ $kind != coordinator ]] || SYNCHRONOUS_MODE=quorum
     SUPERUSER_METHOD=reject
     [[ $CITUS != yes ]] || SUPERUSER_METHOD=scram-sha-256
-    render "$root/configs/postgres/patroni.yml" >"$RENDERED/patroni-$kind.yml"
+    render "$root/configs/postgres/patroni.yml" >"$rendering/patroni-$kind.yml"
 }
 
 render_configs() {
     local agent
     render_patroni coordinator
     render_patroni worker
-    render "$root/configs/haproxy/haproxy.cfg" >"$RENDERED/haproxy.cfg"
-    render "$root/configs/pgbouncer/pgbouncer.ini" >"$RENDERED/pgbouncer.ini"
-    render "$root/configs/pgbouncer/userlist.txt" >"$RENDERED/userlist.txt"
-    cp "$root/configs/pgbouncer/run.sh" "$RENDERED/pgbouncer.sh"
-    render "$root/configs/redis/redis.conf" >"$RENDERED/redis.conf"
-    render "$root/configs/prometheus/prometheus.yml" >"$RENDERED/prometheus.yml"
-    cp "$root/configs/prometheus/alerts.yml" "$RENDERED/alerts.yml"
-    render "$root/configs/prometheus/grafana-prometheus.yml" >"$RENDERED/grafana-prometheus.yml"
-    render "$root/configs/alertmanager/alertmanager.yml" >"$RENDERED/alertmanager.yml"
+    render "$root/configs/haproxy/haproxy.cfg" >"$rendering/haproxy.cfg"
+    render "$root/configs/pgbouncer/pgbouncer.ini" >"$rendering/pgbouncer.ini"
+    render "$root/configs/pgbouncer/userlist.txt" >"$rendering/userlist.txt"
+    cp "$root/configs/pgbouncer/run.sh" "$rendering/pgbouncer.sh"
+    render "$root/configs/redis/redis.conf" >"$rendering/redis.conf"
+    render "$root/configs/prometheus/prometheus.yml" >"$rendering/prometheus.yml"
+    cp "$root/configs/prometheus/alerts.yml" "$rendering/alerts.yml"
+    render "$root/configs/prometheus/grafana-prometheus.yml" >"$rendering/grafana-prometheus.yml"
+    render "$root/configs/alertmanager/alertmanager.yml" >"$rendering/alertmanager.yml"
     for agent in "${agents[@]}"; do
-        render "$root/configs/stack/$agent.toml" >"$RENDERED/$agent.toml"
+        render "$root/configs/stack/$agent.toml" >"$rendering/$agent.toml"
     done
-    cp "$up/ca.crt" "$RENDERED/ca.crt"
+    cp "$up/ca.crt" "$rendering/ca.crt"
 }
 
-# render_service TEMPLATE NAME: $RENDERED/NAME.yml. Its label pgmesh.spec changes with everything in it.
+# render_service TEMPLATE NAME: NAME.yml. Its label pgmesh.spec changes with everything in it.
 render_service() {
     local text
     SPEC='' text=$(render "$1")
     SPEC=$(sha256sum <<<"$text" | cut -c 1-12)
-    render "$1" >"$RENDERED/$2.yml"
+    render "$1" >"$rendering/$2.yml"
 }
 
 # of_certificate NAME: for the template of a service that has its own.
@@ -297,7 +306,7 @@ render_database() {
     memory=${kind^^}_MEMORY cpus=${kind^^}_CPUS
     MEMORY=${!memory} CPUS=${!cpus}
     PATRONI_CONFIG=patroni-$kind.yml
-    PATRONI_CONFIG_HASH=$(content_hash "$RENDERED/$PATRONI_CONFIG")
+    PATRONI_CONFIG_HASH=$(content_hash "$rendering/$PATRONI_CONFIG")
     of_certificate "$1"
     render_service "$root/configs/stack/database.yml" "$1"
 }
@@ -308,11 +317,12 @@ render_numbered() {
     render_service "$root/configs/stack/$1.yml" "$2"
 }
 
-# render_all: everything into $RENDERED. Secrets, certificates and the names of images must be there.
+# render_all: everything into $RENDERED. Secrets, certificates and the names of images must be there. A script that is
+# stopped leaves each file as it was or as it is to be: others read there what runs (take_running).
 render_all() {
     local name
-    rm -rf "$RENDERED"
-    mkdir -p "$RENDERED"
+    rm -rf "$rendering"
+    mkdir -p "$rendering" "$RENDERED"
     derive
     render_configs
     hash_all
@@ -321,9 +331,12 @@ render_all() {
     for name in $(haproxies); do render_numbered haproxy "$name"; done
     for name in $(pgbouncers); do of_certificate "$name" && render_numbered pgbouncer "$name"; done
     [[ $S3_FOR_TESTS != yes ]] || render_service "$root/configs/stack/s3-for-tests.yml" s3-for-tests
-    render "$root/stack.yml" >"$RENDERED/stack.yml"
+    render "$root/stack.yml" >"$rendering/stack.yml"
     # For deploying a member alone.
-    sed -n '/^version:/p; /^networks:/,/^$/p' "$RENDERED/stack.yml" >"$RENDERED/networks.yml"
+    sed -n '/^version:/p; /^networks:/,/^$/p' "$rendering/stack.yml" >"$rendering/networks.yml"
+    for name in "$RENDERED"/*; do [[ -e $rendering/${name##*/} ]] || rm -f "$name"; done
+    mv "$rendering"/* "$RENDERED"
+    rmdir "$rendering"
 }
 
 # members: the services with a file of their own, in the order in which they are updated.
@@ -344,6 +357,7 @@ ensure_tagged() {
     local variable=$1 name=$2 hash
     shift 2
     [[ -z ${!variable:-} ]] || return 0
+    ensure_base_image
     hash=$(inputs_hash "$@")
     name="$name:${hash:0:12}"
     ensure_image "$name" "$@"
@@ -374,8 +388,9 @@ ensure_agent_images() {
 
 # Whether the database image has Citus.
 detect_citus() {
-    CITUS=no
-    ! docker run --rm --entrypoint bash "$POSTGRES_IMAGE" -c 'test -e "$(pg_config --pkglibdir 2>/dev/null || echo /usr/lib/postgresql/17/lib)/citus.so"' || CITUS=yes
+    CITUS=$(docker run --rm --entrypoint bash "$POSTGRES_IMAGE" -c \
+        'if [[ -e $(pg_config --pkglibdir 2>/dev/null || echo /usr/lib/postgresql/17/lib)/citus.so ]]; then echo yes; else echo no; fi') ||
+        die "the image $POSTGRES_IMAGE does not run" "see the message above; if it is in a registry, this machine must reach it (docker login, docker pull)"
 }
 
 # take_running: images, Citus and networks as they are deployed, for what changes one thing of a running stack.
@@ -390,6 +405,7 @@ take_running() {
         [[ -n ${!name} || $service == s3-for-tests ]] ||
             die "the service $service is not deployed" "init-scripts/up.sh mends the stack; then start again"
     done
+    [[ -e $RENDERED/coordinator-1.yml ]] || die "$RENDERED/coordinator-1.yml is not there" "init-scripts/up.sh makes it anew; then start again"
     CITUS=no NETWORK_OPTIONS='{}'
     ! grep -q PATRONI_CITUS_GROUP "$RENDERED/coordinator-1.yml" || CITUS=yes
     [[ $(docker network inspect --format '{{index .Options "encrypted"}}' "${STACK}_data") != true ]] || NETWORK_OPTIONS='{encrypted: "true"}'
@@ -413,6 +429,13 @@ container_of() {
     docker ps --quiet --filter "label=com.docker.swarm.service.name=${STACK}_$1" | head -n 1
 }
 
+# ending: the machines where containers of removed services still run. One that is lost says nothing of its own.
+# shellcheck disable=SC2046  # one word for each
+ending() {
+    docker node ps --format '{{.DesiredState}} {{.Node}}' $(docker node ls --quiet) | awk '$1 == "Remove" { print $2 }' | sort -u
+}
+readonly ending_hint="docker ps on the machines that docker node ps shows with the wanted state Remove; a lost one: docker node demote, docker node rm --force"
+
 # services: name, "running/wanted" of each service of the stack.
 services() {
     docker stack services --format '{{.Name}} {{.Replicas}}' "$STACK" 2>/dev/null | sed "s/^${STACK}_//" | sort
@@ -423,17 +446,22 @@ missing_services() {
     services | awk '{ split($2, n, "/"); if (n[1] + 0 < n[2] + 0) print $1 }'
 }
 
-# leader_of GROUP: its primary, as the servers of this machine say; nothing while there is none, or it is elsewhere.
+# machine_of SERVICE: that it runs on.
+machine_of() {
+    docker service ps --filter desired-state=running --format '{{.Node}}' "${STACK}_$1" 2>/dev/null | head -n 1
+}
+
+# leader_of GROUP: its primary, on whatever machine, as Patroni has it in etcd; nothing while there is none, or no
+# server of this machine can say.
 leader_of() {
-    local member container
-    for member in $(members_of "$1"); do
-        container=$(container_of "$member")
-        [[ -z $container ]] || [[ $(docker exec "$container" psql --no-psqlrc --quiet --no-align --tuples-only \
-            --command 'SELECT pg_is_in_recovery()' postgres 2>/dev/null) != f ]] || {
-            echo "$member"
-            return 0
-        }
-    done
+    (patroni_members "$1" 2>/dev/null || true) | awk '$2 == "Leader" { print $1 }'
+}
+
+# primary_here GROUP: the container of its primary; nothing where that is on another machine.
+primary_here() {
+    local leader
+    leader=$(leader_of "$1")
+    [[ -z $leader ]] || container_of "$leader"
 }
 
 # --- deploying ------------------------------------------------------------------------------------
@@ -465,6 +493,8 @@ update_changed() {
     done
     [[ ${#changed[@]} -gt 0 ]] || return 0
     say "updates what has changed: ${changed[*]}"
+    # Of their servers Patroni must be able to say who leads.
+    [[ " ${changed[*]}" != *" coordinator-"* && " ${changed[*]}" != *" worker-"* ]] || any_database >/dev/null
     for group in $(groups); do primaries+=("$(leader_of "$group")"); done
     for member in "${changed[@]}"; do
         [[ " ${primaries[*]} " == *" $member "* ]] || update_member "$member"
@@ -476,14 +506,20 @@ update_changed() {
 
 # One member after the other, and a primary only once another one leads.
 update_member() {
-    local member=$1 group deployed_at
+    local member=$1 group to deployed_at
     deployed_at=$(date --utc +%Y-%m-%dT%H:%M:%S)
     if [[ $member == coordinator-* || $member == worker-* ]]; then
         group=$(group_of "$member")
+        wait_hint="init-scripts/status.sh" wait_for 60 "Patroni does not say who is in group $group" patroni_members "$group"
         if [[ $(leader_of "$group") == "$member" && $(members_of "$group" | wc -l) -gt 1 ]]; then
-            say "  $member hands over its group"
-            patronictl "$member" switchover --leader "$member" --force >"$cache/log/switchover.log" 2>&1 ||
-                die "the switchover away from $member failed" "see $cache/log/switchover.log; init-scripts/status.sh"
+            # One that has just come back is no synchronous standby yet.
+            wait_hint="init-scripts/switchover.sh $group says what is in the way" \
+                wait_for 120 "no standby of group $group is fit to take over from $member" fit_standby "$group" "$member"
+            to=$(fit_standby "$group" "$member") || die "no standby of group $group is fit to take over$to" "init-scripts/status.sh; start again"
+            say "  $member hands over group $group to $to"
+            hand_over "$group" "$member" "$to"
+        elif [[ $(members_of "$group" | wc -l) -eq 1 ]]; then
+            say "  $member is the only server of group $group: nobody can use that group until it is back"
         fi
     fi
     say "  updates $member"
@@ -503,18 +539,25 @@ update_is_over() {
     esac
 }
 
-# serves MEMBER: it is back in its role. Of one on another machine Swarm's word is taken.
+# serves MEMBER: it is back in its role.
 serves() {
     local container
     [[ $(services | awk -v name="$1" '$1 == name { split($2, n, "/"); print n[1] }') -ge 1 ]] || return 1
     container=$(container_of "$1")
-    [[ -n $container ]] || return 0
+    [[ -n $container ]] || { serves_elsewhere "$1" && return 0 || return 1; }
     [[ $(docker inspect --format '{{.State.Health.Status}}' "$container") == healthy ]] || return 1
     case $1 in
     coordinator-* | worker-*)
         [[ $(docker exec "$container" psql --no-psqlrc --quiet --no-align --tuples-only --dbname postgres --command \
             "SELECT NOT pg_is_in_recovery() OR EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming')" 2>/dev/null) == t ]]
         ;;
+    esac
+}
+
+# serves_elsewhere MEMBER: of a server Patroni knows it; of the rest Swarm's word is taken.
+serves_elsewhere() {
+    case $1 in
+    coordinator-* | worker-*) patroni_members "$(group_of "$1")" | grep -E "^$1 (Leader running|[A-Za-z]+ streaming) " >/dev/null ;;
     esac
 }
 
@@ -610,34 +653,76 @@ for it in json.load(sys.stdin):
     print(it[\"Member\"], it[\"Role\"].replace(\" \", \"\"), it[\"State\"].replace(\" \", \"-\"), it.get(\"Lag in MB\", 0))"' list "${options[@]}"
 }
 
+readonly lag_mb_max=16
+
+# fit_standby GROUP PRIMARY [MEMBER]: the standby that is least behind, or that one, if it may take over. Otherwise it
+# fails, and prints for each why not.
+fit_standby() {
+    local name role state lag reason reasons='' to='' least=''
+    while read -r name role state lag; do
+        [[ $name != "$2" && (-z ${3:-} || $name == "$3") ]] || continue
+        reason=''
+        if [[ $state != streaming ]]; then
+            reason="it is ${state//-/ }, and does not stream"
+        elif [[ $1 == 0 && $role == Replica ]]; then
+            reason="it is no synchronous standby now: commits may be missing there"
+        elif ! [[ $lag =~ ^[0-9]+$ ]] || ((lag > lag_mb_max)); then
+            reason="it is $lag MB behind"
+        elif [[ -z $to ]] || ((lag < least)); then
+            to=$name least=$lag
+        fi
+        [[ -z $reason ]] || reasons+="; $name: $reason"
+    done < <(patroni_members "$1")
+    echo "${to:-${reasons:-: it has none}}"
+    [[ -n $to ]]
+}
+
+leads() {
+    patroni_members "$1" | grep "^$2 Leader running " >/dev/null
+}
+
+# hand_over GROUP FROM TO: Patroni's switchover, until the other one leads. patronictl ends well even where it was refused.
+hand_over() {
+    local options
+    mapfile -t options < <(group_options "$1")
+    {
+        patronictl "$(any_database)" switchover "${options[@]}" --leader "$2" --candidate "$3" --force >"$cache/log/switchover.log" 2>&1 &&
+            ! grep '^Switchover failed' "$cache/log/switchover.log" >/dev/null
+    } || die "Patroni did not switch over: $(grep -v '^[+|]' "$cache/log/switchover.log" | tail -n 1)" "see $cache/log/switchover.log; init-scripts/status.sh"
+    wait_hint="see $cache/log/switchover.log; init-scripts/status.sh" wait_for 60 "$3 leads" leads "$1" "$3"
+}
+
 # What bootstrap.dcs of patroni.yml says holds for new clusters only; so it is brought into those that run.
 bring_in_dynamic_settings() {
-    local group member options=()
+    local group container options
+    container=$(container_of "$(any_database)")
     for group in $(groups); do
-        member=$(leader_of "$group")
-        [[ -n $member ]] || continue
-        [[ $CITUS != yes ]] || options=(--group "$group")
-        docker exec "$(container_of "$member")" bash -euo pipefail -c '
-            python3 -c "import json, yaml; print(json.dumps(yaml.safe_load(open(\"/etc/pgmesh/patroni.yml\"))[\"bootstrap\"][\"dcs\"]))" |
-                patronictl edit-config --apply - --force "$@"' patronictl "${options[@]}" >"$cache/log/edit-config-$group.log" 2>&1 ||
+        mapfile -t options < <(group_options "$group")
+        docker exec --interactive "$container" bash -euo pipefail -c '
+            python3 -c "import json, sys, yaml; print(json.dumps(yaml.safe_load(sys.stdin)[\"bootstrap\"][\"dcs\"]))" |
+                patronictl edit-config "$@" --apply - --force' patronictl "${options[@]}" \
+            <"$RENDERED/patroni-$(if ((group == 0)); then echo coordinator; else echo worker; fi).yml" >"$cache/log/edit-config-$group.log" 2>&1 ||
             die "patronictl edit-config failed in group $group" "see $cache/log/edit-config-$group.log"
-        restart_where_pending "$group" "$member"
+        restart_where_pending "$group" "$container"
     done
 }
 
-# restart_where_pending GROUP PRIMARY: some settings hold after a restart only; the primary is last.
+# restart_where_pending GROUP CONTAINER: some settings hold after a restart only; the primary is last. The container
+# is one to ask Patroni in.
 restart_where_pending() {
-    local member pending
+    local member pending leader options
     # Patroni's next turn notices what has changed.
     sleep 5
-    pending=$(docker exec "$(container_of "$2")" bash -c '
-        patronictl list --format json "$1" |
+    leader=$(leader_of "$1")
+    mapfile -t options < <(group_options "$1")
+    pending=$(docker exec "$2" bash -o pipefail -c '
+        patronictl list --format json "$@" |
             python3 -c "import json, sys; print(*[it[\"Member\"] for it in json.load(sys.stdin) if it.get(\"Pending restart\")])"' \
-        list "$(patroni_scope "$1")")
-    for member in $(members_of "$1" | grep -vx "$2") "$2"; do
+        list "${options[@]}")
+    for member in $(members_of "$1" | grep -vx "$leader") $leader; do
         [[ " $pending " == *" $member "* ]] || continue
         say "  restarts PostgreSQL of $member, for settings that need it"
-        patronictl "$2" restart --force --pending "$(patroni_scope "$1")" "$member" >"$cache/log/restart-$member.log" 2>&1 ||
+        docker exec "$2" patronictl restart --force --pending "${options[@]}" "$member" >"$cache/log/restart-$member.log" 2>&1 ||
             die "$member did not restart" "see $cache/log/restart-$member.log"
         wait_hint="init-scripts/status.sh" wait_for 120 "$member serves" serves "$member"
     done
@@ -654,6 +739,72 @@ prune() {
     done
 }
 
+# --- a copy of a group, restored beside it -----------------------------------------------------------
+
+readonly copy=pgmesh-restored
+readonly database_data=/var/lib/postgresql/17
+
+# archive_all GROUP: until the repository holds all that is committed now, as the backup agent confirms.
+archive_all() {
+    local primary lsn
+    primary=$(container_of "$(leader_of "$1")")
+    lsn=$(sql "$primary" postgres 'SELECT pg_current_wal_flush_lsn()')
+    wait_hint="docker service logs ${STACK}_backup-agent" wait_for 120 "the repository has the WAL of group $1 up to $lsn" sql_is "$primary" \
+        "SELECT coalesce(max(flush_lsn) >= '$lsn', false) FROM pg_stat_replication WHERE application_name = 'pgmesh_backup'" t
+}
+
+# prepare_copy GROUP: what the copy needs, in a volume that only its user can read: files of this machine belong
+# to others. The options of its container are $copy_options.
+prepare_copy() {
+    remove_copy
+    docker volume create --label "$stack_label=$STACK" "$copy" >/dev/null
+    docker volume create --label "$stack_label=$STACK" "$copy-secrets" >/dev/null
+    { cat "$RENDERED/backup-agent.toml" && printf '\n[wal]\ngroup = %s\n' "$1"; } >"$up/$copy.toml"
+    (umask 077 && cd "$secrets" && tar -c pgmesh_backup_password pgmesh_backup_key* s3_access_key_id s3_secret_access_key \
+        tls_backup-agent_certificate tls_backup-agent_key) |
+        docker run --rm --interactive --user 0 --entrypoint bash --volume "$copy-secrets:/secrets" "$POSTGRES_IMAGE" -c '
+            cd /secrets && tar -x && mv tls_backup-agent_certificate tls_certificate && mv tls_backup-agent_key tls_key &&
+                chown -R 999:999 . && chmod 0400 * && chmod 0700 .'
+    copy_options=(
+        --network "${STACK}_data" --label "$stack_label=$STACK" --shm-size 256m
+        --volume "$copy:$database_data" --volume "$copy-secrets:/run/secrets:ro"
+        --volume "$up/$copy.toml:/etc/pgmesh/backup-agent.toml:ro" --volume "$up/ca.crt:/etc/pgmesh/ca.crt:ro"
+        --volume "$root/configs/postgres/restored.conf:/etc/pgmesh/postgresql.conf:ro"
+    )
+}
+
+# restore_copy GROUP TARGET…: into a new volume, by the agent's own command; then PostgreSQL replays the WAL up to the
+# target and opens the copy for writing. The copy never archives: it must not write into the repository of its source.
+restore_copy() {
+    local group=$1 copy_options
+    shift
+    prepare_copy "$group"
+    logged restore docker run --rm --init "${copy_options[@]}" --entrypoint backup-agent "$BACKUP_AGENT_IMAGE" \
+        --log-format text restore --group "$group" --to "$database_data/main" "$@" --target-action promote --archive-mode off ||
+        die "the restore failed" "see the lines above"
+    docker run --detach --init --name "$copy" "${copy_options[@]}" --no-healthcheck --entrypoint postgres-entrypoint \
+        --stop-signal SIGINT "$BACKUP_AGENT_IMAGE" >/dev/null
+    wait_hint="docker logs $copy" wait_for 300 "the copy has replayed the WAL" copy_settled
+    copy_is_open || {
+        docker logs --tail 5 "$copy" >&2
+        die "PostgreSQL ended before it reached the target" "docker logs $copy"
+    }
+}
+
+copy_is_open() {
+    sql_is "$copy" 'SELECT pg_is_in_recovery()' f
+}
+
+# Open, or ended: then there is nothing to wait for.
+copy_settled() {
+    copy_is_open || [[ $(docker inspect --format '{{.State.Running}}' "$copy") == false ]]
+}
+
+remove_copy() {
+    docker rm --force --volumes "$copy" >/dev/null 2>&1 || true
+    docker volume rm --force "$copy" "$copy-secrets" >/dev/null
+}
+
 # --- the verdict ----------------------------------------------------------------------------------
 
 health() {
@@ -662,13 +813,16 @@ health() {
     if [[ -n $container ]]; then docker exec "$container" health-monitor check; else health_elsewhere; fi
 }
 
-# health_elsewhere: the verdict of a health monitor on another machine, by its page, as `check` would print it.
+# health_elsewhere: the verdict of a health monitor on another machine, by its page, as `check` would print it. A
+# machine that is lost does not answer.
+# shellcheck disable=SC2016  # the inner shell expands what is its own
 health_elsewhere() {
-    local machine body found
-    machine=$(docker service ps --filter desired-state=running --format '{{.Node}}' "${STACK}_health-monitor" | head -n 1)
-    [[ -n $machine ]] || return 3
-    machine=$(docker node inspect --format '{{.Status.Addr}}' "$machine")
-    body=$(exec 3<>"/dev/tcp/$machine/9631" && printf 'GET /status HTTP/1.0\r\n\r\n' >&3 && timeout 5 cat <&3) || return 3
+    local machine body='' found
+    for machine in $(docker service ps --filter desired-state=running --format '{{.Node}}' "${STACK}_health-monitor"); do
+        machine=$(docker node inspect --format '{{.Status.Addr}}' "$machine")
+        body=$(timeout 5 bash -c 'exec 3<>"/dev/tcp/$1/9631" && printf "GET /status HTTP/1.0\r\n\r\n" >&3 && cat <&3' ask "$machine" 2>/dev/null || true)
+        [[ $body != *'"verdict":'* ]] || break
+    done
     [[ $body == *'"verdict":'* ]] || return 3
     found=$(grep -oE '"component":\{[^}]*\},"verdict":\{"next":"([^"\\]|\\.)*","reason":"([^"\\]|\\.)*","since":[^,]*,"status":"(warning|unknown|critical)"' <<<"$body" |
         sed -E 's/.*"kind":"([a-z]*)","name":"([^"]*)".*"reason":"(.*)","since":.*"status":"([a-z]*)"$/\U\4\E  \1 \2  \3/' || true)
@@ -703,13 +857,44 @@ wait_until_well() {
 
 # --- asking ---------------------------------------------------------------------------------------
 
-# agent COMMAND…: of the backup agent that runs.
+# agent COMMAND…: of the backup agent: in its container, or where that is on another machine, in one that runs once.
 agent() {
     local container
     container=$(container_of backup-agent)
-    [[ -n $container ]] || die "the backup agent does not run on this machine" \
-        "run this where it does: $(docker service ps --filter desired-state=running --format '{{.Node}}' "${STACK}_backup-agent" | xargs); or: init-scripts/status.sh backup-agent"
-    docker exec "${terminal[@]}" "$container" backup-agent --log-format text "$@"
+    if [[ -n $container ]]; then
+        docker exec "${terminal[@]}" "$container" backup-agent --log-format text "$@"
+    else
+        agent_job "$@"
+    fi
+}
+
+# agent_job COMMAND…: Swarm runs it once, on any machine, with what the agent is given; then what it printed. Not as a
+# job of Swarm's: those run once for each manager that ever led, at the same time and again (moby/moby#53632).
+agent_job() {
+    local job="${STACK}_backup-agent-once" image options state began=$SECONDS
+    image=$(docker service inspect --format '{{.Spec.TaskTemplate.ContainerSpec.Image}}' "${STACK}_backup-agent" 2>/dev/null) ||
+        die "the backup agent is not deployed" "init-scripts/up.sh"
+    mapfile -t options < <(options_of_agent | tr ' ' '\n')
+    docker service rm "$job" >/dev/null 2>&1 || true
+    docker service create --detach --quiet --restart-condition none --name "$job" \
+        --label "com.docker.stack.namespace=$STACK" --container-label "com.docker.stack.namespace=$STACK" \
+        --init --no-healthcheck --read-only --cap-drop ALL --mount type=tmpfs,target=/tmp --limit-memory "$BACKUP_AGENT_MEMORY" \
+        --endpoint-mode dnsrr --network "${STACK}_coordination" --network "${STACK}_data" "${options[@]}" --no-resolve-image \
+        --entrypoint backup-agent "$image" --log-format text "$@" >/dev/null
+    until state=$(docker service ps --format '{{.CurrentState}}' "$job" | head -n 1) && [[ $state =~ ^(Complete|Failed|Rejected|Shutdown) ]]; do
+        ((SECONDS - began < job_limit_s)) || break
+        sleep 1
+    done
+    timeout 30 docker service logs --raw "$job" 2>&1 || docker service ps --no-trunc --format '{{.CurrentState}} {{.Error}}' "$job"
+    docker service rm "$job" >/dev/null
+    [[ $state == Complete* ]]
+}
+
+# What the backup agent is given, a job is given too.
+options_of_agent() {
+    docker service inspect --format '
+        {{- range .Spec.TaskTemplate.ContainerSpec.Secrets}}--secret source={{.SecretName}},target={{.File.Name}},uid=999,gid=999,mode=0400{{"\n"}}{{end}}
+        {{- range .Spec.TaskTemplate.ContainerSpec.Configs}}--config source={{.ConfigName}},target={{.File.Name}}{{"\n"}}{{end}}' "${STACK}_backup-agent" | xargs -n 2
 }
 
 # sql CONTAINER DATABASE QUERY: as the superuser, inside the container.

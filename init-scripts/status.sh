@@ -54,7 +54,7 @@ explain() {
 }
 
 main() {
-    local service failed=0 container missing=()
+    local service failed=0 verdict=0 container machine missing=()
     case ${1:-} in
     -h | --help) usage && return 0 ;;
     -*) usage >&2 && exit 2 ;;
@@ -68,13 +68,14 @@ main() {
     [[ ${#missing[@]} -eq 0 ]] || failed=1
     if [[ $# -gt 0 ]]; then missing=("$@"); fi
     for service in "${missing[@]}"; do explain "$service"; done
-    container=$(container_of health-monitor)
-    if [[ -n $container ]]; then
-        docker exec "$container" health-monitor check || failed=1
-    else
-        echo "the health monitor does not run on this machine: nobody can say whether everything is well"
-        failed=1
+    container=$(container_of health-monitor) machine=$(machine_of health-monitor)
+    health || verdict=$?
+    if [[ -n $machine && -z $container && $verdict == 0 ]]; then
+        echo "the health monitor, on $machine, finds everything well"
+    elif [[ -z $container && $verdict == 3 ]]; then
+        echo "no health monitor answers${machine:+ on $machine}: nobody can say whether everything is well"
     fi
+    ((verdict == 0)) || failed=1
     return "$failed"
 }
 

@@ -7,8 +7,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 # shellcheck source=init-scripts/stack.sh
 source "$(dirname "${BASH_SOURCE[0]}")/stack.sh"
 
-readonly lag_mb_max=16
-
 usage() {
     cat <<'TEXT'
 Usage: init-scripts/switchover.sh [GROUP] [--to MEMBER]
@@ -26,37 +24,16 @@ Exit: 0 another one leads, 1 refused or failed, 2 wrong use.
 TEXT
 }
 
-# unfit ROLE STATE LAG: why a standby cannot take over; nothing where it can.
-unfit() {
-    if [[ $2 != streaming ]]; then
-        echo "it is ${2//-/ }, and does not stream"
-    elif [[ $group == 0 && $1 == Replica ]]; then
-        echo "it is no synchronous standby now: commits may be missing there"
-    elif ! [[ $3 =~ ^[0-9]+$ ]] || (($3 > lag_mb_max)); then
-        echo "it is $3 MB behind"
-    fi
-}
-
 # choose: the primary and who is to be it: $from and $to.
 choose() {
-    local members name role state lag reason reasons='' least=''
+    local members
     members=$(patroni_members "$group") || die "Patroni does not say who is in group $group" "init-scripts/status.sh"
     from=$(awk '$2 == "Leader" { print $1 }' <<<"$members")
     [[ -n $from ]] || die "group $group has no primary now" "Patroni finds one by itself if it can; init-scripts/status.sh says what is in the way"
     [[ $wanted != "$from" ]] || return 0
     [[ -z $wanted ]] || grep -q "^$wanted " <<<"$members" ||
         die "$wanted is not in group $group" "one of: $(awk -v from="$from" '$1 != from { print $1 }' <<<"$members" | xargs)"
-    while read -r name role state lag; do
-        [[ $name != "$from" && (-z $wanted || $name == "$wanted") ]] || continue
-        reason=$(unfit "$role" "$state" "$lag")
-        if [[ -n $reason ]]; then
-            reasons+="; $name: $reason"
-        elif [[ -z $least ]] || ((lag < least)); then
-            to=$name least=$lag
-        fi
-    done <<<"$members"
-    [[ -n $to ]] || die "no standby of group $group is fit to take over${reasons:-: it has none}" \
-        "init-scripts/status.sh; once one streams, start again"
+    to=$(fit_standby "$group" "$from" "$wanted") || die "no standby of group $group is fit to take over$to" "init-scripts/status.sh; once one streams, start again"
 }
 
 # Writes again and again as a client, and prints the time of each commit that was confirmed. A message in the WAL
@@ -79,16 +56,12 @@ writes() {
     (($(wc -l <"$times") > ${1:-2}))
 }
 
-leads() {
-    patroni_members "$group" | grep "^$to Leader running " >/dev/null
-}
-
 follows() {
     [[ $(patroni_members "$group" | awk -v name="$from" '$1 == name { print $3 }') == streaming ]]
 }
 
 main() {
-    local group=0 wanted='' from='' to='' options written
+    local group=0 wanted='' from='' to='' written
     while [[ $# -gt 0 ]]; do
         case $1 in
         --to) [[ $# -gt 1 ]] || { usage >&2 && exit 2; } && wanted=$2 && shift ;;
@@ -106,10 +79,7 @@ main() {
     trap 'exec 8>&-; rm -f "$times"' EXIT
     wait_hint="init-scripts/status.sh" wait_for 30 "a client of group $group cannot write even now" writes
     say "$from hands over group $group to $to"
-    mapfile -t options < <(group_options "$group")
-    patronictl "$(any_database)" switchover "${options[@]}" --leader "$from" --candidate "$to" --force >"$cache/log/switchover.log" 2>&1 ||
-        die "Patroni did not switch over: $(grep -v '^[+|]' "$cache/log/switchover.log" | tail -n 1)" "see $cache/log/switchover.log; init-scripts/status.sh"
-    wait_hint="init-scripts/status.sh" wait_for 60 "$to leads" leads
+    hand_over "$group" "$from" "$to"
     written=$(wc -l <"$times")
     wait_hint="init-scripts/status.sh" wait_for 60 "$to takes writes" writes "$((written + 1))"
     say "$to is the primary of group $group; the longest time without a confirmed write: $(longest_gap "$times") s"

@@ -8,10 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 # shellcheck source=init-scripts/stack.sh
 source "$(dirname "${BASH_SOURCE[0]}")/stack.sh"
 
-readonly config=/etc/pgmesh/backup-agent.toml
-readonly database_data=/var/lib/postgresql/17
 readonly demo_scale=10
-readonly copy=pgmesh-restored
 readonly load=pgmesh-load
 
 usage() {
@@ -28,14 +25,16 @@ PROFILE is small (one machine, 2 cores and 8 GiB; the default), production, or a
 What the environment has already is not changed by the profile: DATABASE=shop init-scripts/up.sh
 
   --no-build   takes the programs that lie in .cache/image instead of building them
+  --images     only makes the images, and prints a line NAME_IMAGE=… of each: for a registry that several machines use
   --no-proof   ends when everything is well
   -h, --help   this text
 
 Running it again brings in what has changed, one server after the other, and repeats the proof; it may be
 stopped and started again at any point. init-scripts/status.sh says what does not start, and why;
 init-scripts/down.sh removes everything. Images of your own: POSTGRES_IMAGE, ETCD_IMAGE, HAPROXY_IMAGE,
-PGBOUNCER_IMAGE, REDIS_IMAGE, PROMETHEUS_IMAGE, ALERTMANAGER_IMAGE, GRAFANA_IMAGE, …_AGENT_IMAGE;
-POSTGRES_BASE_IMAGE is what the database image is made from (one with Citus, for instance).
+PGBOUNCER_IMAGE, REDIS_IMAGE, PROMETHEUS_IMAGE, ALERTMANAGER_IMAGE, GRAFANA_IMAGE, BACKUP_AGENT_IMAGE,
+LAG_EXPORTER_IMAGE, HEALTH_MONITOR_IMAGE, REBALANCE_AGENT_IMAGE, in the environment or the profile: what is named is
+not built. POSTGRES_BASE_IMAGE is what the database image is made from (one with Citus, for instance).
 
 Exit: 0 all is well and the copy equals the source at T, 1 something failed, 2 wrong use.
 TEXT
@@ -43,21 +42,29 @@ TEXT
 
 # --- programs and images --------------------------------------------------------------------------
 
-# They are built one after the other: together, the features of one would get into the others.
-build_programs() {
-    local quiet=() agent
-    [[ -t 2 ]] || quiet=(--quiet)
-    say "builds the agents and the S3 server (the first time about ten minutes)"
-    cd "$root"
-    for agent in "${agents[@]}"; do build_program "$agent" "$agent"; done
-    build_program cluster-tests s3-server
+# programs: those that images are made of; none of an image that is named.
+programs() {
+    local name variable
+    for name in "${agents[@]}"; do
+        variable=$(upper "$name")_IMAGE
+        [[ -n ${!variable:-} ]] || echo "$name"
+    done
+    [[ $S3_FOR_TESTS != yes || -n ${S3_FOR_TESTS_IMAGE:-} ]] || echo s3-server
 }
 
-# build_program PACKAGE NAME
-build_program() {
-    cargo build --release --locked "${quiet[@]}" --package "$1" --bin "$2" ||
-        die "$2 does not build" "see the lines above"
-    stage "$2"
+# build_programs NAME…: one after the other: together, the features of one would get into the others.
+build_programs() {
+    local quiet=() name package
+    [[ -t 2 ]] || quiet=(--quiet)
+    say "builds $(joined ', ' "$@") (the first time about ten minutes)"
+    cd "$root"
+    for name in "$@"; do
+        package=$name
+        [[ $name != s3-server ]] || package=cluster-tests
+        cargo build --release --locked "${quiet[@]}" --package "$package" --bin "$name" ||
+            die "$name does not build" "see the lines above"
+        stage "$name"
+    done
 }
 
 # Puts a program where the images take it from, and only if it changed: the image follows from it.
@@ -67,29 +74,37 @@ stage() {
     cmp --silent "$built" "$staged" || install -m 0755 "$built" "$staged"
 }
 
+# check_programs NAME…
 check_programs() {
     local name
-    for name in "${agents[@]}" s3-server; do
+    for name in "$@"; do
         [[ -x $cache/image/$name ]] || die "$cache/image/$name is not there" "leave --no-build away"
     done
 }
 
 # The images wait for the network and the disk while cargo keeps the cores busy.
 build() {
-    local images
-    [[ $build == no ]] || ensure_cargo
+    local images programs
+    mapfile -t programs < <(programs)
+    [[ $build == no || ${#programs[@]} -eq 0 ]] || ensure_cargo
     ensure_docker
-    if [[ $build == yes ]]; then
-        (ensure_base_image && ensure_stack_images) &
+    if [[ $build == yes && ${#programs[@]} -gt 0 ]]; then
+        (ensure_stack_images) &
         images=$!
-        build_programs
+        build_programs "${programs[@]}"
         wait "$images" || die "an image is not there" "see the message above"
     fi
-    check_programs
-    ensure_base_image
+    check_programs "${programs[@]}"
     ensure_stack_images
     ensure_agent_images
-    detect_citus
+}
+
+print_images() {
+    local name
+    for name in POSTGRES ETCD HAPROXY PGBOUNCER REDIS PROMETHEUS ALERTMANAGER "${agents[@]}" S3_FOR_TESTS; do
+        name=$(upper "$name")_IMAGE
+        [[ -z ${!name:-} ]] || printf '%s=%s\n' "$name" "${!name}"
+    done
 }
 
 # --- the Swarm ------------------------------------------------------------------------------------
@@ -144,7 +159,7 @@ choose_encryption() {
             die "this kernel cannot encrypt overlay networks (ESP with AES-GCM)" \
                 "take one with CONFIG_INET_ESP, or set NETWORK_ENCRYPTION=no: TLS is there in any case"
         else
-            say "  overlay networks without encryption: this kernel has no ESP. One machine alone needs none"
+            say "  overlay networks without encryption: this kernel has no ESP$( ((PLACES > 1)) || echo ". One machine alone needs none")"
         fi
         ;;
     *) die "NETWORK_ENCRYPTION=$NETWORK_ENCRYPTION" "yes, no or auto" ;;
@@ -170,14 +185,18 @@ check_ports() {
 # --- deploying ------------------------------------------------------------------------------------
 
 deploy_all() {
-    local member names missing
+    local member names missing etcd=()
     # Those that a run before this one began, if it was stopped.
     while updating; do sleep 1; done
     mapfile -t names < <(members)
     mapfile -t missing < <(missing_services)
     # What does not run is made anew (its volumes stay): otherwise a mended service that takes its time would be
-    # rolled back to what did not run.
-    for member in "${missing[@]}"; do docker service rm "${STACK}_$member" >/dev/null; done
+    # rolled back to what did not run. etcd first: without it Patroni does not say who leads.
+    for member in "${missing[@]}"; do
+        docker service rm "${STACK}_$member" >/dev/null
+        [[ $member != etcd-* ]] || etcd+=("$member")
+    done
+    [[ ${#etcd[@]} -eq 0 ]] || deploy networks "${etcd[@]}"
     update_changed "${names[@]}"
     note_failed_tasks
     deployed_at=$(date --utc +%Y-%m-%dT%H:%M:%S)
@@ -238,14 +257,6 @@ stop_load() {
         sql_is "$primary" "SELECT count(*) FROM pg_stat_activity WHERE usename = 'demo'" 0
 }
 
-# The repository holds what the backup agent confirms.
-archive_all() {
-    local lsn
-    lsn=$(sql "$primary" postgres 'SELECT pg_current_wal_flush_lsn()')
-    wait_hint="docker service logs ${STACK}_backup-agent" wait_for 120 "the repository has the WAL up to $lsn" sql_is "$primary" \
-        "SELECT coalesce(max(flush_lsn) >= '$lsn', false) FROM pg_stat_replication WHERE application_name = 'pgmesh_backup'" t
-}
-
 # state_of CONTAINER: everything a client can see of a server, as one checksum. The restrict key is random
 # unless given; rows come in the order of the heap, which is the same in a copy of the files.
 state_of() {
@@ -269,57 +280,11 @@ note_moment() {
     start_load
     say "  T = $moment; the load writes on"
     wait_for 30 "the load has changed the database" load_wrote
-    archive_all
+    archive_all 0
 }
 
 load_wrote() {
     [[ $(rows_of "$primary") != "$moment_rows" ]]
-}
-
-# What the copy needs, in a volume that only its user can read: files of this machine belong to others.
-# copy_options: the options of its container.
-prepare_copy() {
-    docker rm --force --volumes "$copy" >/dev/null 2>&1 || true
-    docker volume rm --force "$copy" "$copy-secrets" >/dev/null
-    docker volume create --label "$stack_label=$STACK" "$copy" >/dev/null
-    docker volume create --label "$stack_label=$STACK" "$copy-secrets" >/dev/null
-    (umask 077 && cd "$secrets" && tar -c pgmesh_backup_password pgmesh_backup_key* s3_access_key_id s3_secret_access_key \
-        tls_backup-agent_certificate tls_backup-agent_key) |
-        docker run --rm --interactive --user 0 --entrypoint bash --volume "$copy-secrets:/secrets" "$POSTGRES_IMAGE" -c '
-            cd /secrets && tar -x && mv tls_backup-agent_certificate tls_certificate && mv tls_backup-agent_key tls_key &&
-                chown -R 999:999 . && chmod 0400 * && chmod 0700 .'
-    copy_options=(
-        --network "${STACK}_data" --label "$stack_label=$STACK" --shm-size 256m
-        --volume "$copy:$database_data" --volume "$copy-secrets:/run/secrets:ro"
-        --volume "$RENDERED/backup-agent.toml:$config:ro" --volume "$up/ca.crt:/etc/pgmesh/ca.crt:ro"
-        --volume "$root/configs/postgres/restored.conf:/etc/pgmesh/postgresql.conf:ro"
-    )
-}
-
-# Into a new volume, by the agent's own command; then PostgreSQL replays the WAL up to T and opens the
-# copy for writing. The copy never archives: it must not write into the repository of its source.
-restore_copy() {
-    prepare_copy
-    docker run --rm --init "${terminal[@]}" "${copy_options[@]}" --entrypoint backup-agent "$BACKUP_AGENT_IMAGE" \
-        --log-format text restore --group 0 --to "$database_data/main" --target-time "$moment" \
-        --target-action promote --archive-mode off ||
-        die "the restore failed" "see the message above"
-    docker run --detach --init --name "$copy" "${copy_options[@]}" --no-healthcheck --entrypoint postgres-entrypoint \
-        --stop-signal SIGINT "$BACKUP_AGENT_IMAGE" >/dev/null
-    wait_hint="docker logs $copy" wait_for 300 "the copy has replayed to T" copy_settled
-    copy_is_open || {
-        docker logs --tail 5 "$copy" >&2
-        die "PostgreSQL ended before it reached T" "docker logs $copy"
-    }
-}
-
-copy_is_open() {
-    sql_is "$copy" 'SELECT pg_is_in_recovery()' f
-}
-
-# Open, or ended: then there is nothing to wait for.
-copy_settled() {
-    copy_is_open || [[ $(docker inspect --format '{{.State.Running}}' "$copy") == false ]]
 }
 
 compare() {
@@ -333,20 +298,8 @@ compare() {
         die "pg_amcheck finds damage in the copy" "see $cache/log/amcheck.log"
 }
 
-# The copy has shown what it was for.
-remove_copy() {
-    stop_load
-    docker rm --force --volumes "$copy" >/dev/null 2>&1 || true
-    docker volume rm --force "$copy" "$copy-secrets" >/dev/null
-}
-
 back_up() {
     [[ $proof == yes ]] || ! findings >/dev/null || return 0
-    [[ -n $(container_of backup-agent) ]] || {
-        say "  the backup agent is on $(docker service ps --filter desired-state=running --format '{{.Node}}' "${STACK}_backup-agent"): take the first backup there," \
-            "docker exec \$(docker ps -qf name=${STACK}_backup-agent) backup-agent backup"
-        return 0
-    }
     say "tries the chain of the backups"
     agent check || die "the check of the backup agent failed" "see the lines above"
     say "takes a backup of each group"
@@ -354,22 +307,24 @@ back_up() {
 }
 
 prove() {
-    local leader primary copy_options
+    local leader primary
     leader=$(leader_of 0)
-    [[ -n $leader ]] || {
-        say "the coordinators' primary is on another machine: run init-scripts/up.sh there to prove the backup"
+    primary=$(container_of "$leader")
+    [[ -n $primary ]] || {
+        say "no proof of the backup: it needs the coordinators' primary on this machine, and $leader is on $(machine_of "$leader");" \
+            "init-scripts/switchover.sh 0 --to a server of this one, then start again"
         return 0
     }
-    primary=$(container_of "$leader")
     [[ -e $up/demo_password ]] || (umask 077 && random_hex 24 >"$up/demo_password")
     ensure_data
     start_load
     say "notes the state at a moment T"
     note_moment
     say "restores to T"
-    restore_copy
+    restore_copy 0 --target-time "$moment"
     say "compares"
     compare
+    stop_load
     remove_copy
     say "the copy equals the source at T, and pg_amcheck finds nothing"
 }
@@ -394,6 +349,7 @@ TEXT
 }
 
 bring_up() {
+    detect_citus
     ensure_swarm
     ensure_places
     choose_encryption
@@ -415,15 +371,16 @@ bring_up() {
     wait_until_well 300 '^[A-Z]+ +repository '
     bring_in_dynamic_settings
     back_up
-    if [[ -n $(container_of backup-agent) ]]; then wait_until_well 300; fi
+    wait_until_well 300
 }
 
 main() {
-    local build=yes proof=yes profile_name=''
+    local build=yes proof=yes images_only=no profile_name=''
     while [[ $# -gt 0 ]]; do
         case $1 in
         --no-build) build=no ;;
         --no-proof) proof=no ;;
+        --images) images_only=yes ;;
         -h | --help) usage && return 0 ;;
         -*) usage >&2 && exit 2 ;;
         *) [[ -z $profile_name ]] || { usage >&2 && exit 2; } && profile_name=$1 ;;
@@ -431,11 +388,12 @@ main() {
         shift
     done
     lock_stack
-    [[ ! -e $rotation ]] || die "the rotation of $(<"$rotation") was interrupted" "init-scripts/rotate-secret.sh $(<"$rotation")"
-    mkdir -p "$secrets"
-    chmod 0700 "$up"
+    refuse_in_rotation
     load_profile "${profile_name:-$(cat "$up/profile" 2>/dev/null || echo small)}"
     build
+    [[ $images_only == no ]] || { print_images && return 0; }
+    mkdir -p "$secrets"
+    chmod 0700 "$up"
     bring_up
     [[ $proof == no ]] || prove
     say "the stack is up, and well"

@@ -73,8 +73,12 @@ impl Replication {
         timeline: u32,
     ) -> Result<(String, String), ReplicationError> {
         self.query(&format!("TIMELINE_HISTORY {timeline}")).await?;
-        let rows = self.rows().await?;
-        self.ready().await?;
+        let rows = self.rows().await;
+        // The server is ready after a refusal too, and says so before it answers the next command.
+        if rows.as_ref().map_or_else(ReplicationError::is_removed, |_| true) {
+            self.ready().await?;
+        }
+        let rows = rows?;
         let [row] = rows.as_slice() else {
             return Err(self.unexpected("TIMELINE_HISTORY gave no row"));
         };
@@ -317,19 +321,45 @@ mod tests {
         message.to_vec()
     }
 
-    /// Once a fraction of a second is too seldom for a stream of which each read gives one bit.
-    #[tokio::test]
-    async fn all_that_has_come_is_taken_however_small_the_bits() {
-        let messages: Vec<_> = (0..100).map(|n| message(n * 10_000, &[1; 10_000])).collect();
-        let bits = messages.concat().chunks(4096).map(<[u8]>::to_vec).collect();
-        let connection = Replication {
+    fn connection(bits: VecDeque<Vec<u8>>) -> Replication {
+        Replication {
             node: "postgres-1".to_owned(),
             stream: Box::new(Bits(bits)),
             buffer: BytesMut::new(),
             stall_limit: Duration::from_secs(1),
             warnings: Vec::new(),
             warning_count: 0,
-        };
+        }
+    }
+
+    /// What a server sends: a message's tag and what it says.
+    fn said(tag: u8, body: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(4 + body.len()).unwrap().to_be_bytes();
+        [&[tag], length.as_slice(), body].concat()
+    }
+
+    /// A standby that was copied from a primary has no history files but the newest.
+    #[tokio::test]
+    async fn after_a_history_that_is_not_there_the_next_can_be_asked_for() {
+        let gone = said(b'E', b"VERROR\0C58P01\0Mcould not open file\0\0");
+        let file = said(b'D', b"\0\x02\0\0\0\x01n\0\0\0\x01c");
+        let (ready, done) = (said(b'Z', b"I"), said(b'C', b"TIMELINE_HISTORY\0"));
+        let answers = [gone.clone(), ready.clone(), gone, ready.clone(), file, done, ready];
+        let mut connection = connection(answers.into());
+        for timeline in [2, 3] {
+            let failure = connection.timeline_history(timeline).await.unwrap_err();
+            assert!(failure.is_removed(), "{failure}");
+        }
+        let history = connection.timeline_history(4).await.unwrap();
+        assert_eq!(history, ("n".to_owned(), "c".to_owned()));
+    }
+
+    /// Once a fraction of a second is too seldom for a stream of which each read gives one bit.
+    #[tokio::test]
+    async fn all_that_has_come_is_taken_however_small_the_bits() {
+        let messages: Vec<_> = (0..100).map(|n| message(n * 10_000, &[1; 10_000])).collect();
+        let bits = messages.concat().chunks(4096).map(<[u8]>::to_vec).collect();
+        let connection = connection(bits);
         let mut stream = WalStream { connection, ended: None };
         let mut events = vec![stream.next().await.unwrap()];
         while let Some(event) = stream.next_here().unwrap() {
