@@ -744,10 +744,13 @@ prune() {
 readonly copy=pgmesh-restored
 readonly database_data=/var/lib/postgresql/17
 
-# archive_all GROUP: until the repository holds all that is committed now, as the backup agent confirms.
+# archive_all GROUP: until the repository holds all that is committed now, as the backup agent confirms. Only where the
+# primary is on this machine.
 archive_all() {
     local primary lsn
-    primary=$(container_of "$(leader_of "$1")")
+    primary=$(leader_of "$1")
+    [[ -n $primary ]] || return 0
+    primary=$(container_of "$primary")
     lsn=$(sql "$primary" postgres 'SELECT pg_current_wal_flush_lsn()')
     wait_hint="docker service logs ${STACK}_backup-agent" wait_for 120 "the repository has the WAL of group $1 up to $lsn" sql_is "$primary" \
         "SELECT coalesce(max(flush_lsn) >= '$lsn', false) FROM pg_stat_replication WHERE application_name = 'pgmesh_backup'" t
@@ -839,9 +842,10 @@ findings() {
     grep -q '^STATUS' "$cache/log/health.log"
 }
 
-# wait_until_well SECONDS [PATTERN]: the health monitor's verdict is ok, but for what matches.
+# wait_until_well SECONDS [PATTERN]: the health monitor's verdict is ok, but for what matches. WAL that does not reach the
+# repository is found by it after minutes only: what is committed now must be there.
 wait_until_well() {
-    local began=$SECONDS said='' found
+    local began=$SECONDS said='' found group
     until found=$(findings "${2:-}"); do
         found=$(tr -s ' ' <<<"${found%%$'\n'*}")
         [[ -z $found || ${found%%[0-9]*} == "$said" ]] || say "  not yet: $found"
@@ -853,6 +857,7 @@ wait_until_well() {
         }
         sleep 2
     done
+    for group in $(groups); do archive_all "$group"; done
 }
 
 # --- asking ---------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ Usage: init-scripts/status.sh [SERVICE…]
 
 Each service of the stack with the tasks that run and that are wanted. Of those that do not run as wanted, or
 those that are named: what Swarm says of its last tasks, what its health check says, and the last lines of its log. Then what
-the health monitor finds.
+a script is changing now, or has begun and not ended, and what the health monitor finds.
 
 Exit: 0 everything runs and is well, 1 something does not, 2 wrong use.
 TEXT
@@ -40,9 +40,17 @@ show_update() {
     docker service inspect --format '{{if .UpdateStatus}}    update: {{.UpdateStatus.State}}, {{.UpdateStatus.Message}}{{end}}' "${STACK}_$1" | sed '/^ *$/d'
 }
 
+# Of its newest task that wrote something: Swarm gives the lines of all tasks in no order, and one that did not start has none.
 show_log() {
-    echo "    its log:"
-    timeout 10 docker service logs --raw --tail "$lines" "${STACK}_$1" 2>&1 | tail -n "$lines" | sed 's/^/      /'
+    local task lines_of_task
+    while read -r task; do
+        lines_of_task=$(timeout 10 docker service logs --raw --tail "$lines" "$task" 2>&1 | tail -n "$lines" | sed 's/^/      /')
+        [[ -n $lines_of_task ]] || continue
+        printf '    the log of its task %s:\n%s\n' \
+            "$(docker inspect --format "(wanted {{.DesiredState}}, is {{.Status.State}} since {{.Status.Timestamp.Format \"15:04:05\"}} UTC)" "$task")" "$lines_of_task"
+        return 0
+    done < <(docker service ps --quiet --no-trunc "${STACK}_$1" 2>/dev/null | head -n 3)
+    echo "    it has no log"
 }
 
 explain() {
@@ -51,6 +59,28 @@ explain() {
     show_update "$1"
     show_health "$1"
     show_log "$1"
+}
+
+# What a script is doing now; otherwise what one has begun and not ended. Fails where there is such a thing.
+show_unfinished() {
+    local group state result=0
+    if ! flock --nonblock "$cache/up.lock" true; then
+        echo "being changed now by $(<"$cache/up.lock")"
+        return 0
+    fi
+    if [[ -e $rotation ]]; then
+        echo "unfinished: the rotation of $(<"$rotation"). Next: init-scripts/rotate-secret.sh $(<"$rotation")"
+        result=1
+    fi
+    while read -r group state; do
+        case $state in
+        joining) echo "unfinished: worker group $group is only half there. Next: init-scripts/add-worker.sh" ;;
+        leaving) echo "unfinished: worker group $group is to go. Next: init-scripts/remove-worker.sh $group" ;;
+        *) continue ;;
+        esac
+        result=1
+    done < <(cat "$group_file" 2>/dev/null || true)
+    return "$result"
 }
 
 main() {
@@ -66,8 +96,12 @@ main() {
     services | awk '{ printf "  %-20s %s\n", $1, $2 }'
     mapfile -t missing < <(missing_services)
     [[ ${#missing[@]} -eq 0 ]] || failed=1
+    for service in "$@"; do
+        services | cut -d ' ' -f 1 | has_line "$service" || die "there is no service $service" "one of those above"
+    done
     if [[ $# -gt 0 ]]; then missing=("$@"); fi
     for service in "${missing[@]}"; do explain "$service"; done
+    show_unfinished || failed=1
     container=$(container_of health-monitor) machine=$(machine_of health-monitor)
     health || verdict=$?
     if [[ -n $machine && -z $container && $verdict == 0 ]]; then

@@ -562,7 +562,7 @@ sees() {
 try_rotation() {
     local name old
     for name in "${rotated[@]}"; do
-        old=$(cat "$secrets/$name" 2>/dev/null || cat "$secrets/s3_access_key_id" "$secrets/s3_secret_access_key")
+        old=$(cat "$secrets/$name" 2>/dev/null || awk 1 "$secrets/s3_access_key_id" "$secrets/s3_secret_access_key")
         start_writer
         try "rotate-secret.sh $name" "$root/init-scripts/rotate-secret.sh" "$name"
         # The others would only say that they must wait for it.
@@ -576,7 +576,7 @@ try_rotation() {
         try "the verdict is healthy" is_well
         case $name in
         pgmesh_backup_key) ;;
-        s3) try "the old pair is refused" refused 'InvalidAccessKeyId|SignatureDoesNotMatch|AccessDenied|403' repository_by "$old" ;;
+        s3) try "the old pair is refused" refused 'NotSignedUp|InvalidAccessKeyId|SignatureDoesNotMatch|AccessDenied' repository_by "$old" ;;
         *)
             try "the new password is taken" login "$name" "$(<"$secrets/$name")"
             try "the old password is refused" refused 'password authentication failed|WRONGPASS|401 Unauthorized|is another' login "$name" "$old"
