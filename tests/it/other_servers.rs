@@ -104,7 +104,7 @@ async fn another_cluster_under_the_same_name_is_refused_until_it_is_begun() {
     assert_eq!(slots(&other).await, "");
     let there = identifier(&other).await;
     assert!(objects(&receiving.scene, &there).is_empty(), "something of it is stored");
-    let step = checked(&receiving, "primary").await;
+    let step = checked(&receiving, "who leads").await;
     assert!(step["detail"].as_str().unwrap().contains("begin --group 0"), "{step}");
     let backup = receiving.scene.run(&["backup"]).await;
     backup.assert_code(1);

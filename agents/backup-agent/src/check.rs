@@ -223,7 +223,7 @@ async fn check_group(context: &Context, nodes: &[Node], number: u32, steps: &mut
     let leader = match leader {
         Ok(leader) => Ok(leader),
         Err(reason) => {
-            let step = format!("group {number}: primary");
+            let step = format!("group {number}: who leads");
             steps.add(step, Outcome::Failed, reason.to_string());
             Err(())
         }
