@@ -345,7 +345,7 @@ async fn a_promotion_that_loses_what_is_stored_is_refused_or_followed() {
     standby.promote().await;
     standby.psql("INSERT INTO marks VALUES (4)").await;
 
-    receiving.agent.logged("it was promoted at", LIMIT).await;
+    receiving.agent.logged("its history parts at", LIMIT).await;
     receiving.agent.logged("wal.on_divergence = \\\"follow\\\"", LIMIT).await;
     let stored = |part: &str| objects(&receiving.scene, part).len();
     let of_new = [stored("/wal/00000002"), stored("/partial/00000002"), stored("/history/")];

@@ -140,7 +140,7 @@ pub enum Refusal {
     },
     /// The server's history leaves out what is stored.
     #[error(
-        "it was promoted at {} of timeline {}, and the repository holds that timeline up to {}: \
+        "its history parts at {} from timeline {}, which the repository holds up to {}: \
          {} bytes of WAL, and the commits in them, are not on it. Either restore the repository's \
          timeline {}, or accept the loss with wal.on_divergence = \"follow\"",
         .0.from_lsn, .0.timeline, .0.until_lsn, .0.bytes(), .0.timeline
