@@ -506,7 +506,7 @@ update_changed() {
 
 # One member after the other, and a primary only once another one leads.
 update_member() {
-    local member=$1 group to deployed_at
+    local member=$1 group to deployed_at asked_at
     deployed_at=$(date --utc +%Y-%m-%dT%H:%M:%S)
     if [[ $member == coordinator-* || $member == worker-* ]]; then
         group=$(group_of "$member")
@@ -525,6 +525,7 @@ update_member() {
     say "  updates $member"
     # What stack.yml has, the agents above all, comes last: it may need what the servers have then.
     deploy networks "$member"
+    asked_at=$SECONDS
     wait_hint="init-scripts/status.sh" wait_for 300 "$member is updated" update_is_over "$member"
     ! ended_badly "$member" || {
         "$scripts/status.sh" "$member" >&2 || true
@@ -533,10 +534,14 @@ update_member() {
     wait_hint="init-scripts/status.sh" wait_for 600 "$member serves" serves "$member"
 }
 
+# Swarm begins an update a moment after it was asked for; what it says until then is of the one before. Where no
+# task changes, only the update policy for instance, there is none.
 update_is_over() {
-    case $(docker service inspect --format '{{if .UpdateStatus}}{{.UpdateStatus.State}}{{end}}' "${STACK}_$1") in
-    updating | rollback_started) return 1 ;;
-    esac
+    local state started
+    read -r state started < <(docker service inspect --format \
+        '{{if .UpdateStatus}}{{.UpdateStatus.State}} {{.UpdateStatus.StartedAt.Format "2006-01-02T15:04:05"}}{{end}}' "${STACK}_$1") || true
+    [[ $state != updating && $state != rollback_started ]] || return 1
+    [[ ! $started < $deployed_at ]] || ((SECONDS - asked_at >= 10))
 }
 
 # serves MEMBER: it is back in its role.

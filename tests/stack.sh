@@ -543,9 +543,9 @@ try_workers() {
     start_writer
     try "remove-worker.sh removes it" "$root/init-scripts/remove-worker.sh" "$group"
     try_load "remove-worker" "" .kept
-    try "its volume stays" docker volume inspect "${STACK}_worker-$group-1"
+    try "its volume stays" docker volume inspect "${STACK}_worker-$group-1$(generation)"
     try "remove-worker.sh removes the volume later" "$root/init-scripts/remove-worker.sh" "$group" --remove-volumes
-    try "then it is gone" refused 'no such volume' docker volume inspect "${STACK}_worker-$group-1"
+    try "then it is gone" refused 'no such volume' docker volume inspect "${STACK}_worker-$group-1$(generation)"
     try "its backup stays" sees "$group" backup-agent backup-agent list --group "$group"
     try "the verdict is healthy" is_well
     try "remove-worker.sh refuses a group that is not there" refused 'there is no worker group 99' "$root/init-scripts/remove-worker.sh" 99
@@ -663,7 +663,7 @@ try_interruptions() {
     try "the verdict is healthy" is_well
     try "remove-worker.sh goes on where it was killed" killed_again_and_again "$root/init-scripts/remove-worker.sh" "$group" --remove-volumes
     try "the group is gone" equals "$before" worker_groups
-    try "so are its volumes" refused 'no such volume' docker volume inspect "${STACK}_worker-$group-1"
+    try "so are its volumes" refused 'no such volume' docker volume inspect "${STACK}_worker-$group-1$(generation)"
     try "the verdict is healthy" is_well
     old=$(<"$secrets/pgmesh_app_password")
     try "rotate-secret.sh goes on where it was killed" killed_again_and_again "$root/init-scripts/rotate-secret.sh" pgmesh_app_password
