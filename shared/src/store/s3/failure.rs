@@ -55,7 +55,7 @@ where
     E: Error + ProvideErrorMetadata + Send + Sync + 'static,
 {
     let kind = kind(&error);
-    if let Some(cut) = Cut::find(&error) {
+    if let Some(cut) = find::<Cut>(&error) {
         return (kind, cut.to_string().into());
     }
     let source: Box<dyn Error + Send + Sync> = match words(&error) {
@@ -63,7 +63,7 @@ where
             format!("{words} (with the credentials from {credentials})").into()
         }
         Some(words) => words.into(),
-        None => match (tls::explain(&error), credentials_error(&error)) {
+        None => match (tls::explain(&error), find::<CredentialsError>(&error)) {
             (_, Some(error)) => {
                 let reasons = chain(error).to_string();
                 let reasons = reasons
@@ -121,8 +121,8 @@ fn words<E: ProvideErrorMetadata>(error: &SdkError<E>) -> Option<String> {
     }
 }
 
-/// What the places say that credentials may come from, if there are none.
-fn credentials_error<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a CredentialsError> {
+/// The first of its kind among an error and its causes.
+pub(super) fn find<'a, E: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a E> {
     let mut next = Some(error);
     while let Some(error) = next {
         if let Some(found) = error.downcast_ref() {

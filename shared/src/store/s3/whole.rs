@@ -2,8 +2,6 @@
 //! for complete: a list that a proxy has cut short, with the length that it has then, would be one of
 //! fewer objects.
 
-use std::error::Error;
-
 use aws_sdk_s3::config::interceptors::{
     AfterDeserializationInterceptorContextRef, InterceptorContext,
 };
@@ -12,25 +10,13 @@ use aws_sdk_s3::config::{ConfigBag, Intercept, RuntimeComponents};
 use aws_sdk_s3::error::BoxError;
 use thiserror::Error;
 
+use super::failure::find;
+
 /// An answer without its end.
 #[derive(Debug, Error)]
 #[error("the answer is cut short: {bytes} bytes of XML without its end")]
 pub(super) struct Cut {
     bytes: usize,
-}
-
-impl Cut {
-    /// The one that an error is about.
-    pub(super) fn find<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
-        let mut next = Some(error);
-        while let Some(error) = next {
-            if let Some(found) = error.downcast_ref() {
-                return Some(found);
-            }
-            next = error.source();
-        }
-        None
-    }
 }
 
 /// Has a request fail whose answer was cut short, and be tried again.
@@ -59,7 +45,7 @@ impl Intercept for Whole {
 impl ClassifyRetry for Whole {
     fn classify_retry(&self, context: &InterceptorContext) -> RetryAction {
         let error = context.output_or_error().and_then(Result::err);
-        match error.and_then(|error| Cut::find(error)) {
+        match error.and_then(|error| find::<Cut>(error)) {
             Some(_) => RetryAction::transient_error(),
             None => RetryAction::NoActionIndicated,
         }
