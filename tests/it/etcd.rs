@@ -339,3 +339,32 @@ async fn a_quiet_watch_stays_open() {
     seen.until(&mut watch, "an event", |seen| seen.events.len() == 1).await;
     assert_eq!((seen.lists, seen.errors), (1, 0));
 }
+
+/// Whoever waits for other things too gives the watch up again and again, at any step of its
+/// beginning. It goes on where it was: each new list would hide what happened since the one before.
+#[tokio::test]
+async fn a_watch_that_is_given_up_and_asked_again_goes_on_where_it_was() {
+    if etcd_is_missing() {
+        return;
+    }
+    let cluster = EtcdCluster::start(1).await;
+    let etcd = client(cluster.endpoints());
+    etcd.put("/t/k", "x", None).await.unwrap();
+    let mut watch = etcd.watch("/t/");
+    let mut seen = Seen::default();
+    let mut given_up = 0;
+    let followed = timeout(LIMIT, async {
+        while seen.events.is_empty() {
+            match timeout(Duration::from_micros(100), watch.next()).await {
+                Ok(change) => {
+                    seen.take(change.unwrap());
+                    etcd.put("/t/k", "y", None).await.unwrap();
+                }
+                Err(_) => given_up += 1,
+            }
+        }
+    });
+    followed.await.unwrap();
+    assert!(0 < given_up);
+    assert_eq!((seen.lists, seen.events.as_slice()), (1, &["/t/k=y".to_owned()][..]));
+}

@@ -294,7 +294,7 @@ impl Etcd {
 
     /// Watches all keys that begin with `prefix`. Nobody is asked before [`Watch::next`].
     pub fn watch(&self, prefix: &str) -> Watch {
-        Watch::new(Arc::clone(&self.endpoints), self.clone(), prefix.to_owned())
+        Watch::new(self.clone(), prefix.to_owned())
     }
 }
 

@@ -6,14 +6,15 @@
 //! and say nothing at all.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::future::pending;
+use std::panic::resume_unwind;
 use std::time::Duration;
 
 use etcd_client::{Client, Error, EventType, WatchOptions, WatchResponse, WatchStream};
 use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio_util::task::AbortOnDropHandle;
 use tracing::debug;
 
-use super::endpoints::Endpoints;
 use super::error::reason;
 use super::{Etcd, EtcdError, KeyValue, Listing, prefix_end};
 
@@ -55,14 +56,22 @@ pub enum Change {
 /// A watch on all keys with one prefix.
 #[derive(Debug)]
 pub struct Watch {
-    endpoints: Arc<Endpoints>,
     etcd: Etcd,
     prefix: String,
-    /// The revision of the list, as long as the stream of what comes after it is not open.
-    listed: Option<i64>,
+    /// The list and the stream of what comes after it, under way. In a task of its own, so that
+    /// whoever gives up waiting loses nothing: between two lists a change would go unseen.
+    beginning: Option<AbortOnDropHandle<Result<Beginning, EtcdError>>>,
     stream: Option<Stream>,
-    listed_at: Option<Instant>,
+    began_at: Option<Instant>,
     pending: VecDeque<Change>,
+}
+
+/// What a watch begins with.
+#[derive(Debug)]
+struct Beginning {
+    listing: Listing,
+    stream: Stream,
+    first: WatchResponse,
 }
 
 /// The open stream.
@@ -78,14 +87,13 @@ struct Stream {
 }
 
 impl Watch {
-    pub(super) fn new(endpoints: Arc<Endpoints>, etcd: Etcd, prefix: String) -> Self {
+    pub(super) fn new(etcd: Etcd, prefix: String) -> Self {
         Self {
-            endpoints,
             etcd,
             prefix,
-            listed: None,
+            beginning: None,
             stream: None,
-            listed_at: None,
+            began_at: None,
             pending: VecDeque::new(),
         }
     }
@@ -105,54 +113,41 @@ impl Watch {
         }
     }
 
-    /// Does what is next: reads the list, opens the stream of what comes after it, or waits for a
-    /// message.
+    /// Does what is next: begins, or waits for a message.
     async fn step(&mut self) -> Result<(), EtcdError> {
         if let Some(stream) = &mut self.stream {
             match stream.message().await {
                 Ok(message) => self.take(&message),
                 Err(failure) => {
                     debug!(prefix = self.prefix, error = failure, "watch broken");
-                    self.endpoints.failed(stream.endpoint, &failure);
+                    self.etcd.endpoints.failed(stream.endpoint, &failure);
                     self.stream = None;
                 }
             }
             return Ok(());
         }
-        if let Some(revision) = self.listed.take() {
-            return self.open(revision).await;
-        }
-        if let Some(listed_at) = self.listed_at {
-            sleep_until(listed_at + REOPEN_PAUSE).await;
-        }
-        self.listed_at = Some(Instant::now());
-        let Listing { revision, entries } = self.etcd.list(&self.prefix).await?;
-        self.listed = Some(revision);
-        self.pending.push_back(Change::All { revision, entries });
-        Ok(())
-    }
-
-    async fn open(&mut self, revision: i64) -> Result<(), EtcdError> {
-        let options = WatchOptions::new()
-            .with_range(prefix_end(self.prefix.as_bytes()))
-            .with_start_revision(revision + 1);
-        let open = |client: Client| {
-            let options = options.clone();
-            let prefix = self.prefix.as_str();
-            async move {
-                let mut watches =
-                    client.watch_client().max_decoding_message_size(MESSAGE_BYTES_MAX);
-                let mut stream = watches.watch(prefix, Some(options)).await?;
-                let first = stream.message().await?.ok_or_else(ended)?;
-                if first.canceled() && first.compact_revision() == 0 {
-                    return Err(Error::WatchError(first.cancel_reason().to_owned()));
-                }
-                Ok((stream, first))
+        let beginning = match &mut self.beginning {
+            Some(beginning) => beginning,
+            none => {
+                let not_before = self.began_at.map(|it| it + REOPEN_PAUSE);
+                let begin = begin(self.etcd.clone(), self.prefix.clone(), not_before);
+                none.insert(AbortOnDropHandle::new(tokio::spawn(begin)))
             }
         };
-        let (endpoint, (messages, first)) = self.endpoints.call_at("watch", open).await?;
-        let heard_at = Instant::now();
-        self.stream = Some(Stream { endpoint, messages, revision, heard_at, asked_at: None });
+        let began = beginning.await;
+        self.beginning = None;
+        self.began_at = Some(Instant::now());
+        let Beginning { listing, stream, first } = match began {
+            Ok(began) => began?,
+            Err(failure) => match failure.try_into_panic() {
+                Ok(panic) => resume_unwind(panic),
+                // The runtime ends, and whoever waits with it.
+                Err(_) => pending().await,
+            },
+        };
+        let Listing { revision, entries } = listing;
+        self.pending.push_back(Change::All { revision, entries });
+        self.stream = Some(stream);
         self.take(&first);
         Ok(())
     }
@@ -181,6 +176,38 @@ impl Watch {
             });
         }
     }
+}
+
+/// Reads the list, and opens the stream of what comes after it.
+async fn begin(
+    etcd: Etcd,
+    prefix: String,
+    not_before: Option<Instant>,
+) -> Result<Beginning, EtcdError> {
+    if let Some(not_before) = not_before {
+        sleep_until(not_before).await;
+    }
+    let listing = etcd.list(&prefix).await?;
+    let options = WatchOptions::new()
+        .with_range(prefix_end(prefix.as_bytes()))
+        .with_start_revision(listing.revision + 1);
+    let open = |client: Client| {
+        let options = options.clone();
+        let prefix = prefix.as_str();
+        async move {
+            let mut watches = client.watch_client().max_decoding_message_size(MESSAGE_BYTES_MAX);
+            let mut stream = watches.watch(prefix, Some(options)).await?;
+            let first = stream.message().await?.ok_or_else(ended)?;
+            if first.canceled() && first.compact_revision() == 0 {
+                return Err(Error::WatchError(first.cancel_reason().to_owned()));
+            }
+            Ok((stream, first))
+        }
+    };
+    let (endpoint, (messages, first)) = etcd.endpoints.call_at("watch", open).await?;
+    let (revision, heard_at) = (listing.revision, Instant::now());
+    let stream = Stream { endpoint, messages, revision, heard_at, asked_at: None };
+    Ok(Beginning { listing, stream, first })
 }
 
 impl Stream {
