@@ -240,7 +240,10 @@ async fn open_answering(
 
 /// A list with that count of keys that says what follows, too.
 fn list(announced: usize, more: &str) -> String {
-    let object = |key| format!("<Contents><Key>{key}</Key><Size>1</Size></Contents>");
+    let object = |key| {
+        let at = "<LastModified>2026-01-02T03:04:05Z</LastModified>";
+        format!("<Contents><Key>{key}</Key>{at}<Size>1</Size></Contents>")
+    };
     let folder = |name| format!("<CommonPrefixes><Prefix>{name}/</Prefix></CommonPrefixes>");
     let [a, b] = ["a", "b"].map(object);
     let [c, d] = ["c", "d"].map(folder);
@@ -306,6 +309,20 @@ async fn a_list_that_holds_less_than_it_says_is_none() {
     for answer in [list(2, "false"), list(0, "false")] {
         let (store, _directory) = open_answering(&[&answer], 1).await;
         assert_eq!(store.list("", None, None).await.unwrap().len(), 2);
+    }
+}
+
+/// Its age would be that of 1970, and what is old is deleted.
+#[tokio::test]
+async fn an_object_of_which_the_store_does_not_tell_all_is_none() {
+    let whole = list(4, "false");
+    let lacking =
+        ["<Key>b</Key>", "<LastModified>2026-01-02T03:04:05Z</LastModified>", "<Size>1</Size>"];
+    for part in lacking {
+        let (store, _directory) = open_answering(&[&whole.replace(part, "")], 1).await;
+        let error = store.list("", None, None).await.unwrap_err();
+        let message = chain(&error).to_string();
+        assert!(message.contains("does not tell the object's name, length and time"), "{message}");
     }
 }
 

@@ -288,11 +288,9 @@ impl S3 {
     pub(super) async fn head(&self, key: &str) -> Result<Option<ObjectInfo>, StoreError> {
         let head = self.client.head_object().bucket(&self.bucket).key(self.full(key)).send().await;
         match head {
-            Ok(output) => Ok(Some(ObjectInfo {
-                key: key.to_owned(),
-                bytes: bytes_of(output.content_length()),
-                modified_at: moment(output.last_modified()).unwrap_or_default(),
-            })),
+            Ok(output) => {
+                self.info("head", key, (output.content_length(), output.last_modified())).map(Some)
+            }
             Err(error) if status(&error) == Some(404) => Ok(None),
             Err(error) => Err(self.failed("head", key, error)),
         }
@@ -320,11 +318,8 @@ impl S3 {
             let page = page.map_err(|error| self.failed("list", prefix, error))?;
             self.check_list(prefix, &page)?;
             for object in page.contents() {
-                found.push(ObjectInfo {
-                    key: self.own(object.key().unwrap_or_default()),
-                    bytes: bytes_of(object.size()),
-                    modified_at: moment(object.last_modified()).unwrap_or_default(),
-                });
+                let key = self.own(object.key().unwrap_or_default());
+                found.push(self.info("list", &key, (object.size(), object.last_modified()))?);
             }
             if found.len() >= limit {
                 break;
@@ -355,6 +350,25 @@ impl S3 {
             }
         }
         Ok(names)
+    }
+
+    /// What is told of an object. Its length and time decide what is deleted: without them it is unknown.
+    fn info(
+        &self,
+        operation: &'static str,
+        key: &str,
+        (bytes, at): (Option<i64>, Option<&S3DateTime>),
+    ) -> Result<ObjectInfo, StoreError> {
+        let bytes = bytes.and_then(|it| u64::try_from(it).ok());
+        match (key, bytes, moment(at)) {
+            (key, Some(bytes), Some(modified_at)) if !key.is_empty() => {
+                Ok(ObjectInfo { key: key.to_owned(), bytes, modified_at })
+            }
+            _ => {
+                let reason = "the store does not tell the object's name, length and time";
+                Err(self.error(operation, key, StoreErrorKind::Unavailable, reason))
+            }
+        }
     }
 
     /// Whether a page of a list holds what it says, and says where the next one begins.
