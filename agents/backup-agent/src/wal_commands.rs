@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use shared::pg::wal::Segment;
 use shared::table::Table;
 use shared::telemetry::chain;
+use tokio_postgres::types::PgLsn;
 
 use crate::catalog::Catalog;
 use crate::commands::{none_of, print_json};
@@ -136,11 +137,17 @@ fn to_table(ranges: &[Range]) -> Table {
             range.from_lsn.to_string(),
             range.until_lsn.to_string(),
             bytes(range.object_bytes),
-            time(range.from),
-            time(range.until),
+            range.from.map_or("-".to_owned(), time),
+            range.until.map_or("-".to_owned(), time),
         ]);
-        if range.next != Next::Newest {
-            table.note(then(&range.next));
+        match &range.next {
+            Next::Newest => {}
+            Next::Timelines(branches) => {
+                for (timeline, switch_lsn) in branches {
+                    table.note(branched(*timeline, *switch_lsn));
+                }
+            }
+            next => table.note(then(next)),
         }
     }
     table
@@ -149,8 +156,9 @@ fn to_table(ranges: &[Range]) -> Table {
 fn then(next: &Next) -> String {
     match next {
         Next::Newest => "newest".to_owned(),
-        Next::Timeline { timeline, switch_lsn } => {
-            format!("timeline {timeline} branched off at {switch_lsn}")
+        Next::Timelines(branches) => {
+            let branches = branches.iter().map(|(timeline, at)| branched(*timeline, *at));
+            branches.collect::<Vec<_>>().join(", ")
         }
         Next::Gap { until_lsn, reason: Some(reason) } => format!("GAP until {until_lsn}: {reason}"),
         Next::Gap { until_lsn, reason: None } => format!("GAP until {until_lsn}"),
@@ -161,6 +169,10 @@ fn then(next: &Next) -> String {
             format!("nothing until {until_lsn}: removed by the retention, no backup needs it")
         }
     }
+}
+
+fn branched(timeline: u32, switch_lsn: PgLsn) -> String {
+    format!("timeline {timeline} branched off at {switch_lsn}")
 }
 
 fn to_json(place: &Place, range: &Range) -> Value {
@@ -176,9 +188,13 @@ fn to_json(place: &Place, range: &Range) -> Value {
         "stored_until": range.until,
         "then": match &range.next {
             Next::Newest => json!({ "reason": "newest" }),
-            Next::Timeline { timeline, switch_lsn } => json!({
-                "reason": "timeline", "timeline": timeline, "switch_lsn": switch_lsn.to_string(),
-            }),
+            Next::Timelines(branches) => {
+                let branch = |(timeline, at): &(u32, PgLsn)| {
+                    json!({ "timeline": timeline, "switch_lsn": at.to_string() })
+                };
+                let timelines: Vec<_> = branches.iter().map(branch).collect();
+                json!({ "reason": "timelines", "timelines": timelines })
+            }
             Next::Gap { until_lsn, reason } => json!({
                 "reason": "gap", "until_lsn": until_lsn.to_string(), "recorded": reason,
             }),

@@ -20,10 +20,10 @@ pub struct Range {
     pub segments: u64,
     /// Bytes in the store.
     pub object_bytes: u64,
-    /// When its first object was stored: nothing before is younger.
-    pub from: DateTime<Utc>,
-    /// When its last object was stored: nothing in it is younger.
-    pub until: DateTime<Utc>,
+    /// When its first object was stored: nothing before is younger. `None` if it is empty.
+    pub from: Option<DateTime<Utc>>,
+    /// When its last object was stored: nothing in it is younger. `None` if it is empty.
+    pub until: Option<DateTime<Utc>>,
     /// What is after it.
     pub next: Next,
 }
@@ -33,13 +33,8 @@ pub struct Range {
 pub enum Next {
     /// Nothing is stored after it: it is the newest of its timeline.
     Newest,
-    /// A later timeline branched off in it or at its end.
-    Timeline {
-        /// The timeline.
-        timeline: u32,
-        /// Where.
-        switch_lsn: PgLsn,
-    },
+    /// Later timelines branched off in it or at its end: which, and where.
+    Timelines(Vec<(u32, PgLsn)>),
     /// WAL is missing, and goes on later.
     Gap {
         /// Where it goes on.
@@ -96,7 +91,7 @@ fn of_timeline(map: &WalMap, timeline: u32, gaps: &[Gap]) -> Vec<Range> {
         if map.conflict(segment).is_some() {
             let (segment, until_lsn) = (segment.name(map.segment_bytes), stretch.until_lsn);
             let next = Next::Conflict { segment, until_lsn };
-            stretch = Range { segments: 0, object_bytes: 0, ..stretch };
+            stretch = Range { segments: 0, object_bytes: 0, from: None, until: None, ..stretch };
             match ranges.last_mut() {
                 Some(last) if last.until_lsn == stretch.from_lsn => last.next = next,
                 last => {
@@ -125,7 +120,7 @@ fn of_timeline(map: &WalMap, timeline: u32, gaps: &[Gap]) -> Vec<Range> {
         let missing = beyond(map, timeline, last.until_lsn);
         last.next = match missing.or(across(map, last).map(|(_, begins)| begins)) {
             Some(until_lsn) => gap(last, until_lsn, gaps),
-            None => branch(map, last).unwrap_or(Next::Newest),
+            None => branches(map, last),
         };
     }
     if let Some(before) = before_first(map, timeline, ranges.first(), gaps) {
@@ -165,7 +160,8 @@ fn before_first(map: &WalMap, timeline: u32, first: Option<&Range>, gaps: &[Gap]
         until_lsn: switch_lsn,
         segments: 0,
         object_bytes: 0,
-        until: first.from,
+        from: None,
+        until: None,
         ..first.clone()
     };
     range.next = gap(&range, begins, gaps);
@@ -195,8 +191,8 @@ fn stretch(map: &WalMap, segment: Segment) -> Range {
         until_lsn: (start + map.covered(segment)).into(),
         segments: u64::from(!complete.is_empty()),
         object_bytes: bytes,
-        from: times.clone().next().unwrap_or_default(),
-        until: times.last().unwrap_or_default(),
+        from: times.clone().next(),
+        until: times.last(),
         next: Next::Newest,
     }
 }
@@ -227,13 +223,16 @@ fn gap(before: &Range, until_lsn: PgLsn, gaps: &[Gap]) -> Next {
     Next::Gap { until_lsn, reason: recorded.map(|gap| gap.reason.clone()) }
 }
 
-/// The first timeline that branched off in a range or at its end.
-fn branch(map: &WalMap, range: &Range) -> Option<Next> {
-    map.histories.keys().find_map(|timeline| {
+/// The timelines that branched off in a range or at its end, if any.
+fn branches(map: &WalMap, range: &Range) -> Next {
+    let branch = |timeline: &u32| {
         let left = map.began(*timeline).filter(|entry| entry.timeline == range.timeline)?;
-        (range.from_lsn <= left.switch_lsn)
-            .then_some(Next::Timeline { timeline: *timeline, switch_lsn: left.switch_lsn })
-    })
+        (range.from_lsn <= left.switch_lsn).then_some((*timeline, left.switch_lsn))
+    };
+    match map.histories.keys().filter_map(branch).collect::<Vec<_>>() {
+        none if none.is_empty() => Next::Newest,
+        branches => Next::Timelines(branches),
+    }
 }
 
 #[cfg(test)]
@@ -307,6 +306,8 @@ mod tests {
             ("nothing before", nothing_before, range(1, 4 * SEGMENT, 4 * SEGMENT, gap())),
         ] {
             let found = ranges(&map, &[], |_| false).pop().unwrap();
+            let is_empty = found.from_lsn == found.until_lsn;
+            assert_eq!(found.from.is_none(), is_empty, "{case}: nothing was stored at no time");
             let found = (found.timeline, found.from_lsn, found.until_lsn, found.next);
             assert_eq!(found, expected, "{case}");
         }
@@ -331,12 +332,15 @@ mod tests {
 
     #[test]
     fn a_timeline_that_was_left_says_for_which() {
-        let mut map = stored(&[(1, 3), (2, 4)], &[(1, 4, 500)]);
-        let switch_lsn = (4 * SEGMENT + 500).into();
-        let entry = HistoryEntry { timeline: 1, switch_lsn, reason: String::new() };
-        map.histories.insert(2, vec![entry]);
+        let mut map = stored(&[(1, 3), (2, 4), (3, 3)], &[(1, 4, 500)]);
+        let branches = [(2, (4 * SEGMENT + 500).into()), (3, (3 * SEGMENT + 7).into())];
+        for (timeline, switch_lsn) in branches {
+            let entry = HistoryEntry { timeline: 1, switch_lsn, reason: String::new() };
+            map.histories.insert(timeline, vec![entry]);
+        }
         let found: Vec<_> = ranges(&map, &[], |_| false).into_iter().map(|it| it.next).collect();
-        assert_eq!(found, [Next::Timeline { timeline: 2, switch_lsn }, Next::Newest]);
+        let left = Next::Timelines(branches.to_vec());
+        assert_eq!(found, [left, Next::Newest, Next::Newest]);
     }
 
     /// Timeline 1 is stored up to offset 500 of segment 4; timeline 2 left it in segment 5.
@@ -344,7 +348,7 @@ mod tests {
     fn what_is_missing_where_a_timeline_began_is_a_gap() {
         let gap = |until: u64| Next::Gap { until_lsn: until.into(), reason: None };
         let switch = 5 * SEGMENT + 100;
-        let left = || Next::Timeline { timeline: 2, switch_lsn: switch.into() };
+        let left = || Next::Timelines(vec![(2, switch.into())]);
         let first = |until, next| range(1, 3 * SEGMENT, until, next);
         let second = |from: u64| range(2, from * SEGMENT, 7 * SEGMENT, Next::Newest);
         for (case, complete, pieces, expected) in [
