@@ -11,8 +11,8 @@ use std::panic::resume_unwind;
 use std::time::Duration;
 
 use etcd_client::{Client, Error, EventType, WatchOptions, WatchResponse, WatchStream};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout_at};
-use tokio_util::task::AbortOnDropHandle;
 use tracing::debug;
 
 use super::error::reason;
@@ -60,7 +60,7 @@ pub struct Watch {
     prefix: String,
     /// The list and the stream of what comes after it, under way. In a task of its own, so that
     /// whoever gives up waiting loses nothing: between two lists a change would go unseen.
-    beginning: Option<AbortOnDropHandle<Result<Beginning, EtcdError>>>,
+    beginning: JoinSet<Result<Beginning, EtcdError>>,
     stream: Option<Stream>,
     began_at: Option<Instant>,
     pending: VecDeque<Change>,
@@ -91,7 +91,7 @@ impl Watch {
         Self {
             etcd,
             prefix,
-            beginning: None,
+            beginning: JoinSet::new(),
             stream: None,
             began_at: None,
             pending: VecDeque::new(),
@@ -126,16 +126,11 @@ impl Watch {
             }
             return Ok(());
         }
-        let beginning = match &mut self.beginning {
-            Some(beginning) => beginning,
-            none => {
-                let not_before = self.began_at.map(|it| it + REOPEN_PAUSE);
-                let begin = begin(self.etcd.clone(), self.prefix.clone(), not_before);
-                none.insert(AbortOnDropHandle::new(tokio::spawn(begin)))
-            }
-        };
-        let began = beginning.await;
-        self.beginning = None;
+        if self.beginning.is_empty() {
+            let not_before = self.began_at.map(|it| it + REOPEN_PAUSE);
+            self.beginning.spawn(begin(self.etcd.clone(), self.prefix.clone(), not_before));
+        }
+        let Some(began) = self.beginning.join_next().await else { return Ok(()) };
         self.began_at = Some(Instant::now());
         let Beginning { listing, stream, first } = match began {
             Ok(began) => began?,
