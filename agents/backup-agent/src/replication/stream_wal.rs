@@ -210,7 +210,25 @@ impl WalStream {
         status.put_u8(ask.into());
         let mut out = BytesMut::with_capacity(64);
         CopyData::new(status).map_err(|e| connection.broken(e))?.write(&mut out);
-        connection.send(&out).await
+        match connection.send(&out).await {
+            Err(broken @ ReplicationError::Broken { .. }) => {
+                Err(self.last_word().unwrap_or(broken))
+            }
+            sent => sent,
+        }
+    }
+
+    /// Why the server ended the stream, if it said so before the connection broke.
+    fn last_word(&mut self) -> Option<ReplicationError> {
+        loop {
+            match self.next_here() {
+                Ok(Some(WalEvent::Ended) | None) | Err(ReplicationError::Broken { .. }) => {
+                    return None;
+                }
+                Ok(Some(_)) => {}
+                Err(reason) => return Some(reason),
+            }
+        }
     }
 
     /// The error of a server that says nothing although it was asked.
@@ -262,6 +280,7 @@ mod tests {
     use std::pin::Pin;
     use std::task::{Context, Poll};
 
+    use shared::telemetry::chain;
     use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
     use super::*;
@@ -352,6 +371,60 @@ mod tests {
         }
         let history = connection.timeline_history(4).await.unwrap();
         assert_eq!(history, ("n".to_owned(), "c".to_owned()));
+    }
+
+    /// Takes nothing any more; what it sent before is there.
+    struct Gone(Bits);
+
+    impl AsyncRead for Gone {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            context: &mut Context<'_>,
+            buffer: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_read(context, buffer)
+        }
+    }
+
+    impl AsyncWrite for Gone {
+        fn poll_write(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            _: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl Io for Gone {
+        fn ignore(&mut self) {}
+    }
+
+    #[tokio::test]
+    async fn what_the_server_said_last_counts_and_not_that_it_is_gone() {
+        let killed = said(b'E', b"SFATAL\0C57P01\0Mterminating connection\0\0");
+        for (case, last, expected) in [
+            ("it shuts down", said(b'C', b"COPY 0\0"), "shutting down"),
+            ("it was told to end", killed, "terminating connection"),
+            ("it said nothing", Vec::new(), "broken pipe"),
+        ] {
+            let bits: VecDeque<_> = [message(0, b"x"), last].into();
+            let bits = bits.into_iter().filter(|it| !it.is_empty()).collect();
+            let stream = Box::new(Gone(Bits(bits)));
+            let connection = Replication { stream, ..connection(VecDeque::new()) };
+            let mut stream = WalStream { connection, ended: None };
+            let failure = stream.report(7.into(), false).await.unwrap_err();
+            let text = chain(&failure).to_string();
+            assert!(text.contains(expected), "{case}: {text}");
+        }
     }
 
     /// Once a fraction of a second is too seldom for a stream of which each read gives one bit.
