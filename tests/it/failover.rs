@@ -21,6 +21,7 @@ use tokio_postgres::types::PgLsn;
 
 use crate::receive::{Receiving, WAL, commits, load, objects, stored_up_to};
 use crate::scene::{Kind, config_text, directory_repository, write};
+use crate::wal_files::run_in;
 
 /// A failover waits for the leader's key, 20 s, and for the promotion.
 const LIMIT: Duration = Duration::from_mins(2);
@@ -376,6 +377,37 @@ async fn a_promotion_that_loses_what_is_stored_is_refused_or_followed() {
         assert_eq!(commits(&restored).await, "1,2,3", "{timeline}");
         assert_eq!(restored.psql("SELECT count(*) FROM load").await, "100000", "{timeline}");
     }
+}
+
+/// The new primary's archiver is faster than the agent, which looks when its timeline is stored already.
+#[tokio::test]
+async fn a_promotion_that_loses_what_is_stored_is_refused_though_its_archiver_was_first() {
+    if postgres_is_missing() {
+        return;
+    }
+    let refuse = format!("{WAL}on_divergence = \"refuse\"\n");
+    let (receiving, standby) = Receiving::with_standby(Kind::Directory, &refuse).await;
+    receiving.primary().psql("CREATE TABLE marks (i int)").await;
+    standby.catch_up(receiving.primary()).await;
+    standby.set("primary_conninfo", "host=/nowhere").await;
+    let streams = "SELECT count(*) FROM pg_stat_wal_receiver";
+    eventually("the standby is cut off", LIMIT, async || standby.psql(streams).await == "0").await;
+    receiving.primary().psql("INSERT INTO marks VALUES (2)").await;
+    receiving.stored_all().await;
+    let Receiving { mut scene, agent } = receiving;
+    scene.primary.stop(Mode::Immediate).await;
+    agent.kill9().await;
+
+    standby.promote().await;
+    let switched = standby.psql("SELECT pg_walfile_name(pg_switch_wal())").await;
+    for file in ["00000002.history", &switched] {
+        let push = ["wal-push", &format!("pg_wal/{file}")];
+        run_in(&scene, standby.data_directory(), &push).await.assert_success();
+    }
+    let mut agent = scene.agent().spawn(&["run"]);
+    agent.logged("its history parts at", LIMIT).await;
+    assert_eq!(objects(&scene, "/partial/00000002").len(), 0);
+    assert_eq!(objects(&scene, "/followed/").len(), 1, "timeline 1");
 }
 
 fn lsn(value: &Value) -> u64 {

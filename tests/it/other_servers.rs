@@ -117,6 +117,16 @@ async fn another_cluster_under_the_same_name_is_refused_until_it_is_begun() {
     receiving.scene.backup().await;
     let step = checked(&receiving, "backups").await;
     assert_eq!(step["outcome"], "ok", "{step}");
+
+    // The one before is started again: by a restarted host, or as it is to be the group's again.
+    receiving.scene.configure(&[&receiving.scene.primary]);
+    receiving.restart_agent().await;
+    receiving.agent.logged("or is an earlier one back?", LIMIT).await;
+    let step = checked(&receiving, "who leads").await;
+    assert!(step["detail"].as_str().unwrap().contains("begin --group 0"), "{step}");
+    receiving.scene.run(&["begin"]).await.assert_success();
+    receiving.primary().psql("CREATE TABLE back (i int)").await;
+    receiving.stored_all().await;
 }
 
 #[tokio::test]
@@ -150,7 +160,7 @@ async fn an_old_primary_and_a_standby_that_was_left_behind_are_told() {
     if postgres_is_missing() {
         return;
     }
-    let (mut receiving, standby) = Receiving::with_standby(Kind::Directory, QUIET).await;
+    let (mut receiving, mut standby) = Receiving::with_standby(Kind::Directory, QUIET).await;
     let left = receiving.primary().standby("left").await;
     receiving.scene.configure(&[&receiving.scene.primary, &standby, &left]);
     let address = admin_address(&receiving.scene);
@@ -191,6 +201,52 @@ async fn an_old_primary_and_a_standby_that_was_left_behind_are_told() {
     assert_eq!(status["slots"][standby.name()], Value::Null, "{status}");
     assert!(!receiving.agent.stdout().contains("nothing is stored from"));
     write(&hba, &text);
+
+    // It stops: the old one is as old as before.
+    standby.stop(Mode::Fast).await;
+    is_in_state(&address, "no_primary").await;
+    sleep(Duration::from_secs(5)).await;
+    stands(&address, receiving.primary(), "old_primary").await;
+    assert_eq!(wal_status(&address).await["primary"], Value::Null);
+    let log = receiving.agent.stdout();
+    assert!(!log.contains("on the primary's timeline and of its database cluster again"), "{log}");
+    let backup = receiving.scene.run(&["backup"]).await;
+    backup.assert_code(1);
+    assert!(backup.stderr.contains("expire --timeline 2"), "{backup}");
+}
+
+#[tokio::test]
+async fn a_primary_on_an_older_timeline_than_a_standby_receives_is_not_received() {
+    if postgres_is_missing() {
+        return;
+    }
+    let (mut receiving, standby) = Receiving::with_standby(Kind::Directory, QUIET).await;
+    receiving.stored_all().await;
+    let Receiving { scene, agent } = receiving;
+    agent.terminate().await.assert_success();
+    standby.catch_up(&scene.primary).await;
+    standby.promote().await;
+    let follower = standby.standby("follower").await;
+    load(&standby, 1000).await;
+    follower.catch_up(&standby).await;
+
+    // The new primary is not to be seen.
+    scene.configure(&[&scene.primary, &follower]);
+    let address = admin_address(&scene);
+    let agent = scene.agent().spawn(&["run"]);
+    receiving = Receiving { scene, agent };
+    stands(&address, receiving.primary(), "old_primary").await;
+    stands(&address, &follower, "ok").await;
+    receiving.agent.logged("is a primary on timeline 1, which is over", LIMIT).await;
+    assert!(!receiving.agent.stdout().contains("receiving WAL"));
+    assert_eq!(checked(&receiving, receiving.primary().name()).await["outcome"], "failed");
+    assert_eq!(checked(&receiving, "follower").await["outcome"], "ok");
+
+    // Nor does it run: what the follower has is still the newest.
+    drop(standby);
+    sleep(Duration::from_secs(5)).await;
+    stands(&address, receiving.primary(), "old_primary").await;
+    receiving.agent.terminate().await.assert_success();
 }
 
 #[tokio::test]

@@ -17,6 +17,7 @@ use shared::store::{StoreErrorKind, Unfinished};
 use shared::telemetry::chain;
 use shared::topology::{self, Group, Topology, TopologyError};
 use thiserror::Error;
+use tokio_postgres::types::PgLsn;
 use tracing::{info, warn};
 
 use crate::arrival::Way;
@@ -25,17 +26,18 @@ use crate::clocks;
 use crate::config::{BackupConfig, Config};
 use crate::container::{ContainerError, Kind};
 use crate::copy::copy;
-use crate::follow::cluster::{self, ClusterError};
+use crate::follow::cluster::{self, ClusterError, NotLed};
 use crate::manifest::{BackupId, COMMIT_FORMAT, Commit, Suspicion, part_name};
 use crate::progress::Progress;
 use crate::replication::base_backup::{BaseBackup, BaseBackupOptions, Verdict};
 use crate::replication::{Replication, ReplicationError};
 use crate::repository::{Place, Repository, RepositoryError};
+use crate::resume::Refusal;
 use crate::same_key;
 use crate::server_manifest::ManifestError;
 use crate::source::{self, RunLock, Source, SourceError};
 use crate::tar::TarError;
-use crate::wal::WalError;
+use crate::wal::{WalError, WalMap};
 
 /// Objects of a backup that are asked for at once.
 const ASKED_AT_ONCE: usize = 8;
@@ -54,6 +56,17 @@ pub enum BackupError {
     /// It is not the group's server.
     #[error(transparent)]
     Cluster(#[from] ClusterError),
+    /// No server is the primary to follow.
+    #[error(transparent)]
+    NotLed(#[from] NotLed),
+    /// Nothing may be stored from the primary.
+    #[error("no base backup of {primary} is taken: {source}")]
+    Refused {
+        /// The primary.
+        primary: String,
+        /// Why.
+        source: Refusal,
+    },
     /// The primary cannot be reached for the lock.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -213,6 +226,7 @@ impl BackupError {
                 error.is_transient()
             }
             Self::Source(_)
+            | Self::NotLed(NotLed::Group(_) | NotLed::Repository(_))
             | Self::LockLost { .. }
             | Self::TimelineChanged { .. }
             | Self::NoArchiving { .. }
@@ -221,6 +235,8 @@ impl BackupError {
             | Self::NoWal { .. }
             | Self::OtherRun { .. } => true,
             Self::Cluster(_)
+            | Self::NotLed(NotLed::Cluster(_))
+            | Self::Refused { .. }
             | Self::OtherServer { .. }
             | Self::Tar { .. }
             | Self::Manifest { .. }
@@ -289,6 +305,7 @@ pub async fn take_backup(
     let Context { config, settings, topology, .. } = context;
     progress.begin("asking the servers", 0);
     let observed = observe(settings, &topology.nodes().await?, group).await;
+    let observed = cluster::own_servers(&context.repository, observed).await?;
     let source = source::choose(&observed, &config.backup, &[])?;
     let known = cluster::known(&context.repository, group).await?;
     cluster::require(&known, (group, &source.primary, source.state.system_identifier))?;
@@ -318,6 +335,9 @@ async fn take(
     let place = repository.place(group, source.state.system_identifier).pinned().await?;
     // Before what follows from it: nothing takes the WAL of a server with another key.
     same_key::require(&place).await?;
+    if lock.takers(&context.config.wal.slot).await?.acknowledged.is_none() {
+        require_newest(&place, &source).await?;
+    }
     let way = Way { place: &place, lock, slot: &context.config.wal.slot };
     progress.begin("looking for the WAL receiver", 0);
     way.require(&source, context.config.wal.ship_interval).await?;
@@ -391,6 +411,20 @@ async fn take(
     place.put(Kind::Commit, &backup_id.object("commit"), &text, 1).await?;
     report(&commit);
     Ok(commit)
+}
+
+/// Refuses a primary from which nothing is received and which is on an older timeline than what is stored:
+/// its backup would be the newest one.
+async fn require_newest(place: &Place, source: &Source) -> Result<(), BackupError> {
+    let (found, segment_bytes) = (source.state.timeline, source.state.wal_segment_bytes);
+    let stored = WalMap::read_from(place, segment_bytes, PgLsn::from(u64::MAX), &[]).await?;
+    match stored.newest_stored().filter(|stored| *stored > found) {
+        Some(stored) => Err(BackupError::Refused {
+            primary: source.primary.to_string(),
+            source: Refusal::OldTimeline { found, stored },
+        }),
+        None => Ok(()),
+    }
 }
 
 /// Asks the servers of a group.

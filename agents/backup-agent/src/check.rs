@@ -204,8 +204,7 @@ fn check_clock(whose: &str, at: DateTime<Utc>, steps: &mut Steps) {
 
 async fn check_group(context: &Context, nodes: &[Node], number: u32, steps: &mut Steps) {
     let group = observe_group(&context.settings, nodes, number).await;
-    let Judged { own, leader } = cluster::judge(&context.repository, &group).await;
-    let newest = leader.as_ref().ok().map(|(_, state)| state.timeline);
+    let Judged { own, newest, leader } = cluster::judge(&context.repository, &group).await;
     let standings = standings(&group, own, newest);
     for observation in &group.nodes {
         let step = format!("group {number}: {}", observation.node.name);
@@ -248,9 +247,14 @@ fn server(state: &NodeState, standing: Standing) -> (Outcome, String) {
     let problem = standing.problem().map(|problem| format!(": {problem}")).unwrap_or_default();
     let detail = format!("{role}, timeline {}, at {lsn}{checksums}{problem}", state.timeline);
     let outcome = match standing {
-        Standing::OtherCluster { .. } | Standing::OldPrimary { .. } => Outcome::Failed,
-        Standing::Ok | Standing::Unreachable if state.data_checksums => Outcome::Ok,
-        Standing::Ok | Standing::Unreachable | Standing::OtherTimeline { .. } => Outcome::Warning,
+        Standing::OtherCluster { .. } | Standing::OldPrimary { .. } | Standing::Ahead { .. } => {
+            Outcome::Failed
+        }
+        _ if standing.problem().is_none() && state.data_checksums => Outcome::Ok,
+        Standing::Ok
+        | Standing::Unreachable
+        | Standing::Unknown { .. }
+        | Standing::OtherTimeline { .. } => Outcome::Warning,
     };
     (outcome, detail)
 }
@@ -636,6 +640,7 @@ mod tests {
             role: Role::Primary,
             system_identifier: 8,
             timeline: 1,
+            received_timeline: None,
             flush_lsn: Some(PgLsn::from(0x500_0060)),
             replay_lsn: None,
             server_version: 170_002,
@@ -648,12 +653,17 @@ mod tests {
             (Standing::Ok, Standing::OtherCluster { system_identifier: 8, of_group: 7 });
         let old = Standing::OldPrimary { timeline: 1, newest: 2 };
         let left = Standing::OtherTimeline { timeline: 1, newest: 2 };
+        let ahead = Standing::Ahead { timeline: 2, newest: 1 };
+        let unknown = |newest| Standing::Unknown { timeline: 1, newest };
         for (state, standing, expected, part) in [
             (&state, ok, Outcome::Ok, "primary, timeline 1, at 0/5000060"),
             (&unsafe_pages, ok, Outcome::Warning, "WITHOUT data checksums"),
             (&state, other, Outcome::Failed, "another database cluster, 8 and not 7"),
             (&state, old, Outcome::Failed, "an old primary that came back"),
             (&standby, left, Outcome::Warning, "the primary is on 2"),
+            (&standby, ahead, Outcome::Failed, "may be an old one"),
+            (&standby, unknown(None), Outcome::Ok, "standby, timeline 1"),
+            (&standby, unknown(Some(2)), Outcome::Warning, "receives from no server"),
         ] {
             let (outcome, detail) = server(state, standing);
             assert_eq!(outcome, expected, "{detail}");

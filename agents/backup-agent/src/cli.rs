@@ -101,7 +101,8 @@ pub enum Command {
     /// Say that the repository is a new one: WAL is received into it though some was stored before
     ///
     /// Without it, a repository that holds nothing of a database cluster whose WAL was stored before is
-    /// refused: it may not be mounted. Take a backup next.
+    /// refused: it may not be mounted. It also says that the group is of the database cluster that its servers
+    /// have now, made anew or an earlier one that is back: what was said last counts. Take a backup next.
     Begin(GroupArgs),
     /// Check the configuration and the files it names, and say what is wrong
     CheckConfig,

@@ -26,6 +26,7 @@ use crate::clocks::APART_MAX;
 use crate::config::Config;
 use crate::expire::timeline::{self, Removal};
 use crate::expire::{self, Plan, Spare};
+use crate::follow::cluster::{self, NotLed};
 use crate::follow::{self, begun};
 use crate::keys::{EXPOSED, new_key, new_key_file};
 use crate::listing::{self, Listing, heading};
@@ -145,9 +146,10 @@ async fn begin(context: &Context, args: &GroupArgs) -> anyhow::Result<()> {
     for group in with_servers(context, args.group).await? {
         let nodes = context.topology.nodes().await?;
         let observed = observe_group(&context.settings, &nodes, group).await;
-        let (_, state) = observed.primary().map_err(|reason| anyhow!("group {group}: {reason}"))?;
+        let reason = |reason: NotLed| anyhow!("group {group}: {reason}");
+        let (_, state) = cluster::the_only(&observed).map_err(reason)?;
         let place = context.repository.place(group, state.system_identifier).pinned().await?;
-        begun::begin(&place).await?;
+        begun::begin(&context.repository, &place).await?;
         let location = place.location();
         if !args.json {
             print(format!("the WAL of group {group} may be received into {location}\n"))?;
@@ -509,7 +511,8 @@ async fn expire_timeline(
     };
     let nodes = context.topology.nodes().await?;
     let observed = observe_group(&context.settings, &nodes, group).await;
-    let (node, state) = observed.primary().map_err(|reason| {
+    let judged = cluster::judge(&context.repository, &observed).await;
+    let (node, state) = judged.leader.map_err(|reason| {
         anyhow!("only the primary tells which timeline is the database's, and {reason}")
     })?;
     let (primary, history) = follow::line(&context.settings, node).await?;

@@ -104,6 +104,7 @@ impl StorageClass {
             | Kind::Tombstone
             | Kind::Gap
             | Kind::Begun
+            | Kind::Followed
             | Kind::Probe => &self.catalog,
         };
         class.as_deref()

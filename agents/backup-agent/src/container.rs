@@ -82,6 +82,8 @@ pub enum Kind {
     Gap = 9,
     /// Tells that a replication slot was made to fill this place.
     Begun = 10,
+    /// Tells that a timeline's primary was received from.
+    Followed = 11,
 }
 
 /// What an object is called and where it belongs: part of its key.

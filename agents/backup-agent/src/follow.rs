@@ -7,11 +7,12 @@ pub(crate) mod begun;
 pub(crate) mod cluster;
 mod held_up;
 mod no_primary;
+mod reached;
 mod servers;
 pub(crate) mod standing;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -37,15 +38,16 @@ use crate::heartbeat::{self, HeartbeatError};
 use crate::quantities;
 use crate::receive::upload::LONG;
 use crate::receive::{self, Beginning, ReceiveError, Received, Receiver, Shipping, Waiting};
-use crate::replication::{Replication, ReplicationError};
+use crate::replication::{Replication, ReplicationError, TCP_USER_TIMEOUT};
 use crate::repository::{Place, RepositoryError};
-use crate::resume::{self, Position, Refusal, Server, Start};
+use crate::resume::{self, Divergence, Position, Refusal, Server, Start};
 use crate::same_key;
 use crate::slots::{self, Alarm, Burden, Slot, SlotError};
 use crate::wal::piece::{self, Piece};
-use crate::wal::{self, Gap, Packed, WalError, WalMap, newest};
+use crate::wal::{self, Gap, Packed, WalError, WalMap, followed, newest};
 use cluster::{ClusterError, Known, NotLed};
 use no_primary::{NoPrimary, WATCH_EVERY};
+use reached::Reached;
 use servers::Servers;
 use standing::{Standing, Told};
 
@@ -96,6 +98,20 @@ pub enum FollowError {
     /// Receiving stopped.
     #[error(transparent)]
     Receive(#[from] ReceiveError),
+    /// The server gave up a connection from which nothing was read.
+    #[error(
+        "nothing was read from {node} while the repository took one object for {upload_s} s, so it ended the \
+         connection (tcp_user_timeout is 60 s); what was under way is sent again. The repository is too \
+         slow: see to it"
+    )]
+    TooSlow {
+        /// The server.
+        node: String,
+        /// How long an upload was under way.
+        upload_s: u64,
+        /// The connection's end.
+        source: ReplicationError,
+    },
     /// The WAL in the repository is not what it should be, or the repository failed.
     #[error(transparent)]
     Wal(#[from] WalError),
@@ -142,6 +158,25 @@ pub enum FollowError {
         node: String,
         /// The group.
         group: u32,
+    },
+    /// WAL of the group's earlier database cluster was stored before, and not here.
+    #[error(
+        "{place} holds no WAL, nor does the repository hold anything of group {group}, and WAL of its database \
+         cluster with system identifier {known} was stored in {stored_in}: nothing of {node} is received. Is \
+         the repository mounted, and are its prefix and bucket the right ones? If it is a new one, say so \
+         with `backup-agent begin --group {group}`, and take a backup"
+    )]
+    Elsewhere {
+        /// The place in the repository.
+        place: String,
+        /// The server.
+        node: String,
+        /// The group.
+        group: u32,
+        /// The other system identifier.
+        known: u64,
+        /// Where its WAL was stored.
+        stored_in: String,
     },
     /// The etcd that tells whether WAL was stored before did not answer.
     #[error(transparent)]
@@ -359,6 +394,8 @@ pub struct Follower {
     cluster: AtomicU64,
     /// Commits waited for us when that was last known.
     commits_wait: AtomicBool,
+    /// The newest timeline that is stored, for which a primary was refused a moment ago; 0 if none was.
+    newer_stored: AtomicU32,
 }
 
 impl Follower {
@@ -368,6 +405,7 @@ impl Follower {
         let (has_got_on, said_kept) = (AtomicBool::new(false), AtomicBool::new(false));
         let (said_unbounded, segment_bytes) = (AtomicBool::new(false), AtomicU64::new(0));
         let (cluster, commits_wait) = (AtomicU64::new(0), AtomicBool::new(false));
+        let newer_stored = AtomicU32::new(0);
         Self {
             context,
             group,
@@ -380,6 +418,7 @@ impl Follower {
             segment_bytes,
             cluster,
             commits_wait,
+            newer_stored,
         }
     }
 
@@ -416,6 +455,7 @@ impl Follower {
         let (mut servers, mut told) = (Servers::default(), BTreeMap::new());
         let (mut absence, mut told_servers) = (NoPrimary::default(), Told::default());
         let (mut known, mut slots_at) = (None, None::<Instant>);
+        let (mut reached, mut looked_at) = (Reached::default(), None::<Instant>);
         loop {
             let began_at = Instant::now();
             let nodes = match self.context.topology.nodes().await {
@@ -431,13 +471,22 @@ impl Follower {
             let observed = servers.look(&self.context.settings, &nodes, self.group).await;
             // A stream that works is not left for a server on a timeline that is over.
             let received_from = |state: &Following| state.received.and(state.from.clone());
-            let received = received_from(&self.state.borrow()).map(|it| it.timeline);
-            let own = self.own(&observed, &mut known).await;
-            let led = match &own {
-                Ok(own) => cluster::leading(&observed, *own, received),
-                Err(reason) => Err(reason.clone()),
-            };
-            let own = own.ok().flatten();
+            let received = received_from(&self.state.borrow());
+            let led = self.own(&observed, &mut known).await;
+            let own = led.as_ref().ok().copied().flatten();
+            let received = received.filter(|it| own.is_none_or(|own| own == it.system_identifier));
+            let received = received.map(|it| it.timeline);
+            let stored = Some(self.newer_stored.swap(0, Ordering::Relaxed)).filter(|it| *it > 0);
+            reached.see(&observed, own, received.max(stored));
+            let is_due = looked_at.is_none_or(|at| at.elapsed() >= WATCH_EVERY);
+            if received.is_none() && is_due && reached.is_in_doubt(&observed) {
+                looked_at = Some(Instant::now());
+                if let Some(stored) = self.newest_stored(own).await {
+                    reached.look_again(stored.newest_stored());
+                    reached.see(&observed, own, None);
+                }
+            }
+            let led = led.and_then(|own| cluster::leading(&observed, own, reached.timeline()));
             let (primary, no_primary) = match &led {
                 Ok((node, state)) => {
                     absence.is_over(&node.name);
@@ -449,7 +498,7 @@ impl Follower {
                 }
             };
             let newest = primary.as_ref().map(|it| it.timeline).or(received);
-            let standings = standing::standings(&observed, own, newest);
+            let standings = standing::standings(&observed, own, reached.timeline());
             told_servers.tell(&standings);
             self.state.send_if_modified(|state| {
                 let changed = state.primary != primary
@@ -506,6 +555,21 @@ impl Follower {
         }
         let none = Known::new();
         Ok(cluster::own(observed, followed, known.as_ref().map_or(&none, |(_, known)| known))?)
+    }
+
+    /// The newest that is stored of the group's database cluster, if that can be read soon.
+    async fn newest_stored(&self, own: Option<u64>) -> Option<WalMap> {
+        let place = self.context.repository.place(self.group, own?);
+        let read = async {
+            let segment_bytes = newest::segment_bytes(&place).await?;
+            WalMap::read_from(&place, segment_bytes, PgLsn::from(u64::MAX), &[]).await
+        };
+        match timeout(KNOWN_LIMIT, read).await {
+            Ok(Ok(stored)) => return Some(stored),
+            Ok(Err(failure)) => warn!(error = %chain(&failure), "stored timelines not read"),
+            Err(_) => warn!("stored timelines not read: no answer in time"),
+        }
+        None
     }
 
     /// Waits until the servers are to be asked again.
@@ -682,6 +746,11 @@ impl Follower {
                 }
             };
             let Err(failure) = outcome;
+            if let FollowError::Refused { source: Refusal::OldTimeline { stored, .. }, .. } =
+                &failure
+            {
+                self.newer_stored.store(*stored, Ordering::Relaxed);
+            }
             let text = chain(&failure).to_string();
             if failure.is_shutdown() {
                 info!(node = primary.node.name, "the server is shutting down");
@@ -760,16 +829,14 @@ impl Follower {
                 resume::start(&stored, &server, self.wal().on_divergence).map_err(|source| {
                     FollowError::Refused { node: primary.node.to_string(), source }
                 })?;
-            if let Some(it) = start.diverged {
-                error!(
-                    node = primary.node.name, timeline = it.timeline, from_lsn = %it.from_lsn,
-                    until_lsn = %it.until_lsn, bytes = it.bytes(),
-                    "the new primary lacks WAL that is stored; the commits in it can only be \
-                     restored on the old timeline"
-                );
+            if let Some(diverged) = start.diverged {
+                tell_lost(&primary.node, diverged);
             }
             require(&place, may_write)?;
             self.remove_superseded(&place, &mut stored).await?;
+            if !stored.followed.contains(&timeline) {
+                followed::mark(&place, timeline).await?;
+            }
             for (name, text) in files {
                 wal::store(&place, Packed::read(&name, text.as_bytes(), 1)?).await?;
             }
@@ -805,7 +872,11 @@ impl Follower {
                         Replication::connect(&settings, &primary.node, STALL_LIMIT).await?;
                     continue;
                 }
-                Err(failure) => return Err(failure.into()),
+                Err(failure) => {
+                    let upload_since = self.state.borrow().upload_since;
+                    let upload = upload_since.map(|since| since.elapsed());
+                    return Err(broken_off(&primary.node, failure, upload));
+                }
             }
             let (connection, ended) = stream.finish().await?;
             info!(
@@ -842,8 +913,11 @@ impl Follower {
         self.cluster.store(primary.system_identifier, Ordering::Relaxed);
         self.require_size(place, primary).await?;
         // The lease says that nobody but we may use it.
-        if self.context.etcd.is_some() && slots::free(&connection, slot_name).await? {
-            warn!(node = primary.node.name, slot = slot_name, "another connection had the slot");
+        if self.context.etcd.is_some()
+            && let Some(user) = slots::free(&connection, slot_name).await?
+        {
+            let (node, slot) = (&primary.node.name, slot_name);
+            warn!(node, slot, user, "another connection of the agent had the slot: it was ended");
         }
         let slot = slots::ensure(&connection, slot_name).await?;
         self.made(&primary.node, slot);
@@ -1014,12 +1088,17 @@ fn has_got_on(before: Option<Received>, now: Received) -> bool {
     now.lag_bytes() == Some(0) || known.is_some_and(|it| it.stored_lsn < now.stored_lsn)
 }
 
-/// Resolves when another server than `primary` is the primary. That none is seen is no reason to give a
-/// stream up that works.
+/// Resolves when another server than `primary` is the primary: also one of the same name, behind an address
+/// that moves. A primary's own timeline changes only when it is restarted. That none is seen is no reason to
+/// give a stream up that works.
 async fn other_primary(mut changes: watch::Receiver<Following>, primary: &Primary) -> Primary {
     let other = changes.wait_for(|state| {
         state.primary.as_ref().is_some_and(|it| {
-            it.node != primary.node || it.system_identifier != primary.system_identifier
+            // The connection that streams may have led to the new one already.
+            let streamed = state.received.map(|it| it.timeline).max(Some(primary.timeline));
+            it.node != primary.node
+                || it.system_identifier != primary.system_identifier
+                || Some(it.timeline) > streamed
         })
     });
     match other.await.ok().and_then(|state| state.primary.clone()) {
@@ -1142,9 +1221,51 @@ fn tell(alarms: &[Alarm], told: &mut Vec<Alarm>, burden: &Burden, node: &str) {
     *told = alarms.to_vec();
 }
 
+/// Says that a new primary, which is followed, lacks what is stored.
+fn tell_lost(node: &Node, it: Divergence) {
+    error!(
+        node = node.name, timeline = it.timeline, from_lsn = %it.from_lsn, until_lsn = %it.until_lsn,
+        bytes = it.bytes(),
+        "the new primary lacks WAL that is stored; the commits in it can only be restored on the old \
+         timeline"
+    );
+}
+
+/// Why receiving ended: a connection that breaks while an `upload` takes that long was not read from.
+fn broken_off(node: &Node, failure: ReceiveError, upload: Option<Duration>) -> FollowError {
+    match (failure, upload) {
+        (ReceiveError::Replication(source @ ReplicationError::Broken { .. }), Some(upload))
+            if upload >= TCP_USER_TIMEOUT =>
+        {
+            FollowError::TooSlow { node: node.to_string(), upload_s: upload.as_secs(), source }
+        }
+        (failure, _) => failure.into(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
+
+    #[test]
+    fn a_connection_from_which_nothing_was_read_says_why_it_broke() {
+        let node = Node { group: 0, name: "a".to_owned(), host: "a".to_owned(), port: 5432 };
+        let broken = || ReplicationError::Broken {
+            node: "a".to_owned(),
+            source: io::ErrorKind::ConnectionReset.into(),
+        };
+        for (case, upload_s, expected) in [
+            ("nothing was under way", None, false),
+            ("the store took it as it came", Some(59), false),
+            ("the store took nothing", Some(60), true),
+        ] {
+            let upload = upload_s.map(Duration::from_secs);
+            let found = broken_off(&node, broken().into(), upload);
+            assert_eq!(matches!(found, FollowError::TooSlow { .. }), expected, "{case}");
+        }
+    }
 
     #[tokio::test(start_paused = true)]
     async fn what_is_not_known_yet_has_a_state_of_its_own() {
@@ -1260,6 +1381,34 @@ mod tests {
                 () = changes => false,
             };
             assert_eq!(has_changed, expected, "{case}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_is_left_for_another_primary_only() {
+        let primary = |name: &str, timeline, system_identifier| {
+            let (name, host) = (name.to_owned(), "vip".to_owned());
+            let node = Node { group: 0, name, host, port: 5432 };
+            Primary { node, timeline, system_identifier, segment_bytes: 16 << 20 }
+        };
+        let (from, lsn) = (primary("a", 1, 7), PgLsn::from(10));
+        let received = |timeline| {
+            Some(Received { timeline, received_lsn: lsn, stored_lsn: lsn, server_lsn: lsn })
+        };
+        for (case, seen, received, is_left) in [
+            ("it is still the primary", Some(primary("a", 1, 7)), received(1), false),
+            ("none is seen", None, received(1), false),
+            ("another server is", Some(primary("b", 2, 7)), received(1), true),
+            ("of another cluster", Some(primary("a", 1, 8)), received(1), true),
+            ("its address leads to the new one", Some(primary("a", 2, 7)), received(1), true),
+            ("the stream does so, too", Some(primary("a", 2, 7)), received(2), false),
+            ("nothing came yet", Some(primary("a", 2, 7)), None, true),
+        ] {
+            let state = watch::Sender::new(Following { received, ..Following::default() });
+            state.send_modify(|it| it.primary = seen);
+            let other = other_primary(state.subscribe(), &from);
+            let found = timeout(Duration::from_secs(1), other).await.is_ok();
+            assert_eq!(found, is_left, "{case}");
         }
     }
 

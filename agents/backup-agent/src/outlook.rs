@@ -58,12 +58,15 @@ pub fn outlook(backups: &[Commit], wal: &WalMap, gaps: &[Gap], primary: Option<u
     // The newest may be of a standby that was far behind.
     let is_gap = |reach: Reach| {
         matches!(reach.then, Then::Gap { .. })
+            && wal.goes_on_after(&reach)
             && leading.iter().all(|it| it == newest || it.end_lsn <= reach.until_lsn)
     };
     Outlook {
         reachable_until: good.as_ref().and_then(|reach| reach.until),
         broken_at: good.and_then(|reach| match reach.then {
             Then::End => None,
+            // The end of a timeline that was left is stored after the history of the next.
+            Then::Gap { .. } if !wal.goes_on_after(&reach) => None,
             Then::Gap { segment } | Then::Conflict { segment } => Some(segment),
         }),
         needs_backup: gaps.any(|gap| Some(gap.until_lsn) > end_lsn),

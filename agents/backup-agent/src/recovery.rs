@@ -352,7 +352,7 @@ fn time(at: DateTime<Utc>) -> String {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, BTreeSet};
 
     use shared::pg::wal::{HistoryEntry, Segment};
 
@@ -448,6 +448,7 @@ pub(crate) mod tests {
             pieces: Pieces::new(),
             histories: histories.iter().map(|(timeline, it)| (*timeline, history(it))).collect(),
             history_times: BTreeMap::new(),
+            followed: BTreeSet::new(),
             strange: Vec::new(),
             unopened: Vec::new(),
             different: BTreeMap::new(),

@@ -6,7 +6,7 @@
 //!     wal/<timeline>/<16 hex digits>/<segment>-<content hash>
 //!     history/<file name>-<content hash>
 //!     tombstone/<backup id>
-//!     begun
+//!     begun  begun-<UTC time>
 //! ```
 //!
 //! A name below the system identifier's folder is the object's name, which is part of its key.

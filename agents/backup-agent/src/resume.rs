@@ -191,10 +191,7 @@ pub fn start(
         let segment = Segment { timeline, number }.name(stored.segment_bytes);
         return Err(Refusal::Behind { segment, timeline, found, stored: end });
     }
-    let diverged = end.filter(|_| newest < server.timeline).and_then(|until_lsn| {
-        let from_lsn = left_at(stored, server, newest);
-        (from_lsn < until_lsn).then_some(Divergence { timeline: newest, from_lsn, until_lsn })
-    });
+    let diverged = diverged(stored, server);
     if let (Some(divergence), OnDivergence::Refuse) = (diverged, on_divergence) {
         return Err(Refusal::Diverged(divergence));
     }
@@ -260,6 +257,30 @@ fn left_at(stored: &WalMap, server: &Server, timeline: u32) -> PgLsn {
         own.map(|own| own.min(entry.switch_lsn))
     };
     server.history.iter().rev().find_map(left).unwrap_or(PgLsn::from(0))
+}
+
+/// What is stored and not on the server's way, unless it parted from that before a timeline from which was
+/// received: then it was told. Its archiver may have stored WAL of the server's own before us.
+fn diverged(stored: &WalMap, server: &Server) -> Option<Divergence> {
+    let way = server.history.iter().map(|entry| entry.timeline).chain([server.timeline]);
+    let began = [PgLsn::from(0)].into_iter().chain(server.history.iter().map(|it| it.switch_lsn));
+    let told = way.zip(began).filter(|(timeline, _)| stored.followed.contains(timeline)).last();
+    let newest = stored.newest_with_wal();
+    let is_new = |timeline: u32, from_lsn: PgLsn| match told {
+        Some((_, began)) => began < from_lsn,
+        // A repository of before that was kept.
+        None => Some(timeline) == newest,
+    };
+    let beyond = |timeline: u32| {
+        let (from_lsn, until_lsn) = (left_at(stored, server, timeline), stored.end_of(timeline)?);
+        (from_lsn < until_lsn && is_new(timeline, from_lsn)).then_some(Divergence {
+            timeline,
+            from_lsn,
+            until_lsn,
+        })
+    };
+    let mut others = stored.with_wal().into_iter().rev().filter(|it| *it < server.timeline);
+    others.find_map(beyond)
 }
 
 /// Goes from `lsn` along the server's history to the first byte that is not stored; not past a segment with
@@ -472,10 +493,41 @@ mod tests {
         let refused = start(&ahead, &promoted, OnDivergence::Refuse);
         assert_eq!(refused, Err(Refusal::Diverged(divergence)));
 
-        // Once the new timeline is stored, it is no news.
-        let followed = stored(&[(1, 4)], &[(1, 5, 1800), (2, 5, 1100)], &[2]);
-        let expected = Start { at: at(2, lsn(5, 1100)), or_else: None, diverged: None };
-        assert_eq!(start(&followed, &promoted, OnDivergence::Refuse), Ok(expected));
+        // The new primary's archiver may have stored some of the new timeline before us: it is no news
+        // once that was received from.
+        let both = stored(&[(1, 4)], &[(1, 5, 1800), (2, 5, 1100)], &[2]);
+        for (case, followed, expected) in [
+            ("nobody knows", &[][..], None),
+            ("only the one before was received from", &[1], Some(divergence)),
+            ("it was told", &[1, 2], None),
+            ("the one before is older than the marks", &[2], None),
+        ] {
+            let followed = followed.iter().copied().collect();
+            let stored = WalMap { followed, ..both.clone() };
+            let start = start(&stored, &promoted, OnDivergence::Follow).unwrap();
+            assert_eq!((start.at, start.diverged), (at(2, lsn(5, 1100)), expected), "{case}");
+        }
+    }
+
+    /// An old primary archives its end when it comes back, long after the failover was told.
+    #[test]
+    fn what_was_left_before_the_last_failover_is_no_news() {
+        let left = |timeline, segment| HistoryEntry {
+            timeline,
+            switch_lsn: lsn(segment, 1000),
+            reason: String::new(),
+        };
+        let history = vec![left(1, 5), left(2, 7)];
+        let server = Server { timeline: 3, history, ..server(3, lsn(4, 0)) };
+        let both = |second| {
+            let mut map =
+                stored(&[(1, 4), (1, 5), (1, 6), (2, 5), (2, 6)], &[(2, 7, second)], &[2]);
+            map.followed = [1, 2].into();
+            start(&map, &server, OnDivergence::Follow).unwrap().diverged
+        };
+        assert_eq!(both(1000), None, "timeline 1 was left when timeline 2 was received from");
+        let (from_lsn, until_lsn) = (lsn(7, 1000), lsn(7, 1800));
+        assert_eq!(both(1800), Some(Divergence { timeline: 2, from_lsn, until_lsn }));
     }
 
     #[test]

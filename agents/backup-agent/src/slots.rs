@@ -125,16 +125,18 @@ pub async fn held_from(connection: &Connection, slot: &str) -> Result<Option<PgL
     Ok(connection.query(ask, &[&slot]).await?.first().map(|row| row.get(0)))
 }
 
-/// Ends the connection that uses a slot, and tells whether there was one: of a replica that was
+/// Ends the agent's connection that uses a slot, and tells who that was: a replica that was
 /// responsible before, and was stopped or cut off. The server would notice by itself only after
-/// `wal_sender_timeout`, 60 s by default.
+/// `wal_sender_timeout`, 60 s by default. Another program is left alone.
 ///
 /// # Errors
 ///
 /// The server did not answer or refused.
-pub async fn free(connection: &Connection, slot: &str) -> Result<bool, QueryError> {
+pub async fn free(connection: &Connection, slot: &str) -> Result<Option<String>, QueryError> {
     let end = "SELECT pg_terminate_backend(active_pid, 1000) FROM pg_replication_slots \
-               WHERE slot_name = $1 AND slot_type = 'physical' AND active_pid IS NOT NULL";
+               JOIN pg_stat_replication ON pid = active_pid AND application_name = slot_name \
+               WHERE slot_name = $1 AND slot_type = 'physical'";
+    let user = user(connection, slot).await?;
     let mut had_one = false;
     // A walsender first sends why it ends. To the full socket of a frozen replica it never gets that
     // through, and gives it up when it is told once more.
@@ -146,7 +148,7 @@ pub async fn free(connection: &Connection, slot: &str) -> Result<bool, QueryErro
             break;
         }
     }
-    Ok(had_one)
+    Ok(user.filter(|_| had_one))
 }
 
 /// Who uses a slot: `PID 4711 (pg_receivewal from 10.0.0.7)`; `None` if nobody does.

@@ -6,6 +6,7 @@ pub(crate) mod conflict;
 mod contents;
 #[cfg(test)]
 pub(crate) mod example;
+pub(crate) mod followed;
 pub mod growing;
 mod map;
 pub mod newest;
@@ -40,7 +41,7 @@ pub use absence::{Absence, absence};
 pub use map::{Reach, Then, WalMap};
 pub use packed::Packed;
 pub use put::{Stored, push, store, store_and_compare};
-pub use rekey::{locked, readable, rekey};
+pub use rekey::{locked, readable, rekey, tag};
 pub use timelines::{LeftBehind, Moment, Rivals};
 
 /// Hexadecimal digits of the content's hash in an object's name: 64 bits. It makes names

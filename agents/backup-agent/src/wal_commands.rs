@@ -69,12 +69,16 @@ pub struct Broken {
 /// The repository could not be read.
 pub async fn broken(place: &Place, retention: &Retention) -> Result<Broken, WalError> {
     let Stored { map, ranges, .. } = read(place, retention).await?;
-    let gaps = ranges.iter().filter(|range| matches!(range.next, Next::Gap { .. }));
+    let gaps = ranges.iter().filter(|range| is_gap(range));
     let gaps = gaps.map(|it| {
         format!("after {} of timeline {}: {}", it.until_lsn, it.timeline, then(&it.next))
     });
     let conflicts = conflicting(&map).map(|(_, conflict)| conflict.to_string());
     Ok(Broken { conflicts: conflicts.collect(), gaps: gaps.collect() })
+}
+
+fn is_gap(range: &Range) -> bool {
+    matches!(range.next, Next::Gap { .. } | Next::Unended { .. })
 }
 
 /// What a backup lacks of its own WAL, if it does: it may be the last that is stored, and no gap then.
@@ -109,7 +113,7 @@ pub async fn list(places: &[Place], retention: &Retention, as_json: bool) -> any
         lost.extend(lacking.into_iter().map(|(id, what)| format!("backup {id} {what}")));
         lost.extend(conflicting(&map).map(|(_, conflict)| conflict.to_string()));
         strange.extend(map.strange.iter().map(|name| place.key(name)));
-        gaps += ranges.iter().filter(|range| matches!(range.next, Next::Gap { .. })).count();
+        gaps += ranges.iter().filter(|range| is_gap(range)).count();
         values.extend(ranges.iter().map(|range| to_json(place, range)));
         if !ranges.is_empty() {
             let heading = heading(place.group, place.system_identifier);
@@ -160,6 +164,10 @@ fn then(next: &Next) -> String {
             let branches = branches.iter().map(|(timeline, at)| branched(*timeline, *at));
             branches.collect::<Vec<_>>().join(", ")
         }
+        Next::Unended { timeline, switch_lsn } => format!(
+            "GAP: {}, and what is before that is not stored yet, or lost",
+            branched(*timeline, *switch_lsn)
+        ),
         Next::Gap { until_lsn, reason: Some(reason) } => format!("GAP until {until_lsn}: {reason}"),
         Next::Gap { until_lsn, reason: None } => format!("GAP until {until_lsn}"),
         Next::Conflict { segment, .. } => {
@@ -195,6 +203,9 @@ fn to_json(place: &Place, range: &Range) -> Value {
                 let timelines: Vec<_> = branches.iter().map(branch).collect();
                 json!({ "reason": "timelines", "timelines": timelines })
             }
+            Next::Unended { timeline, switch_lsn } => json!({
+                "reason": "unended", "timeline": timeline, "switch_lsn": switch_lsn.to_string(),
+            }),
             Next::Gap { until_lsn, reason } => json!({
                 "reason": "gap", "until_lsn": until_lsn.to_string(), "recorded": reason,
             }),
@@ -269,7 +280,7 @@ pub async fn verify(
             bad += 1;
         }
         let segments = map.segments.values().flat_map(|timeline| timeline.values());
-        for range in ranges.iter().filter(|range| matches!(range.next, Next::Gap { .. })) {
+        for range in ranges.iter().filter(|range| is_gap(range)) {
             let after = format!("timeline {} after {}", range.timeline, range.until_lsn);
             complain(&mut table, &mut values, place, &after, &then(&range.next));
             bad += 1;

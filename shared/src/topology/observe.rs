@@ -30,6 +30,9 @@ pub struct NodeState {
     pub system_identifier: u64,
     /// On a primary the timeline it writes. On a standby the newest it has received or replayed.
     pub timeline: u32,
+    /// On a standby the timeline that it receives just now. `None` on one that receives nothing, whose
+    /// `timeline` may be older than what it has replayed; and on a primary.
+    pub received_timeline: Option<u32>,
     /// On a primary how far WAL is on its disk. On a standby how far streamed WAL is on its disk;
     /// `None` if it has streamed none since it started.
     pub flush_lsn: Option<PgLsn>,
@@ -251,9 +254,11 @@ pub async fn observe(settings: &Settings, node: &Node) -> Result<NodeState, Obse
 /// does not mix two answers. `pg_walfile_name()` is refused in recovery, and is there only for
 /// the timeline: the control file names the one of the last checkpoint, which after a promotion
 /// is still the old one. A standby has no function for its timeline, so the newest it knows counts.
+/// A WAL receiver that has just started shows the timeline that it is to ask for: nobody may have it. Until
+/// the first message both its times are the same.
 ///
 /// Source: PostgreSQL's documentation, "System Administration Functions" and "Control Data
-/// Functions".
+/// Functions"; `WalReceiverMain` in `walreceiver.c`.
 const ASK: &str = "
     SELECT role.in_recovery,
            (SELECT system_identifier FROM pg_control_system()) AS system_identifier,
@@ -264,6 +269,8 @@ const ASK: &str = "
                    (SELECT received_tli FROM pg_stat_wal_receiver))
                ELSE ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int
            END::bigint AS timeline,
+           CASE WHEN role.in_recovery THEN (SELECT received_tli::bigint FROM pg_stat_wal_receiver
+               WHERE last_msg_send_time <> last_msg_receipt_time) END AS received_timeline,
            CASE WHEN role.in_recovery
                THEN pg_last_wal_receive_lsn()
                ELSE pg_current_wal_flush_lsn()
@@ -297,6 +304,9 @@ pub async fn ask(connection: &Connection) -> Result<NodeState, ObserveError> {
         // The server shows this unsigned number as a signed one.
         system_identifier: number("system_identifier")?.cast_unsigned(),
         timeline: in_range("timeline", number("timeline")?)?,
+        received_timeline: column::<Option<i64>>(&row, "received_timeline", node)?
+            .map(|found| in_range("received_timeline", found))
+            .transpose()?,
         flush_lsn: column(&row, "flush_lsn", node)?,
         replay_lsn: column(&row, "replay_lsn", node)?,
         server_version: in_range("server_version", number("server_version")?)?,
@@ -328,6 +338,7 @@ mod tests {
             role,
             system_identifier: 7,
             timeline,
+            received_timeline: None,
             flush_lsn: None,
             replay_lsn: None,
             server_version: 170_002,

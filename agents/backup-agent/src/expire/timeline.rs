@@ -19,7 +19,7 @@ use crate::clocks::stored_now;
 use crate::manifest::BackupId;
 use crate::repository::{Place, RepositoryError};
 use crate::rival::{Asked, Line, Stays, may_go};
-use crate::wal::{WalError, WalMap};
+use crate::wal::{WalError, WalMap, followed};
 
 /// Why a timeline is not removed, or not all of it.
 #[derive(Debug, Error)]
@@ -214,6 +214,7 @@ fn prefixes(stored: &WalMap, line: Line<'_>, timeline: u32) -> Vec<String> {
         format!("partial/{timeline:08X}"),
         format!("gap/{timeline:08X}-"),
         format!("history/{timeline:08X}"),
+        followed::name(timeline),
     ];
     own.into_iter().chain(end_before(stored, line, timeline)).collect()
 }
@@ -241,6 +242,7 @@ fn kind(name: &str) -> (&'static str, &'static str) {
     match name.split('/').next().unwrap_or_default() {
         "wal" => ("WAL segments", "wal_segments"),
         "gap" => ("records of gaps", "gaps"),
+        "followed" => ("marks that it was followed", "marks"),
         "history" if is_history(name) => ("timeline histories", "histories"),
         "history" => (".backup files", "backup_labels"),
         _ if name.contains(".partial-") => (".partial files", "partial_files"),
@@ -287,6 +289,7 @@ mod tests {
             (format!("history/{segment}.00000028.backup-0123456789abcdef"), "backup_labels"),
             ("history/00000002.history-0123456789abcdef01234567".to_owned(), "histories"),
             ("gap/00000002-0000000004000000-0000000007000010".to_owned(), "gaps"),
+            ("followed/00000002".to_owned(), "marks"),
         ] {
             assert_eq!(kind(&name).1, key, "{name}");
             assert_eq!(is_history(&name), key == "histories", "{name}");

@@ -9,11 +9,12 @@ use shared::telemetry::chain;
 use shared::topology::{Group, GroupError, NodeState, Role};
 use thiserror::Error;
 
-use super::begun::BEGUN;
+use super::begun;
+use super::reached::Reached;
 use crate::repository::{Repository, RepositoryError};
 
-/// The database clusters of a group that the repository knows, and when it was said of each that WAL
-/// may be received of it; `None` if only base backups of it are there.
+/// The database clusters of a group that the repository knows, and when it was last said of each that it
+/// is the group's; `None` if only base backups of it are there.
 pub(crate) type Known = BTreeMap<u64, Option<DateTime<Utc>>>;
 
 /// Why a server is not taken for the group's.
@@ -23,8 +24,8 @@ pub enum ClusterError {
     #[error(
         "{node} is of the database cluster with system identifier {found}, and the repository holds {known} \
          for group {group}: nothing of {node} is stored. Is it the wrong server? Then correct the \
-         configuration. Was the database cluster made anew (initdb, pg_upgrade)? Then say so with \
-         `backup-agent begin --group {group}`, and take a backup"
+         configuration. Was the database cluster made anew (initdb, pg_upgrade), or is an earlier one back? \
+         Then say so with `backup-agent begin --group {group}`, and take a backup"
     )]
     Other {
         /// The group.
@@ -51,7 +52,7 @@ pub enum ClusterError {
 
 /// Why no server is the primary to follow.
 #[derive(Clone, Debug, Error)]
-pub(crate) enum NotLed {
+pub enum NotLed {
     /// There is none, or there are several.
     #[error(transparent)]
     Group(#[from] GroupError),
@@ -59,9 +60,7 @@ pub(crate) enum NotLed {
     #[error(transparent)]
     Cluster(#[from] ClusterError),
     /// What the repository holds of the group is not known.
-    #[error(
-        "several database clusters answer, and the repository does not say which is the group's: {0}"
-    )]
+    #[error("the repository does not say which database cluster is the group's: {0}")]
     Repository(String),
 }
 
@@ -70,7 +69,7 @@ pub(crate) enum NotLed {
 pub(crate) async fn known(repository: &Repository, group: u32) -> Result<Known, RepositoryError> {
     let mut known = Known::new();
     for place in repository.places(group).await? {
-        let mark = place.list(BEGUN, None, Some(1)).await?.first().map(|mark| mark.modified_at);
+        let mark = begun::last_said(&place).await?;
         if mark.is_some() || !place.list_folders("base/").await?.is_empty() {
             known.insert(place.system_identifier, mark);
         }
@@ -78,15 +77,21 @@ pub(crate) async fn known(repository: &Repository, group: u32) -> Result<Known, 
     Ok(known)
 }
 
-/// Refuses a server of another database cluster than the repository knows.
+/// The database cluster of which it was last said that it is the group's, and when that was; any one of
+/// several of which it never was.
+fn newest(known: &Known) -> Option<(u64, Option<DateTime<Utc>>)> {
+    known.iter().max_by_key(|(_, mark)| **mark).map(|(it, mark)| (*it, *mark))
+}
+
+/// Refuses a server of another database cluster than the repository knows, or of one that another has
+/// followed.
 pub(crate) fn require(
     known: &Known,
     (group, node, found): (u32, &Node, u64),
 ) -> Result<(), ClusterError> {
-    let newest = known.iter().max_by_key(|(_, mark)| **mark);
-    match newest {
-        Some((newest, _)) if !known.contains_key(&found) => {
-            Err(ClusterError::Other { group, node: node.to_string(), found, known: *newest })
+    match newest(known) {
+        Some((newest, mark)) if known.get(&found) != Some(&mark) => {
+            Err(ClusterError::Other { group, node: node.to_string(), found, known: newest })
         }
         _ => Ok(()),
     }
@@ -107,10 +112,8 @@ pub(crate) fn own(
         return Ok(Some(later.max_by_key(|it| begun(it)).copied().unwrap_or(followed)));
     }
     let mut candidates: Vec<u64> = present.keys().copied().collect();
-    if !known.is_empty() {
-        candidates.retain(|it| known.contains_key(it));
-        let newest = candidates.iter().map(begun).max();
-        candidates.retain(|it| Some(begun(it)) == newest);
+    if let Some((_, mark)) = newest(known) {
+        candidates.retain(|it| known.get(it) == Some(&mark));
     }
     match (candidates.as_slice(), present.first_key_value()) {
         ([only], _) => Ok(Some(*only)),
@@ -129,7 +132,7 @@ pub(crate) fn own(
 }
 
 /// The primary to follow, of the database cluster `own`: after a failover an old one may be back, on a
-/// lower timeline. None is that is on a lower one than `at_least`, which is received.
+/// lower timeline. None is that is on a lower one than `at_least`, which the cluster has reached.
 pub(crate) fn leading(
     group: &Group,
     own: Option<u64>,
@@ -176,11 +179,25 @@ pub(crate) fn leading(
     }
 }
 
+/// The newest primary of the only database cluster that answers, whether it is the group's or is to be.
+///
+/// # Errors
+///
+/// There is none, or several clusters answer.
+pub(crate) fn the_only(group: &Group) -> Result<(&Node, &NodeState), NotLed> {
+    match group.primary() {
+        Err(GroupError::SeveralPrimaries { .. }) => leading(group, None, None),
+        primary => Ok(primary?),
+    }
+}
+
 /// What a group is found to be, without anything that was followed before.
 #[derive(Debug)]
 pub(crate) struct Judged<'a> {
     /// Its database cluster, if that is known.
     pub(crate) own: Option<u64>,
+    /// The newest timeline that it is known to have reached.
+    pub(crate) newest: Option<u32>,
     /// The primary to follow.
     pub(crate) leader: Result<(&'a Node, &'a NodeState), NotLed>,
 }
@@ -189,18 +206,41 @@ pub(crate) struct Judged<'a> {
 pub(crate) async fn judge<'a>(repository: &Repository, group: &'a Group) -> Judged<'a> {
     let known = match known(repository, group.number).await {
         Ok(known) => known,
-        // Without several to choose from, nothing hangs on it.
-        Err(_) if is_one(group) => Known::new(),
+        // Without several to choose from, it is tried. What is there and does not open is told.
+        Err(RepositoryError::Store(_)) if is_one(group) => Known::new(),
         Err(failure) => {
             let leader = Err(NotLed::Repository(chain(&failure).to_string()));
-            return Judged { own: None, leader };
+            return Judged { own: None, newest: None, leader };
         }
     };
-    let newest = known.iter().max_by_key(|(_, mark)| **mark).map(|(newest, _)| *newest);
+    let newest = newest(&known).map(|(newest, _)| newest);
     match own(group, None, &known) {
-        Ok(own) => Judged { own: own.or(newest), leader: leading(group, own, None) },
-        Err(reason) => Judged { own: newest, leader: Err(reason.into()) },
+        Ok(own) => {
+            let mut reached = Reached::default();
+            reached.see(group, own, None);
+            let (leader, timeline) = (leading(group, own, reached.timeline()), reached.timeline());
+            Judged { own: own.or(newest), newest: timeline, leader }
+        }
+        Err(reason) => Judged { own: newest, newest: None, leader: Err(reason.into()) },
     }
+}
+
+/// A group of its own servers alone, and of its primaries the one to follow.
+///
+/// # Errors
+///
+/// There is none.
+pub(crate) async fn own_servers(
+    repository: &Repository,
+    mut group: Group,
+) -> Result<Group, NotLed> {
+    let (leader, state) = judge(repository, &group).await.leader?;
+    let (leader, own) = (leader.clone(), state.system_identifier);
+    let is_own = |node: &Node, state: &NodeState| {
+        state.system_identifier == own && (state.role == Role::Standby || *node == leader)
+    };
+    group.nodes.retain(|it| it.state.as_ref().map_or(true, |state| is_own(&it.node, state)));
+    Ok(group)
 }
 
 /// Whether all servers that answered are of one database cluster.
@@ -226,7 +266,15 @@ pub(super) mod tests {
     use super::*;
 
     /// A server's name, role, timeline and system identifier; `None` if it does not answer.
-    type Server<'a> = (&'a str, Option<(Role, u32, u64)>);
+    pub(in super::super) type Server<'a> = (&'a str, Option<(Role, u32, u64)>);
+
+    /// Added to the timeline of a standby that receives it.
+    const RECEIVES: u32 = 1 << 16;
+
+    /// A standby of cluster 7 that receives WAL of a timeline.
+    pub(in super::super) fn receiving(name: &str, timeline: u32) -> Server<'_> {
+        (name, Some((Role::Standby, RECEIVES + timeline, 7)))
+    }
 
     pub(in super::super) fn group(nodes: &[Server<'_>]) -> Group {
         let observation = |(name, state): &Server<'_>| {
@@ -235,7 +283,8 @@ pub(super) mod tests {
             let state = state.map(|(role, timeline, system_identifier)| NodeState {
                 role,
                 system_identifier,
-                timeline,
+                timeline: timeline % RECEIVES,
+                received_timeline: timeline.checked_sub(RECEIVES),
                 flush_lsn: None,
                 replay_lsn: None,
                 server_version: 170_002,
@@ -268,10 +317,27 @@ pub(super) mod tests {
             ("it holds neither", &both, None, vec![(9, begun(1))], Err("the repository holds 9")),
             ("it holds another", &x, None, vec![(7, begun(1))], Err("the repository holds 7")),
             ("it was made anew", &both, None, vec![(7, begun(1)), (8, begun(2))], Ok(Some(8))),
+            ("it is back", &a, None, vec![(7, begun(3)), (8, begun(2))], Ok(Some(7))),
+            (
+                "nobody said that it is back",
+                &a,
+                None,
+                vec![(7, begun(1)), (8, begun(2))],
+                Err("the repository holds 8"),
+            ),
+            (
+                "never said of the one before",
+                &a,
+                None,
+                vec![(7, None), (8, begun(1))],
+                Err("the repository holds 8"),
+            ),
+            ("of none was it said", &a, None, vec![(7, None), (8, None)], Ok(Some(7))),
             ("backups of both", &both, None, vec![(7, None), (8, None)], Err("mixes database")),
             ("one is followed", &both, Some(7), vec![(7, begun(1))], Ok(Some(7))),
             ("it is followed and away", &x, Some(7), vec![(7, begun(1))], Ok(Some(7))),
             ("an older one is back", &x, Some(7), vec![(8, begun(1)), (7, begun(2))], Ok(Some(7))),
+            ("it is back and begun", &a, Some(8), vec![(7, begun(3)), (8, begun(2))], Ok(Some(7))),
             ("one is begun", &x, Some(7), vec![(7, begun(1)), (8, begun(2))], Ok(Some(8))),
         ] {
             let known = known.into_iter().collect();
@@ -281,6 +347,27 @@ pub(super) mod tests {
                 }
                 (found, expected) => assert_eq!(found.ok(), expected.ok(), "{case}"),
             }
+        }
+    }
+
+    /// A restarted agent is as strict as one that has followed the cluster.
+    #[test]
+    fn the_one_of_which_it_was_last_said_is_received() {
+        let begun = |seconds| Some(DateTime::UNIX_EPOCH + TimeDelta::seconds(seconds));
+        let a = group(&[("a", Some((P, 1, 7)))]);
+        for (case, known, expected) in [
+            ("nothing is known", vec![], true),
+            ("only backups", vec![(7, None)], true),
+            ("only backups of both", vec![(7, None), (8, None)], true),
+            ("it is the only one", vec![(7, begun(1))], true),
+            ("another one", vec![(8, begun(1))], false),
+            ("another one came after it", vec![(7, begun(1)), (8, begun(2))], false),
+            ("it came back after another one", vec![(7, begun(3)), (8, begun(2))], true),
+            ("it is older than the marks", vec![(7, None), (8, begun(2))], false),
+        ] {
+            let known: Known = known.into_iter().collect();
+            let found = require(&known, (0, &a.nodes[0].node, 7));
+            assert_eq!(found.is_ok(), expected, "{case}: {found:?}");
         }
     }
 

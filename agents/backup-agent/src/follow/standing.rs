@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::Serialize;
-use shared::topology::{Group, Role};
+use shared::topology::{Group, NodeState, Role};
 use tokio::time::Instant;
 use tracing::{error, info, warn};
 
@@ -20,7 +20,7 @@ const TELL_EVERY: Duration = Duration::from_mins(10);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
 pub enum Standing {
-    /// It is that primary or on its timeline, as far as is known.
+    /// It is that primary or on its timeline.
     Ok,
     /// It does not answer.
     Unreachable,
@@ -33,19 +33,33 @@ pub enum Standing {
         #[serde(serialize_with = "as_text")]
         of_group: u64,
     },
-    /// A primary on a lower timeline than the one that is followed.
+    /// A primary on a lower timeline than the one that the group has reached.
     OldPrimary {
         /// Its timeline.
         timeline: u32,
-        /// The one that is followed.
+        /// The group's.
         newest: u32,
     },
-    /// A standby on another timeline than the primary.
+    /// A standby that receives WAL of a lower timeline than the group's.
     OtherTimeline {
+        /// Its timeline.
+        timeline: u32,
+        /// The group's.
+        newest: u32,
+    },
+    /// A standby on a higher timeline than the primary, and nobody knows where it has that from.
+    Ahead {
         /// Its timeline.
         timeline: u32,
         /// The primary's.
         newest: u32,
+    },
+    /// It cannot be told: no primary was seen yet, or a standby receives nothing.
+    Unknown {
+        /// Its timeline, or an older one.
+        timeline: u32,
+        /// The group's.
+        newest: Option<u32>,
     },
 }
 
@@ -57,8 +71,8 @@ fn as_text<S: serde::Serializer>(number: &u64, serializer: S) -> Result<S::Ok, S
 
 impl Standing {
     /// All of them, as `/status` and the metrics name them.
-    pub const NAMES: [&str; 5] =
-        ["ok", "unreachable", "other_cluster", "old_primary", "other_timeline"];
+    pub const NAMES: [&str; 7] =
+        ["ok", "unreachable", "other_cluster", "old_primary", "other_timeline", "ahead", "unknown"];
 
     /// What it is called.
     pub fn name(self) -> &'static str {
@@ -68,25 +82,40 @@ impl Standing {
             Self::OtherCluster { .. } => 2,
             Self::OldPrimary { .. } => 3,
             Self::OtherTimeline { .. } => 4,
+            Self::Ahead { .. } => 5,
+            Self::Unknown { .. } => 6,
         };
         Self::NAMES[index]
     }
 
-    /// What is wrong with the server, and what to do; `None` if nothing is, or if it does not answer.
+    /// What is wrong with the server, and what to do; `None` if nothing is, or if nobody knows.
     pub fn problem(self) -> Option<String> {
         match self {
-            Self::Ok | Self::Unreachable => None,
+            Self::Ok | Self::Unreachable | Self::Unknown { newest: None, .. } => None,
             Self::OtherCluster { system_identifier, of_group } => Some(format!(
                 "it is of another database cluster, {system_identifier} and not {of_group}, and left alone. \
                  Take it out of the configuration"
             )),
             Self::OldPrimary { timeline, newest } => Some(format!(
-                "an old primary that came back: it is a primary on timeline {timeline}, and timeline {newest} \
-                 is followed. What is written to it is not stored. Stop it, or make it a standby (pg_rewind)"
+                "an old primary that came back: it is a primary on timeline {timeline}, and the group is on \
+                 timeline {newest}. Do the applications write to another server? Then stop this one, or make \
+                 it a standby (pg_rewind). Do they write to this one? Then stop who is on timeline {newest}, take \
+                 it out of the configuration, and remove what it has stored: `backup-agent expire --timeline \
+                 {newest}`"
             )),
             Self::OtherTimeline { timeline, newest } => Some(format!(
                 "a standby on timeline {timeline}, and the primary is on {newest}: it does not follow, and \
                  its slot is not moved. Its log says why; pg_rewind it, or make it anew"
+            )),
+            Self::Ahead { timeline, newest } => Some(format!(
+                "a standby on timeline {timeline}, ahead of the primary, which is on {newest} and may be an old \
+                 one: find the server that this one followed. Until then leave it as it is: it may be the only \
+                 one with the newest data"
+            )),
+            Self::Unknown { timeline, newest: Some(newest) } => Some(format!(
+                "a standby that receives from no server. It was last known on timeline {timeline}, and the group \
+                 is on {newest}. Does it fetch its WAL (restore_command)? Then nothing is wrong. If not, its log \
+                 says why nothing comes"
             )),
         }
     }
@@ -94,16 +123,17 @@ impl Standing {
     /// How long it lasts before it is told; `None` if it never is.
     fn told_after(self) -> Option<Duration> {
         match self {
-            Self::Ok | Self::Unreachable => None,
+            Self::Ok | Self::Unreachable | Self::Unknown { newest: None, .. } => None,
             Self::OtherCluster { .. } => Some(Duration::ZERO),
             Self::OldPrimary { .. } => Some(SOON),
-            Self::OtherTimeline { .. } => Some(FOLLOWS_WITHIN),
+            Self::OtherTimeline { .. } | Self::Ahead { .. } | Self::Unknown { .. } => {
+                Some(FOLLOWS_WITHIN)
+            }
         }
     }
 }
 
-/// How the servers stand, if the group is of the database cluster `own`, and `newest` is the timeline that
-/// is followed; as far as is known.
+/// How the servers stand, if the group is of the database cluster `own` and has reached timeline `newest`.
 pub(crate) fn standings(
     group: &Group,
     own: Option<u64>,
@@ -111,21 +141,30 @@ pub(crate) fn standings(
 ) -> BTreeMap<String, Standing> {
     let standing = |observation: &shared::topology::Observation| {
         let Ok(state) = &observation.state else { return Standing::Unreachable };
-        let (timeline, system_identifier) = (state.timeline, state.system_identifier);
-        match (own, newest) {
-            (Some(of_group), _) if of_group != system_identifier => {
+        let system_identifier = state.system_identifier;
+        match own {
+            Some(of_group) if of_group != system_identifier => {
                 Standing::OtherCluster { system_identifier, of_group }
             }
-            (_, Some(newest)) if state.role == Role::Primary && timeline < newest => {
-                Standing::OldPrimary { timeline, newest }
-            }
-            (_, Some(newest)) if state.role == Role::Standby && timeline != newest => {
-                Standing::OtherTimeline { timeline, newest }
-            }
-            _ => Standing::Ok,
+            _ => on_timeline(state, newest),
         }
     };
     group.nodes.iter().map(|it| (it.node.name.clone(), standing(it))).collect()
+}
+
+fn on_timeline(state: &NodeState, newest: Option<u32>) -> Standing {
+    let timeline = state.timeline;
+    let Some(newest) = newest else { return Standing::Unknown { timeline, newest } };
+    match state.role {
+        _ if timeline == newest => Standing::Ok,
+        Role::Primary if timeline < newest => Standing::OldPrimary { timeline, newest },
+        Role::Primary => Standing::Ok,
+        Role::Standby if timeline > newest => Standing::Ahead { timeline, newest },
+        Role::Standby if state.received_timeline.is_some() => {
+            Standing::OtherTimeline { timeline, newest }
+        }
+        Role::Standby => Standing::Unknown { timeline, newest: Some(newest) },
+    }
 }
 
 /// What was told of the servers.
@@ -145,8 +184,8 @@ impl Told {
     /// Says what lasts, each ten minutes, and what is over.
     pub(super) fn tell(&mut self, servers: &BTreeMap<String, Standing>) {
         for (node, standing) in servers {
-            // Unknown: it may be as it was.
-            if *standing == Standing::Unreachable {
+            // It may be as it was.
+            if matches!(standing, Standing::Unreachable | Standing::Unknown { newest: None, .. }) {
                 continue;
             }
             let before = self.problems.remove(node);
@@ -167,10 +206,17 @@ impl Told {
             if problem.since.elapsed() >= after && is_due {
                 problem.told_at = Some(now);
                 let what = standing.problem().unwrap_or_default();
-                if matches!(standing, Standing::OtherTimeline { .. }) {
-                    warn!(node, problem = what, "a standby does not follow the primary");
-                } else {
-                    error!(node, problem = what, "a server does not belong in the group");
+                match standing {
+                    Standing::OtherTimeline { .. } => {
+                        warn!(node, problem = what, "a standby does not follow the primary");
+                    }
+                    Standing::Unknown { .. } => {
+                        warn!(node, problem = what, "a standby may not follow the primary");
+                    }
+                    Standing::Ahead { .. } => {
+                        error!(node, problem = what, "a standby is ahead of the primary");
+                    }
+                    _ => error!(node, problem = what, "a server does not belong in the group"),
                 }
             }
             self.problems.insert(node.clone(), problem);
@@ -183,7 +229,7 @@ impl Told {
 mod tests {
     use tokio::time::sleep;
 
-    use super::super::cluster::tests::group;
+    use super::super::cluster::tests::{group, receiving};
     use super::*;
 
     #[test]
@@ -193,7 +239,9 @@ mod tests {
             ("a", Some((p, 2, 7))),
             ("b", Some((p, 1, 7))),
             ("c", Some((s, 2, 7))),
-            ("d", Some((s, 1, 7))),
+            receiving("d", 1),
+            ("e", Some((s, 1, 7))),
+            ("f", Some((s, 3, 7))),
             ("x", Some((p, 9, 8))),
             ("y", Some((s, 2, 8))),
             ("z", None),
@@ -207,15 +255,27 @@ mod tests {
                 "a is followed",
                 Some(7),
                 Some(2),
-                "ok old_primary ok other_timeline other_cluster other_cluster unreachable",
+                "ok old_primary ok other_timeline unknown ahead other_cluster other_cluster unreachable",
             ),
             (
-                "no primary is seen",
+                "it is over, and the one that follows it is away",
+                Some(7),
+                Some(3),
+                "old_primary old_primary unknown other_timeline unknown ok other_cluster other_cluster \
+                 unreachable",
+            ),
+            (
+                "no primary was seen yet",
                 Some(7),
                 None,
-                "ok ok ok ok other_cluster other_cluster unreachable",
+                "unknown unknown unknown unknown unknown unknown other_cluster other_cluster unreachable",
             ),
-            ("nothing is known", None, None, "ok ok ok ok ok ok unreachable"),
+            (
+                "nothing is known",
+                None,
+                None,
+                "unknown unknown unknown unknown unknown unknown unknown unknown unreachable",
+            ),
         ] {
             assert_eq!(names(own, newest), expected, "{case}");
         }
@@ -223,6 +283,12 @@ mod tests {
             let is_said = standing.problem().is_some();
             assert_eq!(is_said, !["a", "c", "z"].contains(&node.as_str()), "{node}");
             assert_eq!(is_said, standing.told_after().is_some(), "{node}");
+            let is_newest = standing.name() == "ahead";
+            let advice = standing.problem().unwrap_or_default();
+            assert!(
+                !is_newest || !advice.contains("pg_rewind") && !advice.contains("anew"),
+                "{advice}"
+            );
         }
     }
 
@@ -241,6 +307,11 @@ mod tests {
         sleep(SOON).await;
         assert_eq!(at(old), first, "told a moment ago");
         assert_eq!(at(Standing::Unreachable), first, "nobody knows");
+        assert_eq!(
+            at(Standing::Unknown { timeline: 1, newest: None }),
+            first,
+            "nor without a primary"
+        );
         sleep(TELL_EVERY).await;
         assert!(at(old) > first, "told long ago");
         assert_eq!(at(Standing::Ok), None, "it is over");

@@ -37,9 +37,9 @@ const KEEPALIVES: &str =
 /// … and gives up one that takes nothing, in milliseconds: so soon as `wal_sender_timeout` would by
 /// default. A walsender that is told to end first sends why, and waits for a frozen agent's full socket
 /// for ever; a checkpoint that gives its slot up waits for the walsender, and `pg_wal` grows beyond
-/// `max_slot_wal_keep_size`. A store that takes nothing for so long costs the connection too, and
-/// nothing else: the slot holds back what was sent.
-const TCP_USER_TIMEOUT: &str = "-c tcp_user_timeout=60000";
+/// `max_slot_wal_keep_size`. A store that takes nothing for so long costs the connection too, and what
+/// was under way: the slot holds back what was sent.
+pub(crate) const TCP_USER_TIMEOUT: Duration = Duration::from_mins(1);
 /// Warnings kept for the log; a damaged table can cause one per page.
 const WARNINGS_MAX: usize = 100;
 
@@ -214,7 +214,8 @@ impl Replication {
         node: &Node,
         stall_limit: Duration,
     ) -> Result<Self, ReplicationError> {
-        let options = format!("{KEEPALIVES} {TCP_USER_TIMEOUT}");
+        let limit_ms = TCP_USER_TIMEOUT.as_millis();
+        let options = format!("{KEEPALIVES} -c tcp_user_timeout={limit_ms}");
         Self::connect_with(settings, node, stall_limit, &options).await
     }
 

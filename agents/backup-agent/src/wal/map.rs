@@ -8,6 +8,7 @@ use shared::telemetry::chain;
 use tokio_postgres::types::PgLsn;
 use tracing::warn;
 
+use super::followed;
 use super::piece::{self, Pieces};
 use super::times;
 use super::{WalError, WalObject, fetch_history, find, list_some, object, stem};
@@ -27,6 +28,8 @@ pub struct WalMap {
     pub histories: BTreeMap<u32, Vec<HistoryEntry>>,
     /// When the histories were stored, where all was read.
     pub history_times: BTreeMap<u32, DateTime<Utc>>,
+    /// The timelines from whose primary was received, where that was read.
+    pub followed: BTreeSet<u32>,
     /// Names of objects among the complete segments that are none.
     pub strange: Vec<String>,
     /// Objects that do not open, of segments of which another one does.
@@ -138,6 +141,7 @@ impl WalMap {
         }
         map.leave_out_unopened(place).await?;
         map.histories = histories(place).await?;
+        map.followed = followed::list(place).await?;
         Ok(map)
     }
 
@@ -362,9 +366,7 @@ impl WalMap {
                 }
                 Some([_, _, ..]) => Then::Conflict { segment: name() },
                 Some([]) | None if cover.furthest > cover.to => Then::Gap { segment: name() },
-                Some([]) | None if on == target && self.went_on(segment) => {
-                    Then::Gap { segment: name() }
-                }
+                Some([]) | None if self.went_on(segment) => Then::Gap { segment: name() },
                 Some([]) | None if self.is_beyond(target, history, segment) => Then::End,
                 Some([]) | None => Then::Gap { segment: name() },
             };
@@ -376,6 +378,16 @@ impl WalMap {
             let until_lsn = PgLsn::from(number * self.segment_bytes + more);
             return Some(Reach { timeline: target, until_lsn, until, then });
         }
+    }
+
+    /// Tells whether WAL is stored after what is missing where a recovery ends: otherwise it may be on
+    /// its way.
+    pub fn goes_on_after(&self, reach: &Reach) -> bool {
+        let Reach { timeline: target, until_lsn, .. } = *reach;
+        let history = self.way(target);
+        let number = segment_number(until_lsn, self.segment_bytes);
+        let on = self.on_the_way(target, until_lsn);
+        !self.is_beyond(target, history, Segment { timeline: on, number })
     }
 
     /// Tells whether nothing is stored after a segment, which is not complete, on the way to

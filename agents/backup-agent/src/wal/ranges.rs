@@ -35,6 +35,14 @@ pub enum Next {
     Newest,
     /// Later timelines branched off in it or at its end: which, and where.
     Timelines(Vec<(u32, PgLsn)>),
+    /// A later timeline branched off after it, and nothing is stored of what is between, nor of that
+    /// timeline: it is to come, or lost.
+    Unended {
+        /// The timeline.
+        timeline: u32,
+        /// Where.
+        switch_lsn: PgLsn,
+    },
     /// WAL is missing, and goes on later.
     Gap {
         /// Where it goes on.
@@ -62,7 +70,11 @@ pub fn ranges(map: &WalMap, gaps: &[Gap], is_spare: impl Fn(Segment) -> bool) ->
     let ranges = map.with_wal().into_iter().flat_map(|timeline| of_timeline(map, timeline, gaps));
     let mut ranges: Vec<_> = ranges.collect();
     for range in &mut ranges {
-        let Next::Gap { until_lsn, .. } = range.next else { continue };
+        let (Next::Gap { until_lsn, .. } | Next::Unended { switch_lsn: until_lsn, .. }) =
+            range.next
+        else {
+            continue;
+        };
         let number = |lsn: PgLsn| u64::from(lsn) / map.segment_bytes;
         let mut missing = number(range.until_lsn)..number(until_lsn);
         let across = across(map, range).filter(|(_, begins)| *begins == until_lsn);
@@ -200,7 +212,7 @@ fn stretch(map: &WalMap, segment: Segment) -> Range {
 impl Range {
     /// Whether something is wrong after it.
     pub fn is_broken(&self) -> bool {
-        matches!(self.next, Next::Gap { .. } | Next::Conflict { .. })
+        matches!(self.next, Next::Gap { .. } | Next::Unended { .. } | Next::Conflict { .. })
     }
 
     fn extend(&mut self, more: &Self) {
@@ -210,7 +222,7 @@ impl Range {
         self.until_lsn = more.until_lsn;
         self.segments += more.segments;
         self.object_bytes += more.object_bytes;
-        self.until = more.until;
+        self.until = more.until.or(self.until);
     }
 }
 
@@ -229,7 +241,14 @@ fn branches(map: &WalMap, range: &Range) -> Next {
         let left = map.began(*timeline).filter(|entry| entry.timeline == range.timeline)?;
         (range.from_lsn <= left.switch_lsn).then_some((*timeline, left.switch_lsn))
     };
-    match map.histories.keys().filter_map(branch).collect::<Vec<_>>() {
+    let branches: Vec<_> = map.histories.keys().filter_map(branch).collect();
+    // Otherwise the first segment of that timeline has what is before.
+    let is_empty = |timeline| map.numbers(timeline).next().is_none();
+    let beyond = branches.iter().find(|(it, at)| range.until_lsn < *at && is_empty(*it));
+    match branches {
+        _ if let Some((timeline, switch_lsn)) = beyond => {
+            Next::Unended { timeline: *timeline, switch_lsn: *switch_lsn }
+        }
         none if none.is_empty() => Next::Newest,
         branches => Next::Timelines(branches),
     }
@@ -343,12 +362,39 @@ mod tests {
         assert_eq!(found, [left, Next::Newest, Next::Newest]);
     }
 
+    /// The new primary's archiver stores the history, and that is lost before the rest came.
+    #[test]
+    fn a_timeline_that_was_left_after_what_is_stored_has_not_all() {
+        let entry = |segment: u64| HistoryEntry {
+            timeline: 1,
+            switch_lsn: (segment * SEGMENT + 500).into(),
+            reason: String::new(),
+        };
+        let unended = |segment: u64| Next::Unended {
+            timeline: 2,
+            switch_lsn: (segment * SEGMENT + 500).into(),
+        };
+        for (case, left_in, spare, expected) in [
+            ("in a later segment", 7, 0..0, unended(7)),
+            ("in the same", 4, 0..0, unended(4)),
+            ("nothing needs it", 7, 0..9, Next::Expired { until_lsn: (7 * SEGMENT + 500).into() }),
+        ] {
+            let mut map = stored(&[(1, 3)], &[(1, 4, 200)]);
+            map.histories.insert(2, vec![entry(left_in)]);
+            let found = ranges(&map, &[], |segment| spare.contains(&segment.number));
+            let [range] = found.as_slice() else { panic!("{case}: {found:?}") };
+            assert_eq!(range.next, expected, "{case}");
+            assert_eq!(range.is_broken(), spare.is_empty(), "{case}");
+        }
+    }
+
     /// Timeline 1 is stored up to offset 500 of segment 4; timeline 2 left it in segment 5.
     #[test]
     fn what_is_missing_where_a_timeline_began_is_a_gap() {
         let gap = |until: u64| Next::Gap { until_lsn: until.into(), reason: None };
         let switch = 5 * SEGMENT + 100;
         let left = || Next::Timelines(vec![(2, switch.into())]);
+        let unended = || Next::Unended { timeline: 2, switch_lsn: switch.into() };
         let first = |until, next| range(1, 3 * SEGMENT, until, next);
         let second = |from: u64| range(2, from * SEGMENT, 7 * SEGMENT, Next::Newest);
         for (case, complete, pieces, expected) in [
@@ -380,7 +426,7 @@ mod tests {
                 "it has just begun",
                 &[(1, 3)],
                 &[(1, 4, 500)],
-                vec![first(4 * SEGMENT + 500, left())],
+                vec![first(4 * SEGMENT + 500, unended())],
             ),
         ] {
             let mut map = stored(complete, pieces);

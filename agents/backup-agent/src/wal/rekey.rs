@@ -13,7 +13,7 @@ use crate::repository::{Place, RepositoryError};
 const TAG_DIGITS: usize = 8;
 
 /// What a history's name ends with where it is not the first of its content: it tells keys apart.
-pub(super) fn tag(keys: &KeyRing) -> String {
+pub fn tag(keys: &KeyRing) -> String {
     let (id, _) = keys.writing();
     let mut tag = hex::encode(blake3::hash(id.as_bytes()).as_bytes());
     tag.truncate(TAG_DIGITS);
