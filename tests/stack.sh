@@ -446,6 +446,8 @@ try_losses() {
         try "a restore of group $group reaches the last commit" reaches_last_commit "$group"
     done
     try "the coordinators' primary is the one before" equals "$leader" leader_of 0
+    # It asked its standby for the last time when etcd was lost, and that has another address since.
+    try "it can hand over" "$root/init-scripts/switchover.sh"
 }
 
 # is_another SERVICE CONTAINER: it has one, that is not this, and is healthy.
