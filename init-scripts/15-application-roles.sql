@@ -1,6 +1,7 @@
 -- The roles of people and applications, in the database that they use. May be run twice.
 --
---   pgmesh_owner      owns the tables. Citus asks that an owner may log in; it has no password, so nobody can
+--   pgmesh_owner      owns the tables. Citus asks that an owner may log in; it has no password, so nobody can. With
+--                     Citus its nodes can: 25-citus-logins.sql
 --   pgmesh_admin      people: makes tables and roles, sees and ends sessions. No superuser: that one is
 --                     inside the database containers only
 --   pgmesh_app        applications: reads and writes all rows

@@ -118,7 +118,3 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON namespaces, embedding_models, memory_ent
 GRANT SELECT ON namespaces, embedding_models, memory_entries, patterns, graph_nodes, trajectories TO pgmesh_readonly, pgmesh_mcp;
 GRANT INSERT ON memory_entries, patterns, trajectories TO pgmesh_mcp;
 RESET ROLE;
-\if :has_citus
-    -- To move a shard the agent needs the rights of its owner.
-    GRANT pgmesh_owner TO pgmesh_rebalance;
-\endif

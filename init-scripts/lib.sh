@@ -258,7 +258,7 @@ image_label() {
 }
 
 # The files that the database image is made of.
-readonly postgres_files=(configs/postgres/entrypoint.sh configs/postgres/initialise.sh configs/postgres/patroni-healthcheck.sh)
+readonly postgres_files=(configs/postgres/entrypoint.sh configs/postgres/initialise.sh configs/postgres/patroni-healthcheck.sh configs/postgres/patroni.py)
 
 ensure_postgres_image() {
     ensure_image "$postgres_image" configs/postgres/Dockerfile "$base_image" "${postgres_files[@]}" --

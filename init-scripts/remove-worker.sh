@@ -19,7 +19,7 @@ it. Its backups stay in the repository. So do its volumes, unless --remove-volum
 others they are removed by hand.
 
 Refused: below two worker groups; while the cluster is not well; while the rebalance agent cannot empty it (it
-must be in mode "apply"); and without Citus while tables stand there, which nobody else can move.
+must move shards: REBALANCE_MODE=apply in the profile); and without Citus while tables stand there, which nobody else can move.
 
 If it was stopped, run it again. Run again with --remove-volumes, it removes the volumes that were kept.
 
@@ -102,11 +102,20 @@ forget_in_patroni() {
         die "patronictl could not remove group $group" "see $cache/log/patroni-remove.log"
 }
 
+# As its primary ended, the coordinators' Patroni began a transaction that renames it, and waits there for the next one,
+# with a lock on pg_dist_node. Citus removes a node that does not answer only once it is disabled.
+forget_in_citus() {
+    superuser 0 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+        WHERE application_name = 'Patroni citus' AND state = 'idle in transaction' AND query LIKE '%citus_update_node%'" >/dev/null
+    superuser 0 "SELECT citus_disable_node(nodename, nodeport, true) FROM pg_dist_node WHERE groupid = $group AND noderole = 'primary' AND isactive" >/dev/null
+    superuser 0 "SELECT citus_remove_node(nodename, nodeport) FROM pg_dist_node WHERE groupid = $group ORDER BY noderole DESC" >/dev/null
+}
+
 forget() {
     local name container
     forget_in_patroni
     if [[ $CITUS == yes ]]; then
-        superuser 0 "SELECT citus_remove_node(nodename, nodeport) FROM pg_dist_node WHERE groupid = $group ORDER BY noderole DESC" >/dev/null
+        forget_in_citus
         docker exec "$(container_of rebalance-agent)" rebalance-agent undrain "$group" >/dev/null
     fi
     container=$(container_of health-monitor)

@@ -145,13 +145,22 @@ SQL
     sleep 1
     place_values
     password=$(<"$secrets/$name")
-    printf "ALTER ROLE %s PASSWORD '%s';\n" "${name%_password}" "${password//\'/\'\'}"
+    printf "BEGIN;\nALTER ROLE %s PASSWORD '%s';\n" "${name%_password}" "${password//\'/\'\'}"
+    [[ $CITUS == no ]] || citus_login "$password"
+    echo 'COMMIT;'
+}
+
+# What Citus' nodes log in with to each other changes with the role, as init-scripts/25-citus-logins.sql wrote it.
+citus_login() {
+    local info=${1//\\/\\\\}
+    info="password='${info//\'/\\\'}'"
+    printf "UPDATE pg_catalog.pg_dist_authinfo SET authinfo = '%s' WHERE rolename = '%s';\n" "${info//\'/\'\'}" "${name%_password}"
 }
 
 alter_role() {
     local group
     for group in $(groups); do
-        alteration | docker exec --interactive "$(primary_here "$group")" psql --no-psqlrc --quiet --set ON_ERROR_STOP=1 postgres ||
+        alteration | docker exec --interactive "$(primary_here "$group")" psql --no-psqlrc --quiet --set ON_ERROR_STOP=1 "$DATABASE" ||
             die "the password of ${name%_password} could not be changed in group $group" "see the message above, start again"
     done
     say "  ${name%_password} has its new password in the groups $(groups | xargs)"

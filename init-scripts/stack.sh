@@ -255,8 +255,8 @@ render_patroni() {
     done
     SYNCHRONOUS_MODE=false
     [[ $kind != coordinator ]] || SYNCHRONOUS_MODE=quorum
-    SUPERUSER_METHOD=reject
-    [[ $CITUS != yes ]] || SUPERUSER_METHOD=scram-sha-256
+    SUPERUSER_METHOD=reject LOOPBACK_METHOD=reject
+    [[ $CITUS != yes ]] || SUPERUSER_METHOD='scram-sha-256 clientcert=verify-ca' LOOPBACK_METHOD=scram-sha-256
     render "$root/configs/postgres/patroni.yml" >"$rendering/patroni-$kind.yml"
 }
 
@@ -301,7 +301,7 @@ render_database() {
     PATRONI_NAMESPACE="/service/$STACK/" PATRONI_SCOPE=$(patroni_scope "$GROUP") CITUS_ENVIRONMENT=''
     if [[ $CITUS == yes ]]; then
         PATRONI_NAMESPACE=/service/
-        CITUS_ENVIRONMENT=$(printf 'PATRONI_CITUS_DATABASE: %s\n      PATRONI_CITUS_GROUP: "%s"' "$DATABASE" "$GROUP")
+        CITUS_ENVIRONMENT=$(printf 'PATRONI_CITUS_DATABASE: %s\n      PATRONI_CITUS_GROUP: "%s"\n      PGMESH_CITUS: "yes"' "$DATABASE" "$GROUP")
     fi
     memory=${kind^^}_MEMORY cpus=${kind^^}_CPUS
     MEMORY=${!memory} CPUS=${!cpus}

@@ -20,7 +20,7 @@ is to be read, that a coordinator primary whose container is killed is replaced 
 part may be killed and a restore reaches the last commit then, and what operators do: switchover, rolling update,
 worker groups, rotation, the same with the scripts killed in the middle, restore; with the errors counted that clients see.
 
-  --only STEP     one of clients roles configurations failover losses switchover rolling_update workers rotation
+  --only STEP     one of clients roles configurations failover losses switchover rolling_update workers citus rotation
                   interruptions restore secrets
   --secrets NAMES what the step rotation replaces: "all", or names between blanks; otherwise one of each kind. Each takes
                   one to three minutes
@@ -73,7 +73,7 @@ try_clients() {
             client pgmesh_app "$port" sslmode=disable 'SELECT 1'
         try "with TLS 1.1 $port refuses" refused 'protocol|alert|version|no protocols' \
             client pgmesh_app "$port" 'sslmode=require ssl_min_protocol_version=TLSv1 ssl_max_protocol_version=TLSv1.1' 'SELECT 1'
-        try "the superuser is refused through $port" refused 'rejects|authentication failed|no such user' \
+        try "the superuser is refused through $port" refused 'rejects|authentication failed|no such user|valid client certificate' \
             client postgres "$port" sslmode=require 'SELECT 1'
     done
     try "a wrong password is refused" refused 'password authentication failed' wrong_password 5432
@@ -446,6 +446,8 @@ try_losses() {
         try "a restore of group $group reaches the last commit" reaches_last_commit "$group"
     done
     try "the coordinators' primary is the one before" equals "$leader" leader_of 0
+    # It asked its standby for the last time when etcd was lost, and that has another address since.
+    try "it can hand over" "$root/init-scripts/switchover.sh"
 }
 
 # is_another SERVICE CONTAINER: it has one, that is not this, and is healthy.
@@ -537,9 +539,11 @@ try_workers() {
     try "the lag exporter sees it" sees "worker-$group-1" lag-exporter lag-exporter show
     try "the backup agent has its backup" sees "$group" backup-agent backup-agent list --group "$group"
     try "status.sh shows it, and that all is well" "$root/init-scripts/status.sh"
-    in_service "worker-$group-1" psql --quiet "$DATABASE" --command 'CREATE TABLE mine (id int)'
-    try "remove-worker.sh refuses a group with tables that nobody moves" refused 'tables of its own in database app: mine' "$root/init-scripts/remove-worker.sh" "$group"
-    in_service "worker-$group-1" psql --quiet "$DATABASE" --command 'DROP TABLE mine'
+    if [[ $CITUS == no ]]; then
+        in_service "worker-$group-1" psql --quiet "$DATABASE" --command 'CREATE TABLE mine (id int)'
+        try "remove-worker.sh refuses a group with tables that nobody moves" refused 'tables of its own in database app: mine' "$root/init-scripts/remove-worker.sh" "$group"
+        in_service "worker-$group-1" psql --quiet "$DATABASE" --command 'DROP TABLE mine'
+    fi
     start_writer
     try "remove-worker.sh removes it" "$root/init-scripts/remove-worker.sh" "$group"
     try_load "remove-worker" "" .kept
@@ -549,6 +553,43 @@ try_workers() {
     try "its backup stays" sees "$group" backup-agent backup-agent list --group "$group"
     try "the verdict is healthy" is_well
     try "remove-worker.sh refuses a group that is not there" refused 'there is no worker group 99' "$root/init-scripts/remove-worker.sh" 99
+}
+
+# Only with an image that has Citus, and what moves only with REBALANCE_MODE=apply.
+try_citus() {
+    local group before
+    [[ $CITUS == yes ]] || { skip "Citus" "the database image has none" && return 0; }
+    try "all groups are registered" equals "$(groups | xargs)" on_coordinator \
+        "SELECT string_agg(groupid::text, ' ' ORDER BY groupid) FROM pg_dist_node WHERE noderole = 'primary' AND isactive"
+    try "the tables are distributed" equals 'embedding_models reference, graph_nodes distributed, memory_entries distributed, namespaces reference, patterns distributed, trajectories distributed' \
+        on_coordinator "SELECT string_agg(table_name || ' ' || citus_table_type, ', ' ORDER BY table_name::text) FROM citus_tables"
+    try "applications write to all shards" client pgmesh_app 6432 "$strict" "INSERT INTO memory_entries (namespace, key, value, embedding)
+        SELECT 'citus ' || n, n::text, '{}', array_fill(n, ARRAY[384])::vector FROM generate_series(1, 2000) AS n ON CONFLICT DO NOTHING"
+    try "readers read from all shards" equals 2000 client pgmesh_readonly 5433 "$strict" "SELECT count(*) FROM memory_entries WHERE namespace LIKE 'citus %'"
+    try "the rebalance agent plans" in_service rebalance-agent rebalance-agent plan
+    if [[ ${REBALANCE_MODE:-} != apply ]]; then
+        skip "moving shards" "REBALANCE_MODE is not apply"
+        return 0
+    fi
+    start_writer
+    try "add-worker.sh adds a group" "$root/init-scripts/add-worker.sh"
+    group=$(worker_groups | tail -n 1)
+    try "the rebalance agent moves shards to it" wait_for 300 "shards in group $group" has_shards "$group"
+    before=$(on_coordinator 'SELECT count(*) FROM memory_entries')
+    try "remove-worker.sh empties it, and removes it" "$root/init-scripts/remove-worker.sh" "$group" --remove-volumes
+    try_load "shards that move" "" .kept
+    try "no row is lost" equals "$before" on_coordinator 'SELECT count(*) FROM memory_entries'
+    try "Citus has forgotten it" equals 0 on_coordinator "SELECT count(*) FROM pg_dist_node WHERE groupid = $group"
+    try "the verdict is healthy" is_well
+}
+
+on_coordinator() {
+    sql "$(primary_here 0)" "$DATABASE" "$1"
+}
+
+has_shards() {
+    [[ $(on_coordinator "SELECT count(*) > 0 FROM pg_dist_placement JOIN pg_dist_shard USING (shardid) JOIN pg_dist_partition USING (logicalrelid)
+        WHERE partmethod = 'h' AND groupid = $1") == t ]]
 }
 
 # sees WHAT SERVICE COMMAND…
@@ -721,7 +762,7 @@ nothing_left() {
 }
 
 main() {
-    local full=no step steps=(clients roles configurations failover losses switchover rolling_update workers rotation interruptions restore secrets)
+    local full=no step steps=(clients roles configurations failover losses switchover rolling_update workers citus rotation interruptions restore secrets)
     rotated=(pgmesh_app_password pgmesh_backup_password pgmesh_replication_password haproxy_password pgmesh_backup_key s3)
     while [[ $# -gt 0 ]]; do
         case $1 in

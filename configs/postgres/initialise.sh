@@ -13,8 +13,16 @@ say() {
     printf 'pgmesh-initialise: %s\n' "$*"
 }
 
+# Not by PATRONI_CITUS_GROUP: Patroni takes its variables out of the environment.
+readonly citus=${PGMESH_CITUS:-no}
+
+# Citus' workers, too, would bring what is run here to all nodes, or refuse it: each does it for itself.
+options='-c client_min_messages=warning'
+[[ $citus == no || $group == 0 ]] || options+=' -c citus.enable_ddl_propagation=off'
+readonly options
+
 query() {
-    PGOPTIONS='-c client_min_messages=warning' psql --no-psqlrc --quiet --no-align --tuples-only --set ON_ERROR_STOP=1 "$@"
+    PGOPTIONS=$options psql --no-psqlrc --quiet --no-align --tuples-only --set ON_ERROR_STOP=1 "$@"
 }
 
 inputs() {
@@ -29,9 +37,10 @@ is_done() {
 # The roles in the database "postgres" too: rights on functions hold in one database.
 run_scripts() {
     local script
-    if [[ $(query --dbname postgres --command "SELECT count(*) FROM pg_database WHERE datname = '$database'") == 0 ]]; then
-        # With Citus the database is Patroni's to make.
-        [[ -z ${PATRONI_CITUS_GROUP:-} ]] || return 1
+    # With Citus the database and the extension are Patroni's to make.
+    if [[ $citus == yes ]]; then
+        [[ $(query --dbname "$database" --command "SELECT count(*) FROM pg_extension WHERE extname = 'citus'" 2>/dev/null) == 1 ]] || return 1
+    elif [[ $(query --dbname postgres --command "SELECT count(*) FROM pg_database WHERE datname = '$database'") == 0 ]]; then
         query --dbname postgres --command "CREATE DATABASE \"$database\"" || return 1
     fi
     query --dbname postgres --file "$scripts/10-roles.sql" >/dev/null || return 1
