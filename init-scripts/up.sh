@@ -351,8 +351,20 @@ Where to look
 TEXT
 }
 
+# Neither can what Citus has distributed be read without it, nor does what was made without become its own.
+refuse_other_base() {
+    local had=no remedy="init-scripts/down.sh removes the stack with its data and backups"
+    [[ -e $RENDERED/coordinator-1.yml ]] || return 0
+    ! grep -q PATRONI_CITUS_GROUP "$RENDERED/coordinator-1.yml" || had=yes
+    case $had-$CITUS in
+    yes-no) die "the stack $STACK is with Citus, and the image $POSTGRES_IMAGE has none" "name one that has it: POSTGRES_BASE_IMAGE or POSTGRES_IMAGE in the profile. $remedy" ;;
+    no-yes) die "the stack $STACK is without Citus, and the image $POSTGRES_IMAGE has it" "name one without, or restore the data into a stack of another name (STACK). $remedy" ;;
+    esac
+}
+
 bring_up() {
     detect_citus
+    refuse_other_base
     ensure_swarm
     ensure_places
     choose_encryption

@@ -146,6 +146,23 @@ try_configurations() {
         try "promtool takes prometheus.yml of production" production_promtool
         for name in "${agents[@]}"; do try "$name takes its configuration of production" production_agent "$name"; done
     fi
+    [[ $CITUS == yes ]] || try "up.sh refuses a database image with Citus on a stack without it" \
+        refused 'is without Citus, and the image pgmesh-test-citus has it' up_with_citus
+}
+
+# As far as up.sh can see before it starts anything.
+up_with_citus() {
+    docker rm --force pgmesh-test-citus >/dev/null 2>&1 || true
+    docker run --name pgmesh-test-citus --user 0 --entrypoint bash \
+        "$(docker service inspect --format '{{.Spec.TaskTemplate.ContainerSpec.Image}}' "${STACK}_coordinator-1")" \
+        -c 'touch "$(pg_config --pkglibdir 2>/dev/null || echo /usr/lib/postgresql/17/lib)/citus.so"' || return
+    docker commit pgmesh-test-citus pgmesh-test-citus >/dev/null
+    docker rm pgmesh-test-citus >/dev/null
+    local status=0
+    POSTGRES_IMAGE=pgmesh-test-citus BACKUP_AGENT_IMAGE=$(docker service inspect --format '{{.Spec.TaskTemplate.ContainerSpec.Image}}' "${STACK}_backup-agent") \
+        "$root/init-scripts/up.sh" --no-build --no-proof || status=$?
+    docker rmi pgmesh-test-citus >/dev/null
+    return $status
 }
 
 # Patroni 4.0 takes "quorum", and its validator does not know it.
