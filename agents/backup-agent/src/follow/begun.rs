@@ -69,25 +69,37 @@ pub(crate) async fn is_marked(place: &Place) -> Result<bool, RepositoryError> {
     Ok(!marks(place).await?.is_empty())
 }
 
-/// When it was last said of a place that the group is of its database cluster; `None` if it is not marked.
-/// The time is the one at which the mark was sealed: a copied repository has others.
-pub(super) async fn last_said(place: &Place) -> Result<Option<DateTime<Utc>>, RepositoryError> {
-    let mut locked: Option<(Option<DateTime<Utc>>, RepositoryError)> = None;
+/// What the newest mark of a place says.
+#[derive(Debug)]
+pub(super) enum Said {
+    /// When it was said of its database cluster that it is the group's; `None` if it never was.
+    At(Option<DateTime<Utc>>),
+    /// About when, by a mark whose key is not configured.
+    Locked(DateTime<Utc>, RepositoryError),
+}
+
+/// When it was last said of a place that its database cluster is the group's.
+pub(super) async fn last_said(place: &Place) -> Result<Said, RepositoryError> {
+    let mut locked: Option<(Mark, RepositoryError)> = None;
     for mark in marks(place).await?.into_iter().rev() {
         let sealed_at = match place.sealed_at(Kind::Begun, &mark.name).await {
             Err(error) if error.is_locked() => {
-                locked = locked.or(Some((mark.named, error)));
+                locked = locked.or(Some((mark, error)));
                 continue;
             }
             sealed_at => sealed_at?,
         };
         let at = mark.named.or(sealed_at).unwrap_or(mark.modified_at);
-        return match locked {
-            Some((Some(later), error)) if at < later => Err(error),
-            _ => Ok(Some(at)),
-        };
+        return Ok(match locked {
+            Some((Mark { named: Some(later), .. }, error)) if at < later => {
+                Said::Locked(later, error)
+            }
+            _ => Said::At(Some(at)),
+        });
     }
-    locked.map_or(Ok(None), |(_, error)| Err(error))
+    Ok(locked.map_or(Said::At(None), |(mark, error)| {
+        Said::Locked(mark.named.unwrap_or(mark.modified_at), error)
+    }))
 }
 
 /// Says that a group is of a place's database cluster from now on, whatever was said before.
@@ -96,8 +108,17 @@ pub(super) async fn last_said(place: &Place) -> Result<Option<DateTime<Utc>>, Re
 ///
 /// The repository failed, or another mark of the group does not open.
 pub(crate) async fn begin(repository: &Repository, place: &Place) -> Result<(), RepositoryError> {
-    let known = cluster::known(repository, place.group).await?;
-    let newest = known.into_values().flatten().max();
+    let mut newest = None;
+    for place in repository.places(place.group).await? {
+        for it in marks(&place).await? {
+            // A key may be lost: what is said now counts nevertheless.
+            let sealed_at = match place.sealed_at(Kind::Begun, &it.name).await {
+                Err(error) if error.is_locked() => None,
+                sealed_at => sealed_at?,
+            };
+            newest = newest.max(Some(it.named.or(sealed_at).unwrap_or(it.modified_at)));
+        }
+    }
     // By this host's clock, which may be behind the one before.
     let after = newest.map(|newest| newest + TimeDelta::microseconds(1));
     mark(place, &name(after.map_or(Utc::now(), |after| after.max(Utc::now())))).await
@@ -118,7 +139,8 @@ async fn rekey(
     may_write: &(dyn Fn() -> bool + Sync),
 ) -> Result<(), FollowError> {
     for place in repository.places(group).await? {
-        let Some(at) = last_said(&place).await? else { continue };
+        // Another was begun after one that is locked, or nothing would be received.
+        let Said::At(Some(at)) = last_said(&place).await? else { continue };
         let marks = marks(&place).await?;
         let newest = marks.last().and_then(|it| it.named);
         let mut is_there = false;
@@ -301,6 +323,12 @@ mod tests {
 
         let locked = cluster::known(&with(&["k2"]).await, 0).await.unwrap_err();
         assert!(locked.is_locked() && locked.to_string().contains("begun"), "{locked}");
+        let lost = TempDir::new().unwrap();
+        let only = async |keys: &[&str]| repository(lost.path(), keys).await;
+        mark(&only(&["k1"]).await.place(0, 7), BEGUN).await.unwrap();
+        let anew = only(&["k2"]).await;
+        begin(&anew, &anew.place(0, 8)).await.unwrap();
+        assert_eq!(newest(&anew).await, Some(8), "the key of the one before is lost");
         let both = with(&["k2", "k1"]).await;
         rekey(&both, 0, &|| true).await.unwrap();
         rekey(&both, 0, &|| true).await.unwrap();

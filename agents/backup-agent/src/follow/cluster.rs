@@ -9,7 +9,7 @@ use shared::telemetry::chain;
 use shared::topology::{Group, GroupError, NodeState, Role};
 use thiserror::Error;
 
-use super::begun;
+use super::begun::{self, Said};
 use super::reached::Reached;
 use crate::repository::{Repository, RepositoryError};
 
@@ -60,21 +60,38 @@ pub enum NotLed {
     #[error(transparent)]
     Cluster(#[from] ClusterError),
     /// What the repository holds of the group is not known.
-    #[error("the repository does not say which database cluster is the group's: {0}")]
+    #[error(
+        "the repository does not say which database cluster is the group's: {0}. Mend that; if it cannot be, \
+         as where a key is lost, `backup-agent begin` says it anew"
+    )]
     Repository(String),
 }
 
 /// Reads which database clusters the repository knows of a group. WAL alone proves nothing: the archiver
 /// of any server stores it.
 pub(crate) async fn known(repository: &Repository, group: u32) -> Result<Known, RepositoryError> {
-    let mut known = Known::new();
+    let (mut known, mut locked) = (Known::new(), None);
     for place in repository.places(group).await? {
-        let mark = begun::last_said(&place).await?;
+        let mark = match begun::last_said(&place).await? {
+            Said::At(mark) => mark,
+            Said::Locked(at, error) => {
+                known.insert(place.system_identifier, None);
+                if locked.as_ref().is_none_or(|(before, _)| *before < at) {
+                    locked = Some((at, error));
+                }
+                continue;
+            }
+        };
         if mark.is_some() || !place.list_folders("base/").await?.is_empty() {
             known.insert(place.system_identifier, mark);
         }
     }
-    Ok(known)
+    match locked {
+        // What was said later counts.
+        Some((at, _)) if Some(at) < known.values().flatten().copied().max() => Ok(known),
+        Some((_, error)) => Err(error),
+        None => Ok(known),
+    }
 }
 
 /// The database cluster of which it was last said that it is the group's, and when that was; any one of
