@@ -412,7 +412,14 @@ impl Place {
         kind: Kind,
         name: &str,
     ) -> Result<Option<DateTime<Utc>>, RepositoryError> {
-        Ok(self.open(kind, name, None).await?.opener.sealed_at())
+        match self.open(kind, name, None).await {
+            Ok(object) => Ok(object.opener.sealed_at()),
+            // Who asks is about to write.
+            Err(RepositoryError::Container(ContainerError::WrongKey { name, key_id })) => {
+                Err(RepositoryError::OtherKey { name, key_id })
+            }
+            Err(error) => Err(error),
+        }
     }
 }
 
