@@ -486,6 +486,8 @@ async fn what_is_shown_is_of_the_server_that_is_followed() {
     let text = fs::read_to_string(receiving.scene.config()).unwrap();
     write(&receiving.scene.config(), &text.replace("127.0.0.1:0", &address));
     receiving.restart_agent().await;
+    receiving.agent.logged("`backup-agent begin --group 0`", LIMIT).await;
+    receiving.scene.run(&["begin"]).await.assert_success();
     receiving.stored_all().await;
     let expected = "SELECT system_identifier FROM pg_control_system()";
     let expected = receiving.primary().psql(expected).await;
