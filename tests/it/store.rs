@@ -161,6 +161,31 @@ async fn the_s3_server_of_the_tests_keeps_its_promises() {
     assert!(server.bucket().keys("some/prefix/").len() > 4);
 }
 
+/// What is deleted while it is listed is there or not, but never a part of itself.
+#[tokio::test]
+async fn a_list_beside_deletions_tells_all_of_each_object() {
+    let server = S3Server::start().await;
+    let (store, _directory) = open_s3(server.endpoint(), "").await;
+    let churn = async {
+        for number in 0..60 {
+            let keys: Vec<_> = (0..8).map(|it| format!("{number}/{it}")).collect();
+            for key in &keys {
+                store.put(key, bytes(1), None).await.unwrap();
+            }
+            store.delete_all(keys).await.unwrap();
+        }
+    };
+    let lists = async {
+        loop {
+            store.list("", None, None).await.unwrap();
+        }
+    };
+    tokio::select! {
+        () = churn => {}
+        () = lists => {}
+    }
+}
+
 #[tokio::test]
 async fn a_server_that_ignores_conditions_is_survived() {
     let server = S3Server::start().await;

@@ -328,7 +328,7 @@ impl S3 for Storage {
         let written_at = self.written_at(&self.holding(bucket, key)?, key);
         let mut response = self.files.head_object(request).await?;
         let output = &mut response.output;
-        output.last_modified = written_at;
+        output.last_modified = written_at.or(output.last_modified.take());
         output.storage_class = take_class(&mut output.metadata).map(StorageClass::from);
         Ok(response)
     }
@@ -351,7 +351,8 @@ impl S3 for Storage {
         for object in response.output.contents.iter_mut().flatten() {
             let Some(key) = &object.key else { continue };
             object.e_tag = bucket.etag(key).map(ETag::Strong);
-            object.last_modified = self.written_at(&bucket, key);
+            // One that was deleted meanwhile is told as it was listed.
+            object.last_modified = self.written_at(&bucket, key).or(object.last_modified.take());
             object.storage_class = bucket.storage_class(key).map(ObjectStorageClass::from);
         }
         Ok(response)
