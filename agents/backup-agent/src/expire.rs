@@ -280,10 +280,7 @@ async fn mark(
         let name = format!("tombstone/{backup_id}");
         let text = serde_json::to_vec(&tombstone)
             .map_err(|source| RepositoryError::Content { name: name.clone(), source })?;
-        match place.put(Kind::Tombstone, &name, &text, 1).await {
-            Ok(_) | Err(RepositoryError::Conflict { .. }) => {}
-            Err(error) => return Err(error),
-        }
+        place.put_once(Kind::Tombstone, &name, &text).await?;
         info!(%backup_id, "backup marked as deleted");
     }
     Ok(())

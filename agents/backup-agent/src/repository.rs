@@ -305,6 +305,23 @@ impl Place {
         Ok(salt)
     }
 
+    /// Like [`put`](Self::put), where one of that name says the same.
+    ///
+    /// # Errors
+    ///
+    /// The store failed.
+    pub async fn put_once(
+        &self,
+        kind: Kind,
+        name: &str,
+        plain: &[u8],
+    ) -> Result<(), RepositoryError> {
+        match self.put(kind, name, plain, 1).await {
+            Ok(_) | Err(RepositoryError::Conflict { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Stores an object that is sealed already.
     ///
     /// # Errors

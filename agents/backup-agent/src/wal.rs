@@ -482,10 +482,7 @@ pub async fn store_gap(place: &Place, gap: &Gap) -> Result<(), RepositoryError> 
     let name = format!("gap/{:08X}-{from:016X}-{until:016X}", gap.timeline);
     let wrong = |source| RepositoryError::Content { name: name.clone(), source };
     let text = serde_json::to_vec(gap).map_err(wrong)?;
-    match place.put(Kind::Gap, &name, &text, 1).await {
-        Ok(_) | Err(RepositoryError::Conflict { .. }) => Ok(()),
-        Err(error) => Err(error),
-    }
+    place.put_once(Kind::Gap, &name, &text).await
 }
 
 /// Reads the recorded gaps, oldest first.

@@ -289,7 +289,8 @@ impl S3 {
         let head = self.client.head_object().bucket(&self.bucket).key(self.full(key)).send().await;
         match head {
             Ok(output) => {
-                self.info("head", key, (output.content_length(), output.last_modified())).map(Some)
+                let told = (Some(key), output.content_length(), output.last_modified());
+                self.info("head", told).map(Some)
             }
             Err(error) if status(&error) == Some(404) => Ok(None),
             Err(error) => Err(self.failed("head", key, error)),
@@ -318,8 +319,9 @@ impl S3 {
             let page = page.map_err(|error| self.failed("list", prefix, error))?;
             self.check_list(prefix, &page)?;
             for object in page.contents() {
-                let key = self.own(object.key().unwrap_or_default());
-                found.push(self.info("list", &key, (object.size(), object.last_modified()))?);
+                let key = object.key().map(|key| self.own(key));
+                let told = (key.as_deref(), object.size(), object.last_modified());
+                found.push(self.info("list", told)?);
             }
             if found.len() >= limit {
                 break;
@@ -356,19 +358,14 @@ impl S3 {
     fn info(
         &self,
         operation: &'static str,
-        key: &str,
-        (bytes, at): (Option<i64>, Option<&S3DateTime>),
+        (key, bytes, at): (Option<&str>, Option<i64>, Option<&S3DateTime>),
     ) -> Result<ObjectInfo, StoreError> {
         let bytes = bytes.and_then(|it| u64::try_from(it).ok());
-        match (key, bytes, moment(at)) {
-            (key, Some(bytes), Some(modified_at)) if !key.is_empty() => {
-                Ok(ObjectInfo { key: key.to_owned(), bytes, modified_at })
-            }
-            _ => {
-                let reason = "the store does not tell the object's name, length and time";
-                Err(self.error(operation, key, StoreErrorKind::Unavailable, reason))
-            }
+        if let (Some(key), Some(bytes), Some(modified_at)) = (key, bytes, moment(at)) {
+            return Ok(ObjectInfo { key: key.to_owned(), bytes, modified_at });
         }
+        let reason = "the store does not tell the object's name, length and time";
+        Err(self.error(operation, key.unwrap_or_default(), StoreErrorKind::Unavailable, reason))
     }
 
     /// Whether a page of a list holds what it says, and says where the next one begins.

@@ -110,14 +110,11 @@ pub(super) async fn last_said(place: &Place) -> Result<Said, RepositoryError> {
 pub(crate) async fn begin(repository: &Repository, place: &Place) -> Result<(), RepositoryError> {
     let mut newest = None;
     for place in repository.places(place.group).await? {
-        for it in marks(&place).await? {
+        newest = newest.max(match last_said(&place).await? {
+            Said::At(at) => at,
             // A key may be lost: what is said now counts nevertheless.
-            let sealed_at = match place.sealed_at(Kind::Begun, &it.name).await {
-                Err(error) if error.is_locked() => None,
-                sealed_at => sealed_at?,
-            };
-            newest = newest.max(Some(it.named.or(sealed_at).unwrap_or(it.modified_at)));
-        }
+            Said::Locked(at, _) => Some(at),
+        });
     }
     // By this host's clock, which may be behind the one before.
     let after = newest.map(|newest| newest + TimeDelta::microseconds(1));
@@ -125,10 +122,7 @@ pub(crate) async fn begin(repository: &Repository, place: &Place) -> Result<(), 
 }
 
 async fn mark(place: &Place, name: &str) -> Result<(), RepositoryError> {
-    match place.put(Kind::Begun, name, b"", 1).await {
-        Ok(_) | Err(RepositoryError::Conflict { .. }) => Ok(()),
-        Err(error) => Err(error),
-    }
+    place.put_once(Kind::Begun, name, b"").await
 }
 
 /// Stores the newest mark of each of a group's places once more with the key that writes, unless it is

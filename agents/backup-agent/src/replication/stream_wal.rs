@@ -286,8 +286,11 @@ mod tests {
     use super::*;
     use crate::stream::Io;
 
-    /// Gives a little at a time, as TLS does, and then nothing.
-    struct Bits(VecDeque<Vec<u8>>);
+    /// Gives a little at a time, as TLS does, and then nothing; takes anything, unless it is gone.
+    struct Bits {
+        sent: VecDeque<Vec<u8>>,
+        is_gone: bool,
+    }
 
     impl AsyncRead for Bits {
         fn poll_read(
@@ -295,7 +298,7 @@ mod tests {
             _: &mut Context<'_>,
             buffer: &mut ReadBuf<'_>,
         ) -> Poll<io::Result<()>> {
-            match self.0.pop_front() {
+            match self.sent.pop_front() {
                 Some(bit) => {
                     buffer.put_slice(&bit);
                     Poll::Ready(Ok(()))
@@ -311,7 +314,11 @@ mod tests {
             _: &mut Context<'_>,
             data: &[u8],
         ) -> Poll<io::Result<usize>> {
-            Poll::Ready(Ok(data.len()))
+            Poll::Ready(if self.is_gone {
+                Err(io::ErrorKind::BrokenPipe.into())
+            } else {
+                Ok(data.len())
+            })
         }
 
         fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -343,7 +350,7 @@ mod tests {
     fn connection(bits: VecDeque<Vec<u8>>) -> Replication {
         Replication {
             node: "postgres-1".to_owned(),
-            stream: Box::new(Bits(bits)),
+            stream: Box::new(Bits { sent: bits, is_gone: false }),
             buffer: BytesMut::new(),
             stall_limit: Duration::from_secs(1),
             warnings: Vec::new(),
@@ -373,41 +380,6 @@ mod tests {
         assert_eq!(history, ("n".to_owned(), "c".to_owned()));
     }
 
-    /// Takes nothing any more; what it sent before is there.
-    struct Gone(Bits);
-
-    impl AsyncRead for Gone {
-        fn poll_read(
-            mut self: Pin<&mut Self>,
-            context: &mut Context<'_>,
-            buffer: &mut ReadBuf<'_>,
-        ) -> Poll<io::Result<()>> {
-            Pin::new(&mut self.0).poll_read(context, buffer)
-        }
-    }
-
-    impl AsyncWrite for Gone {
-        fn poll_write(
-            self: Pin<&mut Self>,
-            _: &mut Context<'_>,
-            _: &[u8],
-        ) -> Poll<io::Result<usize>> {
-            Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
-        }
-
-        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Poll::Ready(Ok(()))
-        }
-
-        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-            Poll::Ready(Ok(()))
-        }
-    }
-
-    impl Io for Gone {
-        fn ignore(&mut self) {}
-    }
-
     #[tokio::test]
     async fn what_the_server_said_last_counts_and_not_that_it_is_gone() {
         let killed = said(b'E', b"SFATAL\0C57P01\0Mterminating connection\0\0");
@@ -417,8 +389,8 @@ mod tests {
             ("it said nothing", Vec::new(), "broken pipe"),
         ] {
             let bits: VecDeque<_> = [message(0, b"x"), last].into();
-            let bits = bits.into_iter().filter(|it| !it.is_empty()).collect();
-            let stream = Box::new(Gone(Bits(bits)));
+            let sent = bits.into_iter().filter(|it| !it.is_empty()).collect();
+            let stream = Box::new(Bits { sent, is_gone: true });
             let connection = Replication { stream, ..connection(VecDeque::new()) };
             let mut stream = WalStream { connection, ended: None };
             let failure = stream.report(7.into(), false).await.unwrap_err();

@@ -15,10 +15,7 @@ pub(crate) fn name(timeline: u32) -> String {
 
 /// Marks a timeline; the same again is fine.
 pub(crate) async fn mark(place: &Place, timeline: u32) -> Result<(), RepositoryError> {
-    match place.put(Kind::Followed, &name(timeline), b"", 1).await {
-        Ok(_) | Err(RepositoryError::Conflict { .. }) => Ok(()),
-        Err(error) => Err(error),
-    }
+    place.put_once(Kind::Followed, &name(timeline), b"").await
 }
 
 /// The timelines that are marked.

@@ -85,10 +85,7 @@ pub async fn rekey(place: &Place) -> Result<(), WalError> {
             Err(error) => return Err(error),
         }
         let name = format!("{}{hash}{}", stem(&file), tag(place.keys()));
-        match place.put(Kind::History, &name, &text, 1).await {
-            Ok(_) | Err(RepositoryError::Conflict { .. }) => {}
-            Err(error) => return Err(error.into()),
-        }
+        place.put_once(Kind::History, &name, &text).await?;
     }
     Ok(())
 }
