@@ -1,7 +1,7 @@
 //! The stored WAL as ranges without a gap. Pure.
 
 use chrono::{DateTime, Utc};
-use shared::pg::wal::Segment;
+use shared::pg::wal::{HistoryEntry, Segment, segment_number};
 use tokio_postgres::types::PgLsn;
 
 use super::piece::cover;
@@ -242,9 +242,18 @@ fn branches(map: &WalMap, range: &Range) -> Next {
         (range.from_lsn <= left.switch_lsn).then_some((*timeline, left.switch_lsn))
     };
     let branches: Vec<_> = map.histories.keys().filter_map(branch).collect();
-    // Otherwise the first segment of that timeline has what is before.
+    // The first segment of that timeline has what is before; or that of one after it, if it was left soon.
     let is_empty = |timeline| map.numbers(timeline).next().is_none();
-    let beyond = branches.iter().find(|(it, at)| range.until_lsn < *at && is_empty(*it));
+    let is_copied = |from: u32, number| {
+        let after = |history: &[HistoryEntry]| history.iter().any(|it| it.timeline == from);
+        let mut after = map.histories.iter().filter(|(_, history)| after(history));
+        after.any(|(timeline, _)| map.covered(Segment { timeline: *timeline, number }) > 0)
+    };
+    let is_missing = |(timeline, at): &&(u32, PgLsn)| {
+        let number = segment_number(*at, map.segment_bytes);
+        range.until_lsn < *at && is_empty(*timeline) && !is_copied(*timeline, number)
+    };
+    let beyond = branches.iter().find(is_missing);
     match branches {
         _ if let Some((timeline, switch_lsn)) = beyond => {
             Next::Unended { timeline: *timeline, switch_lsn: *switch_lsn }
@@ -256,8 +265,6 @@ fn branches(map: &WalMap, range: &Range) -> Next {
 
 #[cfg(test)]
 mod tests {
-    use shared::pg::wal::HistoryEntry;
-
     use super::*;
     use crate::wal::example::{SEGMENT, at, stored};
 
@@ -385,6 +392,27 @@ mod tests {
             let [range] = found.as_slice() else { panic!("{case}: {found:?}") };
             assert_eq!(range.next, expected, "{case}");
             assert_eq!(range.is_broken(), spare.is_empty(), "{case}");
+        }
+    }
+
+    /// Archivers store complete segments only, and two failovers may come within one.
+    #[test]
+    fn a_timeline_without_a_segment_of_its_own_is_in_that_of_the_next() {
+        let left = |timeline, offset: u64| HistoryEntry {
+            timeline,
+            switch_lsn: (4 * SEGMENT + offset).into(),
+            reason: String::new(),
+        };
+        for (case, complete, is_broken) in [
+            ("the next has it", &[(1, 3), (3, 4)][..], false),
+            ("the next began later", &[(1, 3), (3, 5)], true),
+            ("nobody has it", &[(1, 3)], true),
+        ] {
+            let mut map = stored(complete, &[]);
+            map.histories.insert(2, vec![left(1, 500)]);
+            map.histories.insert(3, vec![left(1, 500), left(2, 900)]);
+            let found = ranges(&map, &[], |_| false);
+            assert_eq!(found[0].is_broken(), is_broken, "{case}: {found:?}");
         }
     }
 
