@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, Utc};
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 use shared::pg::wal::{HistoryEntry, Segment, WalFile, segment_number};
 use shared::telemetry::chain;
 use tokio_postgres::types::PgLsn;
@@ -14,6 +15,9 @@ use super::times;
 use super::{WalError, WalObject, fetch_history, find, list_some, object, stem};
 use crate::manifest::Commit;
 use crate::repository::{Place, RepositoryError};
+
+/// Histories that are read at once.
+pub(super) const AT_ONCE: usize = 8;
 
 /// All WAL of one database cluster in the repository, as far as names tell.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -416,27 +420,36 @@ pub(super) async fn pieces_since(
 
 /// Reads every timeline history in the repository that a configured key opens.
 pub(super) async fn histories(place: &Place) -> Result<BTreeMap<u32, Vec<HistoryEntry>>, WalError> {
-    let (mut histories, mut locked) = (BTreeMap::new(), BTreeMap::new());
-    let mut known = BTreeSet::new();
+    // Those of one content are sealed with different keys.
+    let mut objects = BTreeMap::<_, Vec<WalObject>>::new();
     for wal in place.list("history/", None, None).await?.into_iter().filter_map(object) {
         // The size of a segment does not matter to the name of a history file.
-        let Ok(WalFile::History { timeline }) = WalFile::parse(&wal.file, 1 << 20) else {
-            continue;
-        };
-        // Once more, sealed with another key.
-        if known.contains(&(timeline, wal.hash.clone())) {
-            continue;
+        if let Ok(WalFile::History { timeline }) = WalFile::parse(&wal.file, 1 << 20) {
+            objects.entry((timeline, wal.hash.clone())).or_default().push(wal);
         }
-        match fetch_history(place, &wal).await {
-            Err(error) if error.is_locked() => drop(locked.insert(timeline, error)),
-            history => {
-                histories.insert(timeline, history?);
-                known.insert((timeline, wal.hash));
+    }
+    let read = |((timeline, _), objects): (_, Vec<WalObject>)| async move {
+        let mut locked = None;
+        for wal in objects {
+            match fetch_history(place, &wal).await {
+                Err(error) if error.is_locked() => locked = Some(error),
+                history => return Ok((timeline, Ok(history?))),
             }
+        }
+        Ok::<_, WalError>((timeline, Err(locked)))
+    };
+    let read = stream::iter(objects.into_iter().map(read)).buffered(AT_ONCE);
+    let read: Vec<(u32, Result<_, Option<WalError>>)> = read.try_collect().await?;
+    let (mut histories, mut locked) = (BTreeMap::new(), BTreeMap::new());
+    for (timeline, history) in read {
+        match history {
+            Ok(history) => drop(histories.insert(timeline, history)),
+            Err(error) => drop(locked.insert(timeline, error)),
         }
     }
     for (timeline, error) in locked.iter().filter(|(it, _)| !histories.contains_key(it)) {
-        warn!(timeline, error = %chain(error), "history left out: what is on its timeline leads nowhere");
+        let error = error.as_ref().map(|error| chain(error).to_string());
+        warn!(timeline, error, "history left out: what is on its timeline leads nowhere");
     }
     Ok(histories)
 }

@@ -4,6 +4,9 @@
 
 use std::collections::BTreeMap;
 
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+
+use super::map::AT_ONCE;
 use super::{HASH_DIGITS, WalError, WalObject, is_hex, object, read, stem};
 use crate::container::Kind;
 use crate::keys::KeyRing;
@@ -64,30 +67,32 @@ pub async fn rekey(place: &Place) -> Result<(), WalError> {
             histories.entry((wal.file.clone(), wal.hash.clone())).or_default().push(wal);
         }
     }
-    for ((file, hash), objects) in histories {
-        let mut is_there = false;
-        for wal in &objects {
-            is_there = is_there || place.has_same_key(Kind::History, &wal.name).await?;
+    let each = histories.into_values().map(|objects| rekey_one(place, objects));
+    stream::iter(each).buffer_unordered(AT_ONCE).try_collect().await
+}
+
+/// The same of one history, of which these are the objects.
+async fn rekey_one(place: &Place, objects: Vec<WalObject>) -> Result<(), WalError> {
+    for wal in &objects {
+        if place.has_same_key(Kind::History, &wal.name).await? {
+            return Ok(());
         }
-        if is_there {
-            continue;
-        }
-        let mut text = Vec::new();
-        let found = readable(place, objects).await?;
-        let take = |chunk: &[u8]| {
-            text.extend_from_slice(chunk);
-            Ok(())
-        };
-        match read(place, &found[0], take).await {
-            Ok(()) => {}
-            // The server may have it.
-            Err(error) if error.is_locked() => continue,
-            Err(error) => return Err(error),
-        }
-        let name = format!("{}{hash}{}", stem(&file), tag(place.keys()));
-        place.put_once(Kind::History, &name, &text).await?;
     }
-    Ok(())
+    let mut text = Vec::new();
+    let found = readable(place, objects).await?;
+    let Some(first) = found.first() else { return Ok(()) };
+    let take = |chunk: &[u8]| {
+        text.extend_from_slice(chunk);
+        Ok(())
+    };
+    match read(place, first, take).await {
+        Ok(()) => {}
+        // The server may have it.
+        Err(error) if error.is_locked() => return Ok(()),
+        Err(error) => return Err(error),
+    }
+    let name = format!("{}{}{}", stem(&first.file), first.hash, tag(place.keys()));
+    Ok(place.put_once(Kind::History, &name, &text).await?)
 }
 
 /// The histories that no configured key opens, and why.
