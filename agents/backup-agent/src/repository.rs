@@ -63,6 +63,19 @@ pub enum RepositoryError {
         /// The id.
         key_id: String,
     },
+    /// A mark that says which database cluster is a group's does not open.
+    #[error(
+        "{place} does not say whether its database cluster is that of group {group}: mend it, or say which one \
+         is with `backup-agent begin --group {group}`"
+    )]
+    Unsaid {
+        /// The place in the repository.
+        place: String,
+        /// The group.
+        group: u32,
+        /// Why the mark does not open.
+        source: Box<RepositoryError>,
+    },
     /// The object is authentic, but its content makes no sense to this release.
     #[error("read {name}")]
     Content {
@@ -81,6 +94,7 @@ impl RepositoryError {
             Self::Container(_)
             | Self::Conflict { .. }
             | Self::OtherKey { .. }
+            | Self::Unsaid { .. }
             | Self::Content { .. } => false,
         }
     }
@@ -103,7 +117,10 @@ impl RepositoryError {
                 | ContainerError::Codec { .. } => false,
             },
             Self::Content { .. } => true,
-            Self::Store(_) | Self::Conflict { .. } | Self::OtherKey { .. } => false,
+            Self::Store(_)
+            | Self::Conflict { .. }
+            | Self::OtherKey { .. }
+            | Self::Unsaid { .. } => false,
         }
     }
 

@@ -74,31 +74,31 @@ pub(crate) async fn is_marked(place: &Place) -> Result<bool, RepositoryError> {
 pub(super) enum Said {
     /// When it was said of its database cluster that it is the group's; `None` if it never was.
     At(Option<DateTime<Utc>>),
-    /// About when, by a mark whose key is not configured.
-    Locked(DateTime<Utc>, RepositoryError),
+    /// About when, by a mark that does not open: its key is not configured, or it is damaged.
+    Unopened(DateTime<Utc>, RepositoryError),
 }
 
 /// When it was last said of a place that its database cluster is the group's.
 pub(super) async fn last_said(place: &Place) -> Result<Said, RepositoryError> {
-    let mut locked: Option<(Mark, RepositoryError)> = None;
+    let mut unopened: Option<(Mark, RepositoryError)> = None;
     for mark in marks(place).await?.into_iter().rev() {
         let sealed_at = match place.sealed_at(Kind::Begun, &mark.name).await {
-            Err(error) if error.is_locked() => {
-                locked = locked.or(Some((mark, error)));
+            Err(error @ RepositoryError::Container(_)) => {
+                unopened = unopened.or(Some((mark, error)));
                 continue;
             }
             sealed_at => sealed_at?,
         };
         let at = mark.named.or(sealed_at).unwrap_or(mark.modified_at);
-        return Ok(match locked {
+        return Ok(match unopened {
             Some((Mark { named: Some(later), .. }, error)) if at < later => {
-                Said::Locked(later, error)
+                Said::Unopened(later, error)
             }
             _ => Said::At(Some(at)),
         });
     }
-    Ok(locked.map_or(Said::At(None), |(mark, error)| {
-        Said::Locked(mark.named.unwrap_or(mark.modified_at), error)
+    Ok(unopened.map_or(Said::At(None), |(mark, error)| {
+        Said::Unopened(mark.named.unwrap_or(mark.modified_at), error)
     }))
 }
 
@@ -106,14 +106,14 @@ pub(super) async fn last_said(place: &Place) -> Result<Said, RepositoryError> {
 ///
 /// # Errors
 ///
-/// The repository failed, or another mark of the group does not open.
+/// The repository failed.
 pub(crate) async fn begin(repository: &Repository, place: &Place) -> Result<(), RepositoryError> {
     let mut newest = None;
     for place in repository.places(place.group).await? {
         newest = newest.max(match last_said(&place).await? {
             Said::At(at) => at,
             // A key may be lost: what is said now counts nevertheless.
-            Said::Locked(at, _) => Some(at),
+            Said::Unopened(at, _) => Some(at),
         });
     }
     // By this host's clock, which may be behind the one before.
@@ -133,7 +133,7 @@ async fn rekey(
     may_write: &(dyn Fn() -> bool + Sync),
 ) -> Result<(), FollowError> {
     for place in repository.places(group).await? {
-        // Another was begun after one that is locked, or nothing would be received.
+        // Of one that does not open nothing is needed, or nothing would be received.
         let Said::At(Some(at)) = last_said(&place).await? else { continue };
         let marks = marks(&place).await?;
         let newest = marks.last().and_then(|it| it.named);
@@ -235,6 +235,7 @@ mod tests {
     use std::path::Path;
     use std::time::{Duration, SystemTime};
 
+    use shared::telemetry::chain;
     use tempfile::TempDir;
 
     use super::*;
@@ -316,11 +317,16 @@ mod tests {
         let known = cluster::known(&before, 0).await.unwrap();
 
         let locked = cluster::known(&with(&["k2"]).await, 0).await.unwrap_err();
-        assert!(locked.is_locked() && locked.to_string().contains("begun"), "{locked}");
+        let locked = chain(&locked).to_string();
+        for part in ["v1/demo/0/8", "begun-", "key k1, which is not configured", "begin --group 0"]
+        {
+            assert!(locked.contains(part), "{locked}");
+        }
         let lost = TempDir::new().unwrap();
         let only = async |keys: &[&str]| repository(lost.path(), keys).await;
         mark(&only(&["k1"]).await.place(0, 7), BEGUN).await.unwrap();
         let anew = only(&["k2"]).await;
+        assert_eq!(newest(&anew).await, Some(7), "there is no other");
         begin(&anew, &anew.place(0, 8)).await.unwrap();
         assert_eq!(newest(&anew).await, Some(8), "the key of the one before is lost");
         let both = with(&["k2", "k1"]).await;
@@ -335,20 +341,30 @@ mod tests {
         // Said with the new key alone: who has only the old one does not know what it says.
         begin(&both, &both.place(0, 7)).await.unwrap();
         let locked = cluster::known(&with(&["k1"]).await, 0).await.unwrap_err();
-        assert!(locked.is_locked(), "{locked}");
+        assert!(chain(&locked).to_string().contains("key k2, which is not"), "{locked}");
         assert_eq!(newest(&with(&["k2"]).await).await, Some(7));
     }
 
     #[tokio::test]
-    async fn a_mark_that_is_damaged_is_named() {
+    async fn a_mark_that_is_damaged_counts_until_another_is_said() {
         let directory = TempDir::new().unwrap();
         let repository = repository(directory.path(), &["k1"]).await;
-        let place = repository.place(0, 7);
-        begin(&repository, &place).await.unwrap();
-        let name = marks(&place).await.unwrap().remove(0).name;
-        fs::write(directory.path().join("r").join(place.key(&name)), [0; 200]).unwrap();
-        let error = cluster::known(&repository, 0).await.unwrap_err();
-        assert!(error.is_damage() && error.to_string().contains(&name), "{error}");
+        let (old, new) = (repository.place(0, 7), repository.place(0, 8));
+        let damage = async |place: &Place| {
+            let name = marks(place).await.unwrap().pop().unwrap().name;
+            fs::write(directory.path().join("r").join(place.key(&name)), [0; 200]).unwrap();
+            name
+        };
+        begin(&repository, &old).await.unwrap();
+        damage(&old).await;
+        assert_eq!(newest(&repository).await, Some(7), "there is no other");
+        begin(&repository, &new).await.unwrap();
+        assert_eq!(newest(&repository).await, Some(8), "of one that does not matter any more");
+        let name = damage(&new).await;
+        let error = chain(&cluster::known(&repository, 0).await.unwrap_err()).to_string();
+        assert!(error.contains(&name) && error.contains("v1/demo/0/8"), "{error}");
+        begin(&repository, &old).await.unwrap();
+        assert_eq!(newest(&repository).await, Some(7), "it was said anew");
     }
 
     #[test]

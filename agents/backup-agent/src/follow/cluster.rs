@@ -8,6 +8,7 @@ use shared::pg::Node;
 use shared::telemetry::chain;
 use shared::topology::{Group, GroupError, NodeState, Role};
 use thiserror::Error;
+use tracing::warn;
 
 use super::begun::{self, Said};
 use super::reached::Reached;
@@ -60,24 +61,21 @@ pub enum NotLed {
     #[error(transparent)]
     Cluster(#[from] ClusterError),
     /// What the repository holds of the group is not known.
-    #[error(
-        "the repository does not say which database cluster is the group's: {0}. Mend that; if it cannot be, \
-         as where a key is lost, `backup-agent begin` says it anew"
-    )]
+    #[error("the repository does not say which database cluster is the group's: {0}")]
     Repository(String),
 }
 
 /// Reads which database clusters the repository knows of a group. WAL alone proves nothing: the archiver
 /// of any server stores it.
 pub(crate) async fn known(repository: &Repository, group: u32) -> Result<Known, RepositoryError> {
-    let (mut known, mut locked) = (Known::new(), None);
+    let (mut known, mut unopened) = (Known::new(), None::<(DateTime<Utc>, String, _)>);
     for place in repository.places(group).await? {
         let mark = match begun::last_said(&place).await? {
             Said::At(mark) => mark,
-            Said::Locked(at, error) => {
+            Said::Unopened(at, error) => {
                 known.insert(place.system_identifier, None);
-                if locked.as_ref().is_none_or(|(before, _)| *before < at) {
-                    locked = Some((at, error));
+                if unopened.as_ref().is_none_or(|(before, ..)| *before < at) {
+                    unopened = Some((at, place.location(), error));
                 }
                 continue;
             }
@@ -86,10 +84,17 @@ pub(crate) async fn known(repository: &Repository, group: u32) -> Result<Known, 
             known.insert(place.system_identifier, mark);
         }
     }
-    match locked {
-        // What was said later counts.
-        Some((at, _)) if Some(at) < known.values().flatten().copied().max() => Ok(known),
-        Some((_, error)) => Err(error),
+    match unopened {
+        // What was said later counts; and without several there is nothing to choose from.
+        Some((at, ..)) if Some(at) < known.values().flatten().copied().max() => Ok(known),
+        Some((_, place, error)) if known.len() > 1 => {
+            Err(RepositoryError::Unsaid { place, group, source: Box::new(error) })
+        }
+        Some((_, place, error)) => {
+            let error = chain(&error);
+            warn!(group, place, %error, "the mark of the only place of the group does not open: `backup-agent begin` makes another");
+            Ok(known)
+        }
         None => Ok(known),
     }
 }
@@ -178,8 +183,10 @@ pub(crate) fn leading(
                 }
                 Ok(state) if state.role == Role::Primary => {
                     format!(
-                        "{} is a primary on timeline {}, which is over",
-                        it.node.name, state.timeline
+                        "{} is a primary on timeline {}, which is over: the group has reached {}",
+                        it.node.name,
+                        state.timeline,
+                        at_least.unwrap_or_default()
                     )
                 }
                 _ => it.to_string(),
@@ -432,7 +439,9 @@ pub(super) mod tests {
                 vec![("a", Some((P, 1, 7))), ("b", None)],
                 Some(7),
                 Some(2),
-                Err("no primary: a is a primary on timeline 1, which is over, b is unknown"),
+                Err(
+                    "a is a primary on timeline 1, which is over: the group has reached 2, b is unknown",
+                ),
             ),
             (
                 "nothing is received, so the old one is looked at",
