@@ -14,6 +14,7 @@ use tokio_postgres::types::PgLsn;
 use crate::receive::{LIMIT, RECEIVER, Receiving, WAL, commits, load, objects};
 use crate::scene::{Kind, Scene, write};
 use crate::wal_faults::{MEMORY_KIB_MAX, is_honest, peak_kib, slot_used, stored};
+use crate::wal_files::run_in;
 
 /// How long the store is away, in seconds; the default makes up for it with more load.
 const OUTAGE_VARIABLE: &str = "PGMESH_TEST_OUTAGE_SECONDS";
@@ -59,6 +60,41 @@ fn said_of(agent: &RunningAgent, text: &str, node: &str) -> bool {
     let mut lines =
         lines.filter(|line| line["message"].as_str().is_some_and(|it| it.contains(text)));
     lines.any(|line| line["node"] == node)
+}
+
+/// Nothing is received from it, so its slot holds back ever more WAL.
+#[tokio::test]
+async fn a_primary_that_is_refused_keeps_its_alarms() {
+    if postgres_is_missing() {
+        return;
+    }
+    let mut receiving = Receiving::start(Kind::Directory).await;
+    let address = admin_address(&receiving.scene);
+    receiving.restart_agent().await;
+    receiving.stored_all().await;
+    // As a copy's archiver does, which was promoted.
+    let data = receiving.primary().data_directory().to_owned();
+    let history = "1\t0/1800000\tno recovery target specified\n";
+    fs::write(data.join("pg_wal/00000002.history"), history).unwrap();
+    let push = ["wal-push", "pg_wal/00000002.history"];
+    run_in(&receiving.scene, &data, &push).await.assert_success();
+    fs::remove_file(data.join("pg_wal/00000002.history")).unwrap();
+    receiving.restart_agent().await;
+    receiving.agent.logged("nothing is stored from", LIMIT).await;
+    receiving.agent.logged("an old primary that came back", LIMIT).await;
+
+    let primary = receiving.primary();
+    primary.set("max_slot_wal_keep_size", "64MB").await;
+    for setting in ["max_wal_size", "min_wal_size"] {
+        primary.set(setting, "32MB").await;
+    }
+    eventually("its slot is lost", LIMIT, async || {
+        load(primary, 50_000).await;
+        primary.psql("SELECT pg_switch_wal(); CHECKPOINT").await;
+        slot_metric(&address, "pgmesh_backup_slot_lost", primary.name()).await == Some(1.0)
+    })
+    .await;
+    assert!(said_of(&receiving.agent, "the replication slot was lost", primary.name()));
 }
 
 async fn slot_status(server: &PgServer) -> String {

@@ -205,7 +205,13 @@ fn check_clock(whose: &str, at: DateTime<Utc>, steps: &mut Steps) {
 async fn check_group(context: &Context, nodes: &[Node], number: u32, steps: &mut Steps) {
     let group = observe_group(&context.settings, nodes, number).await;
     let Judged { own, newest, leader } = cluster::judge(&context.repository, &group).await;
-    let standings = standings(&group, own, newest);
+    // Where it is not known, a standby that is behind is told.
+    let history = match &leader {
+        Ok((node, _)) => follow::line(&context.settings, node).await.ok(),
+        Err(_) => None,
+    };
+    let on = history.as_ref().map(|(timeline, history)| Line { timeline: *timeline, history });
+    let standings = standings(&group, own, newest, on);
     for observation in &group.nodes {
         let step = format!("group {number}: {}", observation.node.name);
         match &observation.state {
@@ -254,6 +260,7 @@ fn server(state: &NodeState, standing: Standing) -> (Outcome, String) {
         Standing::Ok
         | Standing::Unreachable
         | Standing::Unknown { .. }
+        | Standing::CatchingUp { .. }
         | Standing::OtherTimeline { .. } => Outcome::Warning,
     };
     (outcome, detail)

@@ -24,7 +24,7 @@ use shared::pg::connect::connect;
 use shared::pg::wal::{HistoryEntry, parse_history};
 use shared::pg::{ConnectError, Node, QueryError, Settings};
 use shared::telemetry::chain;
-use shared::topology::{Group, NodeState};
+use shared::topology::{Group, NodeState, Role};
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
@@ -41,6 +41,7 @@ use crate::receive::{self, Beginning, ReceiveError, Received, Receiver, Shipping
 use crate::replication::{Replication, ReplicationError, TCP_USER_TIMEOUT};
 use crate::repository::{Place, RepositoryError};
 use crate::resume::{self, Divergence, Position, Refusal, Server, Start};
+use crate::rival::Line;
 use crate::same_key;
 use crate::slots::{self, Alarm, Burden, Slot, SlotError};
 use crate::wal::piece::{self, Piece};
@@ -59,6 +60,10 @@ pub(crate) const RETRY_LONGEST: Duration = Duration::from_secs(30);
 const STALL_LIMIT: Duration = Duration::from_mins(1);
 /// How long the repository may take to say which database cluster is the group's.
 const KNOWN_LIMIT: Duration = Duration::from_secs(5);
+/// What to do where what is stored does not open.
+const LOST_KEY: &str = ". WAL is received only after what is stored: add the key to encryption.keys. If it is lost, what \
+     it sealed is lost, too: give what comes a place of its own (repository.prefix), say so with \
+     `backup-agent begin`, and take a backup";
 /// SQLSTATE of a slot that another connection uses. Source: `errcodes.txt`.
 const OBJECT_IN_USE: &str = "55006";
 
@@ -233,6 +238,17 @@ pub struct SlotState {
 }
 
 impl FollowError {
+    /// Tells whether what is stored is sealed with a key that is not configured.
+    fn is_locked(&self) -> bool {
+        match self {
+            Self::Wal(failure) | Self::Receive(ReceiveError::Wal(failure)) => failure.is_locked(),
+            Self::Repository(failure) | Self::Receive(ReceiveError::Repository(failure)) => {
+                failure.is_locked()
+            }
+            _ => false,
+        }
+    }
+
     /// Tells whether the server ended the stream because it shuts down, and everything is stored.
     fn is_shutdown(&self) -> bool {
         let Self::Receive(ReceiveError::Replication(failure)) = self else { return false };
@@ -251,6 +267,8 @@ pub struct Following {
     pub servers: BTreeMap<String, Standing>,
     /// The server that is received from, or will be.
     pub from: Option<Primary>,
+    /// The timeline of the last primary, and those before it.
+    pub line: Option<(u32, Vec<HistoryEntry>)>,
     /// How far the primary's disk has WAL, as it answered when it was last asked, and on which timeline.
     pub flushed: Option<(u32, PgLsn)>,
     /// What the slot costs the primary; `None` if it did not say.
@@ -498,7 +516,12 @@ impl Follower {
                 }
             };
             let newest = primary.as_ref().map(|it| it.timeline).or(received);
-            let standings = standing::standings(&observed, own, reached.timeline());
+            let standings = {
+                let state = self.state.borrow();
+                let line = state.line.as_ref();
+                let line = line.map(|(timeline, history)| Line { timeline: *timeline, history });
+                standing::standings(&observed, own, reached.timeline(), line)
+            };
             told_servers.tell(&standings);
             self.state.send_if_modified(|state| {
                 let changed = state.primary != primary
@@ -624,7 +647,8 @@ impl Follower {
         }
     }
 
-    /// Looks after the slots: what each costs its server, and that it exists on the standbys.
+    /// Looks after the slots: what each costs its server, also one that is not followed, and that it exists on
+    /// the standbys.
     async fn watch_slots(
         &self,
         servers: &Servers,
@@ -632,13 +656,13 @@ impl Follower {
         told: &mut BTreeMap<String, Vec<Alarm>>,
     ) {
         let mut slots = BTreeMap::new();
-        let of_primary = primary.map(|it| (&it.node, it.timeline, false));
-        let standbys =
-            observed.standbys().filter(|(_, state)| Some(state.system_identifier) == own);
-        let standbys = standbys.map(|(node, state)| (node, state.timeline, true));
-        for (node, timeline, is_standby) in of_primary.into_iter().chain(standbys) {
+        let is_own = |node: &Node, state: &NodeState| {
+            Some(state.system_identifier) == own || primary.is_some_and(|it| it.node == *node)
+        };
+        for (node, state) in cluster::states(observed).filter(|(node, it)| is_own(node, it)) {
+            let timeline = state.timeline;
             // Nothing is made on a server before it is known to be the group's.
-            let is_kept = is_standby && own == self.followed();
+            let is_kept = state.role == Role::Standby && own == self.followed();
             match self.watch_slot(servers, (node, timeline), is_kept).await {
                 Ok(mut burden) => {
                     burden.is_lost |= self.state.borrow().lost.contains_key(&node.name);
@@ -751,7 +775,8 @@ impl Follower {
             {
                 self.newer_stored.store(*stored, Ordering::Relaxed);
             }
-            let text = chain(&failure).to_string();
+            let advice = if failure.is_locked() { LOST_KEY } else { "" };
+            let text = format!("{}{advice}", chain(&failure));
             if failure.is_shutdown() {
                 info!(node = primary.node.name, "the server is shutting down");
             } else {
@@ -825,6 +850,7 @@ impl Follower {
             let flush_lsn = replication.identify_system().await?.lsn;
             let timeline = identity.timeline;
             let server = Server { timeline, flush_lsn, history, slot_lsn };
+            self.leads(&server);
             let start =
                 resume::start(&stored, &server, self.wal().on_divergence).map_err(|source| {
                     FollowError::Refused { node: primary.node.to_string(), source }
@@ -834,11 +860,12 @@ impl Follower {
             }
             require(&place, may_write)?;
             self.remove_superseded(&place, &mut stored).await?;
-            if !stored.followed.contains(&timeline) {
-                followed::mark(&place, timeline).await?;
-            }
             for (name, text) in files {
                 wal::store(&place, Packed::read(&name, text.as_bytes(), 1)?).await?;
+            }
+            // After its history, which says what the number means.
+            if !stored.followed.contains(&timeline) {
+                followed::mark(&place, timeline).await?;
             }
             let at = after_gap.take().unwrap_or(start.at);
             // What was received in this run is the server's.
@@ -885,6 +912,14 @@ impl Follower {
             );
             (replication, slot_lsn) = (connection, ended.switch_lsn);
         }
+    }
+
+    /// Takes note of where a primary's timeline comes from.
+    fn leads(&self, server: &Server) {
+        self.state.send_if_modified(|state| {
+            state.line = Some((server.timeline, server.history.clone()));
+            false
+        });
     }
 
     /// Why a server does not begin to stream: it says only the number of the process that has the slot.

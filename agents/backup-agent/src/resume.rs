@@ -262,12 +262,12 @@ fn left_at(stored: &WalMap, server: &Server, timeline: u32) -> PgLsn {
 /// What is stored and not on the server's way, unless it parted from that before a timeline from which was
 /// received: then it was told. Its archiver may have stored WAL of the server's own before us.
 fn diverged(stored: &WalMap, server: &Server) -> Option<Divergence> {
-    let way = server.history.iter().map(|entry| entry.timeline).chain([server.timeline]);
-    let began = [PgLsn::from(0)].into_iter().chain(server.history.iter().map(|it| it.switch_lsn));
-    let told = way.zip(began).filter(|(timeline, _)| stored.followed.contains(timeline)).last();
+    let line = Line { timeline: server.timeline, history: &server.history };
+    let told = line.parts().filter(|(timeline, _)| stored.followed.contains(timeline)).last();
+    let told = told.map(|(_, before)| before.last().map_or(PgLsn::from(0), |it| it.switch_lsn));
     let newest = stored.newest_with_wal();
     let is_new = |timeline: u32, from_lsn: PgLsn| match told {
-        Some((_, began)) => began < from_lsn,
+        Some(began) => began < from_lsn,
         // A repository of before that was kept.
         None => Some(timeline) == newest,
     };
@@ -528,6 +528,26 @@ mod tests {
         assert_eq!(both(1000), None, "timeline 1 was left when timeline 2 was received from");
         let (from_lsn, until_lsn) = (lsn(7, 1000), lsn(7, 1800));
         assert_eq!(both(1800), Some(Divergence { timeline: 2, from_lsn, until_lsn }));
+    }
+
+    /// The first new primary lost nothing, and the second has nothing of it: the history of the first, which it
+    /// may have read, names its timeline.
+    #[test]
+    fn a_timeline_of_which_the_server_has_only_the_number_tells_nothing() {
+        let left = |timeline, at| HistoryEntry { timeline, switch_lsn: at, reason: String::new() };
+        let mut stored = stored(&[(1, 4), (1, 5), (2, 6)], &[(2, 7, 300)], &[]);
+        stored.histories.insert(2, vec![left(1, lsn(6, 0))]);
+        stored.followed = [1, 2].into();
+        let history = vec![left(1, lsn(4, 96)), left(2, lsn(4, 96))];
+        let server = Server { timeline: 3, history, ..server(3, lsn(4, 0)) };
+        let (from_lsn, until_lsn) = (lsn(4, 96), lsn(7, 300));
+        let divergence = Divergence { timeline: 2, from_lsn, until_lsn };
+        let refused = start(&stored, &server, OnDivergence::Refuse);
+        assert_eq!(refused, Err(Refusal::Diverged(divergence)));
+        assert_eq!(
+            start(&stored, &server, OnDivergence::Follow).unwrap().diverged,
+            Some(divergence)
+        );
     }
 
     #[test]

@@ -27,7 +27,7 @@ pub struct Line<'a> {
 
 impl<'a> Line<'a> {
     /// The timelines of which the line has anything, each with what is before it.
-    fn parts(self) -> impl Iterator<Item = (u32, &'a [HistoryEntry])> {
+    pub(crate) fn parts(self) -> impl Iterator<Item = (u32, &'a [HistoryEntry])> {
         let began = move |at: usize| at.checked_sub(1).and_then(|it| self.history.get(it));
         let has_part = move |(at, entry): &(usize, &HistoryEntry)| {
             // One that was left where it began, or before, only has a number.

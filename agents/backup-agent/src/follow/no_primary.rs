@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use shared::telemetry::chain;
-use shared::topology::{Group, GroupError};
+use shared::topology::{Group, GroupError, Role};
 
-use super::cluster::NotLed;
+use super::cluster::{NotLed, states};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -48,7 +48,8 @@ impl NoPrimary {
         let unknown =
             group.unknown().map(|(node, error)| format!("{}: {}", node.name, chain(error)));
         let unknown = unknown.collect::<Vec<_>>().join("; ");
-        let next = next_step(reason);
+        let has_primary = states(group).any(|(_, state)| state.role == Role::Primary);
+        let next = next_step(reason, has_primary);
         if is_received {
             warn!(error = %reason, unknown, "no primary is seen; WAL goes on to be received. {next}");
         } else {
@@ -79,8 +80,14 @@ fn is_due(without: Duration, told: Option<Duration>) -> bool {
     without >= TELL_AFTER && told.is_none_or(|told| told >= TELL_EVERY)
 }
 
-fn next_step(reason: &NotLed) -> &'static str {
+fn next_step(reason: &NotLed, has_primary: bool) -> &'static str {
     match reason {
+        NotLed::Group(GroupError::NoPrimary { .. }) if has_primary => {
+            "Do the applications write to another server, on the newer timeline? Then start that, and make \
+             the old primary a standby (pg_rewind). Do they write to this one? Then stop who was promoted \
+             beside it, take that out of the configuration, and remove what it has stored: `backup-agent expire \
+             --timeline`"
+        }
         NotLed::Group(GroupError::NoPrimary { .. }) => {
             "Start the primary, or promote a standby; if it runs, does the configuration name it, and may \
              the agent log in?"
@@ -116,6 +123,13 @@ mod tests {
         for (case, without, expected) in cases {
             assert_eq!(look_every(without), expected, "{case}");
         }
+    }
+
+    #[test]
+    fn nobody_is_to_be_promoted_beside_an_old_primary() {
+        let none = || GroupError::NoPrimary { group: 0, nodes: Vec::new() }.into();
+        assert!(next_step(&none(), false).contains("promote a standby"));
+        assert!(!next_step(&none(), true).contains("promote a standby"));
     }
 
     #[test]

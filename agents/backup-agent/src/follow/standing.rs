@@ -5,9 +5,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::Serialize;
+use shared::pg::wal::HistoryEntry;
 use shared::topology::{Group, NodeState, Role};
 use tokio::time::Instant;
 use tracing::{error, info, warn};
+
+use crate::rival::Line;
 
 /// A failover or a restart that is over within this is not told …
 const SOON: Duration = Duration::from_secs(10);
@@ -40,6 +43,11 @@ pub enum Standing {
         /// The group's.
         newest: u32,
     },
+    /// A standby that receives the rest of a timeline that the primary has left.
+    CatchingUp {
+        /// Its timeline.
+        timeline: u32,
+    },
     /// A standby that receives WAL of a lower timeline than the group's.
     OtherTimeline {
         /// Its timeline.
@@ -71,8 +79,16 @@ fn as_text<S: serde::Serializer>(number: &u64, serializer: S) -> Result<S::Ok, S
 
 impl Standing {
     /// All of them, as `/status` and the metrics name them.
-    pub const NAMES: [&str; 7] =
-        ["ok", "unreachable", "other_cluster", "old_primary", "other_timeline", "ahead", "unknown"];
+    pub const NAMES: [&str; 8] = [
+        "ok",
+        "unreachable",
+        "other_cluster",
+        "old_primary",
+        "other_timeline",
+        "ahead",
+        "unknown",
+        "catching_up",
+    ];
 
     /// What it is called.
     pub fn name(self) -> &'static str {
@@ -84,6 +100,7 @@ impl Standing {
             Self::OtherTimeline { .. } => 4,
             Self::Ahead { .. } => 5,
             Self::Unknown { .. } => 6,
+            Self::CatchingUp { .. } => 7,
         };
         Self::NAMES[index]
     }
@@ -91,7 +108,10 @@ impl Standing {
     /// What is wrong with the server, and what to do; `None` if nothing is, or if nobody knows.
     pub fn problem(self) -> Option<String> {
         match self {
-            Self::Ok | Self::Unreachable | Self::Unknown { newest: None, .. } => None,
+            Self::Ok
+            | Self::Unreachable
+            | Self::CatchingUp { .. }
+            | Self::Unknown { newest: None, .. } => None,
             Self::OtherCluster { system_identifier, of_group } => Some(format!(
                 "it is of another database cluster, {system_identifier} and not {of_group}, and left alone. \
                  Take it out of the configuration"
@@ -123,7 +143,10 @@ impl Standing {
     /// How long it lasts before it is told; `None` if it never is.
     fn told_after(self) -> Option<Duration> {
         match self {
-            Self::Ok | Self::Unreachable | Self::Unknown { newest: None, .. } => None,
+            Self::Ok
+            | Self::Unreachable
+            | Self::CatchingUp { .. }
+            | Self::Unknown { newest: None, .. } => None,
             Self::OtherCluster { .. } => Some(Duration::ZERO),
             Self::OldPrimary { .. } => Some(SOON),
             Self::OtherTimeline { .. } | Self::Ahead { .. } | Self::Unknown { .. } => {
@@ -133,11 +156,13 @@ impl Standing {
     }
 }
 
-/// How the servers stand, if the group is of the database cluster `own` and has reached timeline `newest`.
+/// How the servers stand, if the group is of the database cluster `own` and has reached timeline `newest`. The
+/// `line` of a primary tells where it left the timelines before, if that is known.
 pub(crate) fn standings(
     group: &Group,
     own: Option<u64>,
     newest: Option<u32>,
+    line: Option<Line<'_>>,
 ) -> BTreeMap<String, Standing> {
     let standing = |observation: &shared::topology::Observation| {
         let Ok(state) = &observation.state else { return Standing::Unreachable };
@@ -146,13 +171,13 @@ pub(crate) fn standings(
             Some(of_group) if of_group != system_identifier => {
                 Standing::OtherCluster { system_identifier, of_group }
             }
-            _ => on_timeline(state, newest),
+            _ => on_timeline(state, newest, line.filter(|it| Some(it.timeline) == newest)),
         }
     };
     group.nodes.iter().map(|it| (it.node.name.clone(), standing(it))).collect()
 }
 
-fn on_timeline(state: &NodeState, newest: Option<u32>) -> Standing {
+fn on_timeline(state: &NodeState, newest: Option<u32>, line: Option<Line<'_>>) -> Standing {
     let timeline = state.timeline;
     let Some(newest) = newest else { return Standing::Unknown { timeline, newest } };
     match state.role {
@@ -160,11 +185,20 @@ fn on_timeline(state: &NodeState, newest: Option<u32>) -> Standing {
         Role::Primary if timeline < newest => Standing::OldPrimary { timeline, newest },
         Role::Primary => Standing::Ok,
         Role::Standby if timeline > newest => Standing::Ahead { timeline, newest },
+        Role::Standby if is_on_its_way(state, line.map_or(&[], |it| it.history)) => {
+            Standing::CatchingUp { timeline }
+        }
         Role::Standby if state.received_timeline.is_some() => {
             Standing::OtherTimeline { timeline, newest }
         }
         Role::Standby => Standing::Unknown { timeline, newest: Some(newest) },
     }
+}
+
+/// Whether a standby receives WAL of the primary's history, before where that timeline was left.
+fn is_on_its_way(state: &NodeState, history: &[HistoryEntry]) -> bool {
+    let left = history.iter().find(|it| Some(it.timeline) == state.received_timeline);
+    left.zip(state.flush_lsn).is_some_and(|(left, flushed)| flushed < left.switch_lsn)
 }
 
 /// What was told of the servers.
@@ -247,7 +281,7 @@ mod tests {
             ("z", None),
         ]);
         let names = |own, newest| {
-            let found = standings(&group, own, newest);
+            let found = standings(&group, own, newest, None);
             found.values().map(|it| it.name()).collect::<Vec<_>>().join(" ")
         };
         for (case, own, newest, expected) in [
@@ -279,7 +313,7 @@ mod tests {
         ] {
             assert_eq!(names(own, newest), expected, "{case}");
         }
-        for (node, standing) in standings(&group, Some(7), Some(2)) {
+        for (node, standing) in standings(&group, Some(7), Some(2), None) {
             let is_said = standing.problem().is_some();
             assert_eq!(is_said, !["a", "c", "z"].contains(&node.as_str()), "{node}");
             assert_eq!(is_said, standing.told_after().is_some(), "{node}");
@@ -289,6 +323,28 @@ mod tests {
                 !is_newest || !advice.contains("pg_rewind") && !advice.contains("anew"),
                 "{advice}"
             );
+        }
+    }
+
+    /// A large rest of the timeline before takes longer than a failover.
+    #[test]
+    fn a_standby_that_receives_what_the_primary_left_is_well() {
+        let history = [HistoryEntry { timeline: 1, switch_lsn: 100.into(), reason: String::new() }];
+        for (case, flushed, timeline, expected) in [
+            ("on its way", Some(99), 2, "catching_up"),
+            ("it is there, and does not go on", Some(100), 2, "other_timeline"),
+            ("beyond", Some(101), 2, "other_timeline"),
+            ("it does not say", None, 2, "other_timeline"),
+            ("of a primary of before", Some(99), 3, "other_timeline"),
+        ] {
+            let mut group = group(&[receiving("d", 1)]);
+            for state in group.nodes.iter_mut().filter_map(|it| it.state.as_mut().ok()) {
+                state.flush_lsn = flushed.map(Into::into);
+            }
+            let line = Line { timeline: 2, history: &history };
+            let found = standings(&group, Some(7), Some(timeline), Some(line))["d"];
+            assert_eq!(found.name(), expected, "{case}");
+            assert_eq!(found.problem().is_some(), expected != "catching_up", "{case}");
         }
     }
 
