@@ -34,6 +34,20 @@ is_done() {
         "SELECT inputs FROM pgmesh.initialised ORDER BY at DESC LIMIT 1" 2>/dev/null) == "$1" ]]
 }
 
+# The shards go to the workers that are registered when tables are distributed: so once, before that, until
+# their number has been the same for ten seconds.
+workers_are_registered() {
+    local before=0 now
+    [[ $citus == yes && $group == 0 ]] || return 0
+    while now=$(query --dbname "$database" --command \
+        "SELECT CASE WHEN EXISTS (SELECT FROM pg_dist_partition) THEN -1 ELSE count(*) END FROM pg_dist_node WHERE groupid > 0"); do
+        [[ $now != "$before" && $now != -1 ]] || break
+        before=$now
+        sleep 10
+    done
+    [[ $now && $now != 0 ]] || { say 'no worker is registered yet: tables are not distributed'; return 1; }
+}
+
 # The roles in the database "postgres" too: rights on functions hold in one database.
 run_scripts() {
     local script
@@ -45,6 +59,7 @@ run_scripts() {
     fi
     query --dbname postgres --file "$scripts/10-roles.sql" >/dev/null || return 1
     for script in "$scripts"/[0-9][0-9]-*.sql; do
+        [[ $script != *-tables.sql ]] || workers_are_registered || return 1
         say "runs ${script##*/} in $database"
         query --dbname "$database" --set "group=$group" --file "$script" >/dev/null || return 1
     done
@@ -68,7 +83,8 @@ main() {
             say "$database of group $group has its roles and tables"
             exit 0
         fi
-        sleep 2
+        # The workers, on machines of their own, may take minutes.
+        sleep $((tries < 15 ? 2 : 15))
     done
     say "GAVE UP: roles and tables of $database are not as init-scripts/ wants them; the reasons stand above"
     exit 1
