@@ -749,16 +749,17 @@ prune() {
 readonly copy=pgmesh-restored
 readonly database_data=/var/lib/postgresql/17
 
-# archive_all GROUP: until the repository holds all that is committed now, as the backup agent confirms. Only where the
-# primary is on this machine.
+# archive_all GROUP: until the repository holds all that is committed now, as the backup agent confirms to the primary.
+# Fails where no primary can be asked.
 archive_all() {
-    local primary lsn
-    primary=$(leader_of "$1")
-    [[ -n $primary ]] || return 0
-    primary=$(container_of "$primary")
-    lsn=$(sql "$primary" postgres 'SELECT pg_current_wal_flush_lsn()')
-    wait_hint="docker service logs ${STACK}_backup-agent" wait_for 120 "the repository has the WAL of group $1 up to $lsn" sql_is "$primary" \
-        "SELECT coalesce(max(flush_lsn) >= '$lsn', false) FROM pg_stat_replication WHERE application_name = 'pgmesh_backup'" t
+    local lsn
+    lsn=$(on_primary "$1" 'SELECT pg_current_wal_flush_lsn()' 2>/dev/null) && [[ -n $lsn ]] || return 1
+    wait_hint="docker service logs ${STACK}_backup-agent" wait_for 120 "the repository has the WAL of group $1 up to $lsn" has_wal "$1" "$lsn"
+}
+
+# has_wal GROUP LSN
+has_wal() {
+    [[ $(on_primary "$1" "SELECT max(flush_lsn) >= '$2' FROM pg_stat_replication WHERE application_name = 'pgmesh_backup'") == t ]]
 }
 
 # prepare_copy GROUP: what the copy needs, in a volume that only its user can read: files of this machine belong
@@ -862,7 +863,10 @@ wait_until_well() {
         }
         sleep 2
     done
-    for group in $(groups); do archive_all "$group"; done
+    for group in $(groups); do
+        archive_all "$group" ||
+            say "  group $group: no server of this machine reaches its primary, so whether the repository has all of its WAL was not looked at"
+    done
 }
 
 # --- asking ---------------------------------------------------------------------------------------
@@ -905,6 +909,22 @@ options_of_agent() {
     docker service inspect --format '
         {{- range .Spec.TaskTemplate.ContainerSpec.Secrets}}--secret source={{.SecretName}},target={{.File.Name}},uid=999,gid=999,mode=0400{{"\n"}}{{end}}
         {{- range .Spec.TaskTemplate.ContainerSpec.Configs}}--config source={{.ConfigName}},target={{.File.Name}}{{"\n"}}{{end}}' "${STACK}_backup-agent" | xargs -n 2
+}
+
+# on_primary GROUP SQL: in the database postgres; on another machine over the network, as the backup agent's role.
+# shellcheck disable=SC2016  # the inner shell expands what is its own
+on_primary() {
+    local leader container options=(--no-psqlrc --quiet --no-align --tuples-only --command "$2")
+    leader=$(leader_of "$1")
+    [[ -n $leader ]] || return 1
+    container=$(container_of "$leader")
+    if [[ -n $container ]]; then
+        timeout 10 docker exec "$container" psql "${options[@]}" postgres
+    else
+        timeout 10 docker exec "$(container_of "$(any_database)")" bash -c 'export PGPASSWORD=$(</run/secrets/pgmesh_backup_password) PGCONNECT_TIMEOUT=5
+            host=$1 && shift
+            exec psql "$@" "host=$host user=pgmesh_backup dbname=postgres sslmode=verify-full sslrootcert=/etc/pgmesh/ca.crt"' client "$leader" "${options[@]}"
+    fi
 }
 
 # sql CONTAINER DATABASE QUERY: as the superuser, inside the container.

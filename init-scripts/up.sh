@@ -283,7 +283,7 @@ note_moment() {
     start_load
     say "  T = $moment; the load writes on"
     wait_for 30 "the load has changed the database" load_wrote
-    archive_all 0
+    archive_all 0 || die "the coordinators' primary does not say what it has written" "init-scripts/status.sh; start again"
 }
 
 load_wrote() {
