@@ -22,7 +22,8 @@ the coordinators: it restores it to a moment T, while a load writes on, into a c
 the copy with what the source was at T.
 
 PROFILE is small (one machine, 2 cores and 8 GiB; the default), production, or a file like configs/small.env.
-What the environment has already is not changed by the profile: DATABASE=shop init-scripts/up.sh
+What the environment has is not changed by the profile, and remembered for later runs, which say so:
+DATABASE=shop init-scripts/up.sh. An empty one, REBALANCE_MODE= for instance, ends that: the profile's holds again.
 
   --no-build   takes the programs that lie in .cache/image instead of building them
   --images     only makes the images, and prints a line NAME_IMAGE=… of each: for a registry that several machines use
@@ -85,7 +86,7 @@ check_programs() {
 # The images wait for the network and the disk while cargo keeps the cores busy.
 build() {
     local images programs
-    mapfile -t programs < <(programs)
+    read_lines programs programs
     [[ $build == no || ${#programs[@]} -eq 0 ]] || ensure_cargo
     ensure_docker
     if [[ $build == yes && ${#programs[@]} -gt 0 ]]; then
@@ -188,8 +189,8 @@ deploy_all() {
     local member names missing etcd=()
     # Those that a run before this one began, if it was stopped.
     while updating; do sleep 1; done
-    mapfile -t names < <(members)
-    mapfile -t missing < <(missing_services)
+    read_lines names members
+    read_lines missing missing_services || die "Swarm does not say what runs" "docker stack services $STACK; then start again"
     # What does not run is made anew (its volumes stay): otherwise a mended service that takes its time would be
     # rolled back to what did not run. etcd first: without it Patroni does not say who leads.
     for member in "${missing[@]}"; do
@@ -362,6 +363,17 @@ refuse_other_base() {
     esac
 }
 
+# Images that are made for others are not those that an earlier run was told to take.
+choose_profile() {
+    local name from=$remembered
+    [[ $images_only == no ]] || from=/dev/null
+    load_profile "${profile_name:-$(cat "$up/profile" 2>/dev/null || echo small)}" "$from"
+    [[ $profile != "$(realpath "$up")/values"* ]] ||
+        die "$profile is what this script writes itself" "name the profile that it is made from: small, production, or a file of your own"
+    [[ ${#recalled[@]} -eq 0 ]] || say "takes what the environment of an earlier run gave (NAME= in the environment ends that):"
+    for name in "${recalled[@]}"; do say "  $name"; done
+}
+
 bring_up() {
     detect_citus
     refuse_other_base
@@ -370,8 +382,9 @@ bring_up() {
     choose_encryption
     check_ports
     say "makes certificates and secrets"
-    SECONDS=$SECONDS "$scripts/certificates.sh" "$profile"
-    SECONDS=$SECONDS "$scripts/secrets.sh" "$profile"
+    note_profile
+    SECONDS=$SECONDS "$scripts/certificates.sh" "$up/values.new"
+    SECONDS=$SECONDS "$scripts/secrets.sh" "$up/values.new"
     remember_profile
     [[ ! -e $group_file || $(worker_groups | wc -l) == "$WORKER_GROUPS" ]] ||
         say "  worker groups are $(worker_groups | xargs), as add-worker.sh and remove-worker.sh left them, whatever WORKER_GROUPS=$WORKER_GROUPS says"
@@ -404,7 +417,7 @@ main() {
     done
     lock_stack
     refuse_in_rotation
-    load_profile "${profile_name:-$(cat "$up/profile" 2>/dev/null || echo small)}"
+    choose_profile
     build
     [[ $images_only == no ]] || { print_images && return 0; }
     mkdir -p "$secrets"

@@ -146,6 +146,8 @@ try_configurations() {
         try "promtool takes prometheus.yml of production" production_promtool
         for name in "${agents[@]}"; do try "$name takes its configuration of production" production_agent "$name"; done
     fi
+    try "a value that cannot be right is refused" refused 'allowed is a number from 1' \
+        env COORDINATORS='2  # two are enough' PGMESH_UP="$production" "$root/init-scripts/secrets.sh" --files-only production
     [[ $CITUS == yes ]] || try "up.sh refuses a database image with Citus on a stack without it" \
         refused 'is without Citus, and the image pgmesh-test-citus has it' up_with_citus
 }
@@ -536,7 +538,10 @@ try_rolling_update() {
     try "up.sh rolls a new database image out" env POSTGRES_IMAGE="$new" "$root/init-scripts/up.sh" --no-build --no-proof
     try_load "rolling update of the database image" "" .kept
     for name in $(databases); do try "$name has the new image" equals "$new" image_of "$name"; done
-    try "up.sh rolls it back" "$root/init-scripts/up.sh" --no-build --no-proof
+    try "up.sh remembers what its environment had" "$root/init-scripts/up.sh" --no-build --no-proof
+    try "and keeps the new image" equals "$new" image_of coordinator-1
+    try "up.sh rolls it back" env POSTGRES_IMAGE= "$root/init-scripts/up.sh" --no-build --no-proof
+    try "coordinator-1 has the old image" equals "$image" image_of coordinator-1
     try "the verdict is healthy" is_well
     docker image rm --force "$new" >/dev/null
 }
