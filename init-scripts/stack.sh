@@ -5,8 +5,13 @@
 # running stack says. Sourced after lib.sh, never run.
 
 readonly STACK=${PGMESH_STACK:-pgmesh}
+[[ $STACK =~ ^[a-z][a-z0-9-]*$ ]] || die "PGMESH_STACK=$STACK" "a name of small letters, digits and hyphens"
 readonly ROOT=$root
-readonly up="${PGMESH_UP:-$cache/up}"
+# What a stack is made with is its own.
+up=$cache/up
+[[ $STACK == pgmesh ]] || up+=-$STACK
+up=${PGMESH_UP:-$up}
+readonly up
 readonly secrets="$up/secrets"
 readonly RENDERED="$up/stack"
 readonly rendering="$up/stack.new"
@@ -31,6 +36,15 @@ lock_stack() {
 # refuse_in_rotation: for scripts that bring secrets to services.
 refuse_in_rotation() {
     [[ ! -e $rotation ]] || die "the rotation of $(<"$rotation") was interrupted" "init-scripts/rotate-secret.sh $(<"$rotation")"
+}
+
+# ask WHAT: goes on only where the stack's name is typed, or --yes was given.
+ask() {
+    local answer
+    [[ $sure == no ]] || return 0
+    printf '%s\nType %s to go on: ' "$1" "$STACK"
+    read -r answer || true
+    [[ $answer == "$STACK" ]] || die "not confirmed: nothing was done" "start again, or with --yes"
 }
 
 # --- the profile ----------------------------------------------------------------------------------
@@ -847,7 +861,7 @@ prune() {
 
 # --- a copy of a group, restored beside it -----------------------------------------------------------
 
-readonly copy=pgmesh-restored
+readonly copy=$STACK-restored
 readonly database_data=/var/lib/postgresql/17
 
 # archive_all GROUP: until the repository holds all that is committed now, as the backup agent confirms to the primary.

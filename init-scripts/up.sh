@@ -9,7 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/stack.sh"
 
 readonly demo_scale=10
-readonly load=pgmesh-load
+readonly load=$STACK-load
 
 usage() {
     cat <<'TEXT'
@@ -359,7 +359,7 @@ refuse_other_base() {
     ! grep -q PATRONI_CITUS_GROUP "$RENDERED/coordinator-1.yml" || had=yes
     case $had-$CITUS in
     yes-no) die "the stack $STACK is with Citus, and the image $POSTGRES_IMAGE has none" "name one that has it: POSTGRES_BASE_IMAGE or POSTGRES_IMAGE in the profile. $remedy" ;;
-    no-yes) die "the stack $STACK is without Citus, and the image $POSTGRES_IMAGE has it" "name one without, or restore the data into a stack of another name (STACK). $remedy" ;;
+    no-yes) die "the stack $STACK is without Citus, and the image $POSTGRES_IMAGE has it" "name one without, or restore the data into a stack of another name (PGMESH_STACK) on another machine. $remedy" ;;
     esac
 }
 

@@ -817,7 +817,8 @@ main() {
     rm -rf "$production"
     if [[ $full == yes ]]; then
         make_earlier
-        try "down.sh removes the stack" "$root/init-scripts/down.sh"
+        try "down.sh asks" refused 'nobody is there to be asked' "$root/init-scripts/down.sh" </dev/null
+        try "down.sh removes the stack" "$root/init-scripts/down.sh" --yes
         try "nothing is left" nothing_left
     fi
     summary
