@@ -519,7 +519,7 @@ take_running() {
         [[ -n ${!name} || $service == s3-for-tests ]] ||
             die "the service $service is not deployed" "init-scripts/up.sh mends the stack; then start again"
     done
-    [[ -e $RENDERED/coordinator-1.yml ]] || die "$RENDERED/coordinator-1.yml is not there" "init-scripts/up.sh makes it anew; then start again"
+    [[ -e $RENDERED/coordinator-1.yml ]] || die "$RENDERED/coordinator-1.yml is not there" "copy ${up#"$root/"} here from where the stack was brought up"
     CITUS=no NETWORK_OPTIONS='{}'
     ! grep -q PATRONI_CITUS_GROUP "$RENDERED/coordinator-1.yml" || CITUS=yes
     [[ $(docker network inspect --format '{{index .Options "encrypted"}}' "${STACK}_data") != true ]] || NETWORK_OPTIONS='{encrypted: "true"}'

@@ -352,6 +352,42 @@ Where to look
 TEXT
 }
 
+# is_there: what was deployed runs, or its data is on this machine.
+is_there() {
+    [[ -n $(services) || -n $(docker volume ls --quiet --filter "label=com.docker.stack.namespace=$STACK") ]]
+}
+
+# New passwords and a new authority would take over what runs, and nobody could read its backups.
+refuse_without_files() {
+    local name
+    is_there || return 0
+    for name in ca.crt salt values; do
+        [[ -e $up/$name ]] ||
+            die "the stack $STACK is there already, and $up/$name is not: without it this would make other passwords and keys" \
+                "copy ${up#"$root/"} here from where the stack was brought up; if it is lost, init-scripts/down.sh removes the stack with its data"
+    done
+}
+
+# was NAME: as it was deployed.
+was() { sed -n "/^$1=/{s/^[^=]*=//p;q}" "$up/values"; }
+
+# Members of etcd are there from its first start on, a volume stays where it is, and so does a database. What is taken
+# away would stay, and be missed.
+refuse_other_numbers() {
+    local name
+    is_there || return 0
+    for name in ETCD_MEMBERS PLACES DATABASE; do
+        [[ $(was "$name") == "${!name}" ]] ||
+            die "the stack $STACK has $name=$(was "$name"), which cannot be changed, and $name=${!name} is asked for" \
+                "say $name=$(was "$name") as before, in the profile or the environment; a stack that is otherwise is another one: init-scripts/down.sh removes this one"
+    done
+    for name in COORDINATORS WORKER_MEMBERS; do
+        ((${!name} >= $(was "$name"))) ||
+            die "the stack $STACK has $name=$(was "$name"), which can be more and not less, and $name=${!name} is asked for" \
+                "say $name=$(was "$name") as before, or more"
+    done
+}
+
 # Neither can what Citus has distributed be read without it, nor does what was made without become its own.
 refuse_other_base() {
     local had=no remedy="init-scripts/down.sh removes the stack with its data and backups"
@@ -375,6 +411,8 @@ choose_profile() {
 }
 
 bring_up() {
+    refuse_without_files
+    refuse_other_numbers
     detect_citus
     refuse_other_base
     ensure_swarm

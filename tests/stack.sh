@@ -148,6 +148,12 @@ try_configurations() {
     fi
     try "a value that cannot be right is refused" refused 'allowed is a number from 1' \
         env COORDINATORS='2  # two are enough' PGMESH_UP="$production" "$root/init-scripts/secrets.sh" --files-only production
+    try "up.sh refuses to go on without the files of the stack" refused 'is there already, and .*/values is not' \
+        env PGMESH_UP="$production" "$root/init-scripts/up.sh" --no-build --no-proof
+    try "up.sh refuses another number of members of etcd" refused 'ETCD_MEMBERS=.* cannot be changed' \
+        env ETCD_MEMBERS=$((ETCD_MEMBERS + 2)) "$root/init-scripts/up.sh" --no-build --no-proof
+    try "up.sh refuses fewer coordinators" refused 'can be more and not less' \
+        env COORDINATORS=$((COORDINATORS - 1)) "$root/init-scripts/up.sh" --no-build --no-proof
     [[ $CITUS == yes ]] || try "up.sh refuses a database image with Citus on a stack without it" \
         refused 'is without Citus, and the image pgmesh-test-citus has it' up_with_citus
 }
