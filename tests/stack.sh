@@ -20,7 +20,7 @@ is to be read, that a coordinator primary whose container is killed is replaced 
 part may be killed and a restore reaches the last commit then, and what operators do: switchover, rolling update,
 worker groups, rotation, the same with the scripts killed in the middle, restore; with the errors counted that clients see.
 
-  --only STEP     one of clients roles configurations failover losses switchover rolling_update workers citus rotation
+  --only STEP     one of clients roles configurations proof failover losses switchover rolling_update workers citus rotation
                   interruptions restore secrets
   --secrets NAMES what the step rotation replaces: "all", or names between blanks; otherwise one of each kind. Each takes
                   one to three minutes
@@ -281,6 +281,36 @@ production_promtool() {
 
 production_agent() {
     production_run "$1" "$1" --config "/etc/pgmesh/$1.toml" check-config
+}
+
+# --- the proof ------------------------------------------------------------------------------------
+
+# superuser SQL: on the coordinators' primary.
+superuser() {
+    sql "$(primary_here 0)" postgres "$1"
+}
+
+proof_left() {
+    superuser "SELECT datname FROM pg_database WHERE datname = 'pgmesh_proof' UNION ALL SELECT rolname FROM pg_roles WHERE rolname = 'pgmesh_proof'"
+    docker ps --all --format '{{.Names}}' | grep -xE "$load|$copy" || true
+    docker volume ls --format '{{.Name}}' | grep "^$copy" || true
+}
+
+try_proof() {
+    local load="$STACK-load"
+    try "of the proof of the first run nothing is left" equals '' proof_left
+    superuser 'CREATE DATABASE pgmesh_proof' >/dev/null
+    try "up.sh refuses a database of that name that it did not make" refused 'a database pgmesh_proof that up.sh did not make' \
+        "$root/init-scripts/up.sh" --no-build --proof
+    try "and it is there still" equals pgmesh_proof superuser "SELECT datname FROM pg_database WHERE datname = 'pgmesh_proof'"
+    superuser 'DROP DATABASE pgmesh_proof' >/dev/null
+    superuser 'CREATE DATABASE demo' >/dev/null
+    start_writer
+    try "a run without an option makes the proof that has not ended, while applications write" "$root/init-scripts/up.sh" --no-build
+    try_load "proof" "" .kept
+    try "of it nothing is left" equals '' proof_left
+    try "another database is as it was" equals demo superuser "SELECT datname FROM pg_database WHERE datname = 'demo'"
+    superuser 'DROP DATABASE demo' >/dev/null
 }
 
 # --- secrets --------------------------------------------------------------------------------------
@@ -790,7 +820,7 @@ nothing_left() {
 }
 
 main() {
-    local full=no step steps=(clients roles configurations failover losses switchover rolling_update workers citus rotation interruptions restore secrets)
+    local full=no step steps=(clients roles configurations proof failover losses switchover rolling_update workers citus rotation interruptions restore secrets)
     rotated=(pgmesh_app_password pgmesh_backup_password pgmesh_replication_password haproxy_password pgmesh_backup_key s3)
     while [[ $# -gt 0 ]]; do
         case $1 in
