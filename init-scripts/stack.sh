@@ -703,15 +703,33 @@ ended_badly() {
         "${STACK}_$1" 2>/dev/null | awk -v since="$deployed_at" '$1 ~ /^(paused|rollback)/ && $2 >= since { found = 1 } END { exit !found }'
 }
 
+# updating: the services that Swarm updates; fails where it does not say.
 updating() {
-    docker service ls --quiet --filter "label=com.docker.stack.namespace=$STACK" |
-        xargs -r docker service inspect --format '{{if .UpdateStatus}}{{.UpdateStatus.State}}{{end}}' | grep -q '^updating'
+    local ids
+    read_lines ids docker service ls --quiet --filter "label=com.docker.stack.namespace=$STACK" || return
+    [[ ${#ids[@]} -eq 0 ]] || docker service inspect --format '{{.Spec.Name}} {{if .UpdateStatus}}{{.UpdateStatus.State}}{{end}}' "${ids[@]}" |
+        awk -v stack="${STACK}_" '$2 == "updating" || $2 == "rollback_started" { print substr($1, length(stack) + 1) }'
+}
+
+# await_updates: until none is under way. Fails where one takes too long, as does that of a task which no machine can
+# take; which they are is in $under_way.
+await_updates() {
+    local began=$SECONDS said=''
+    until under_way=$(updating | xargs) && [[ -z $under_way ]]; do
+        ((SECONDS - began < start_limit_s)) || return 1
+        [[ $under_way == "$said" ]] || ((SECONDS - began < 5)) || { say "  waits for the update of $under_way" && said=$under_way; }
+        sleep 1
+    done
 }
 
 # An update that does not start is rolled back by Swarm: the stack runs on, and is not what was asked for.
 check_updates() {
-    local service there
-    while updating; do sleep 1; done
+    local service there under_way
+    await_updates || {
+        # shellcheck disable=SC2086  # one word for each
+        "$scripts/status.sh" $under_way >&2 || true
+        die "the update of ${under_way:-the stack, of which Swarm says nothing,} has not ended within $start_limit_s s" "see the lines above, mend it, start again"
+    }
     read_lines there services || die "Swarm does not say which services there are" "docker stack services $STACK; then start again"
     for service in "${there[@]%% *}"; do
         ! ended_badly "$service" || {

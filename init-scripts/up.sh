@@ -194,9 +194,9 @@ check_ports() {
 # --- deploying ------------------------------------------------------------------------------------
 
 deploy_all() {
-    local member names missing etcd=()
-    # Those that a run before this one began, if it was stopped.
-    while updating; do sleep 1; done
+    local member names missing under_way etcd=()
+    # Those that a run before this one began, if it was stopped. What is deployed now may be what mends them.
+    await_updates || say "  the update of $under_way has not ended within $start_limit_s s: goes on"
     read_lines names members
     read_lines missing missing_services || die "Swarm does not say what runs" "docker stack services $STACK; then start again"
     # What does not run is made anew (its volumes stay): otherwise a mended service that takes its time would be
