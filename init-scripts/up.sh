@@ -8,6 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 # shellcheck source=init-scripts/stack.sh
 source "$(dirname "${BASH_SOURCE[0]}")/stack.sh"
 
+readonly initialise_limit_s=900
 readonly proof_scale=10
 readonly load=$STACK-load
 # The database of the proof, and the role that writes to it. What has this comment was made here, and may be dropped.
@@ -463,6 +464,27 @@ choose_profile() {
     for name in "${recalled[@]}"; do say "  $name"; done
 }
 
+# What makes roles and tables gives up after a while, and says so in the log of its container only.
+check_initialised() {
+    local group all_groups container result log began
+    read_lines all_groups groups
+    for group in "${all_groups[@]}"; do
+        log="$cache/log/initialise-$group.log" began=$SECONDS result=75
+        container=$(primary_here "$group")
+        [[ -n $container ]] || {
+            say "  group $group: its primary is on another machine, so whether it has its roles and tables was not looked at"
+            continue
+        }
+        until ((result != 75 || SECONDS - began >= initialise_limit_s)); do
+            result=0
+            docker exec "$container" pgmesh-initialise check >"$log" 2>&1 || result=$?
+            ((result != 75)) || sleep 2
+        done
+        ((result != 75)) || die "group $group has not got its roles and tables within $initialise_limit_s s" "docker logs $container says why; mend it, start again"
+        ((result == 0)) || die "roles and tables of group $group are not as init-scripts/ has them: $(grep -m 1 ERROR "$log" || tail -n 1 "$log")" "see $log; mend it, start again"
+    done
+}
+
 # Once, unless told otherwise: it takes a backup of each group, and restores the coordinators on this machine.
 choose_proof() {
     [[ -n $proof || -e $up/values && ! -e $unproved ]] || proof=yes
@@ -501,6 +523,7 @@ bring_up() {
     [[ $CITUS == yes ]] || say "  no Citus in the database image: worker groups are plain PostgreSQL, and the rebalance agent idles"
     # A new stack has no backup yet.
     wait_until_well 300 '^[A-Z]+ +repository '
+    check_initialised
     bring_in_dynamic_settings
     back_up
     wait_until_well 300

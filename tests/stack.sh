@@ -103,6 +103,7 @@ try_roles() {
         "SELECT * FROM pgmesh.pgbouncer_lookup('pgmesh_app')"
     try "an HNSW index is used" client_plan
     try "the scripts may run twice" initialise_again
+    try "what up.sh asks is whether they have run" in_service "$(leader_of 0)" pgmesh-initialise check
 }
 
 client_plan() {

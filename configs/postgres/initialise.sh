@@ -3,6 +3,8 @@
 # only if they or the passwords have changed since the last time, it runs the scripts of init-scripts/
 # (NN-purpose.sql; each may run twice), so that a new cluster gets its roles and tables, and a new
 # password holds, wherever in the Swarm the primary is.
+#
+# "check", for init-scripts/up.sh, does it too, but once: exit 0 done, 75 it is being done, 1 not, and why is printed.
 set -euo pipefail
 
 readonly scripts=/etc/pgmesh/init
@@ -70,8 +72,17 @@ INSERT INTO pgmesh.initialised (inputs) VALUES (:'inputs');
 SQL
 }
 
+check() {
+    local wanted
+    exec 9>/run/postgresql/pgmesh-initialise.lock
+    flock --nonblock 9 || exit 75
+    wanted=$(inputs) || exit 1
+    is_done "$wanted" || run_scripts "$wanted" || exit 1
+}
+
 main() {
     local wanted tries
+    [[ ${1:-} != check ]] || { check && exit 0; }
     [[ ${2:-} == primary ]] || exit 0
     exec 9>/run/postgresql/pgmesh-initialise.lock
     flock 9
