@@ -5,7 +5,8 @@
 # running stack says. Sourced after lib.sh, never run.
 
 readonly STACK=${PGMESH_STACK:-pgmesh}
-[[ $STACK =~ ^[a-z][a-z0-9-]*$ ]] || die "PGMESH_STACK=$STACK" "a name of small letters, digits and hyphens"
+# "up" is the label of what versions before the stack made, which down.sh removes.
+[[ $STACK =~ ^[a-z][a-z0-9-]*$ && $STACK != up ]] || die "PGMESH_STACK=$STACK" "a name of small letters, digits and hyphens, and not \"up\""
 readonly ROOT=$root
 # What a stack is made with is its own.
 up=$cache/up
@@ -144,9 +145,15 @@ check_value() {
     [[ $3 =~ ^($pattern)$ ]] || die "$1 has $2=$3" "allowed is $words; nothing may follow the value in its line"
 }
 
-# As up.sh deployed it, with what its environment had.
+# As up.sh deployed it, with what its environment had: that of another script changes nothing.
 load_remembered_profile() {
-    if [[ -e $up/values ]]; then load_profile "$up/values"; else load_profile "$(cat "$up/profile" 2>/dev/null || echo small)"; fi
+    if [[ -e $up/values ]]; then
+        # shellcheck disable=SC2046  # one word for each
+        unset $(variables_in "$up/values")
+        load_profile "$up/values"
+    else
+        load_profile "$(cat "$up/profile" 2>/dev/null || echo small)"
+    fi
 }
 
 # note_profile: into files that remember_profile puts in place. The profiles that come with the scripts are remembered

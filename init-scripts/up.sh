@@ -440,6 +440,9 @@ refuse_other_numbers() {
             die "the stack $STACK has $name=$(was "$name"), which can be more and not less, and $name=${!name} is asked for" \
                 "say $name=$(was "$name") as before, or more"
     done
+    [[ -e $group_file ]] || ((WORKER_GROUPS >= $(was WORKER_GROUPS))) ||
+        die "the stack $STACK has WORKER_GROUPS=$(was WORKER_GROUPS), and WORKER_GROUPS=$WORKER_GROUPS is asked for" \
+            "say WORKER_GROUPS=$(was WORKER_GROUPS) as before; init-scripts/remove-worker.sh takes a group away"
 }
 
 # Neither can what Citus has distributed be read without it, nor does what was made without become its own.
