@@ -320,19 +320,18 @@ each() {
 # The variables that follow from the profile. Names of members have no blanks.
 # shellcheck disable=SC2046
 derive() {
-    local etcd coordinator pgbouncer haproxy all_groups group key name
+    local etcd coordinator pgbouncer haproxy group key name
     read_lines etcd etcd_members
     read_lines coordinator coordinators
     read_lines pgbouncer pgbouncers
     read_lines haproxy haproxies
-    read_lines all_groups groups
     ETCD_INITIAL_CLUSTER=$(joined , $(for name in "${etcd[@]}"; do echo "$name=https://$name:2380"; done))
     ETCD_HOSTS=$(joined , "${etcd[@]/%/:2379}")
     ETCD_ENDPOINTS=$(joined ', ' $(for name in "${etcd[@]}"; do echo "\"https://$name:2379\""; done))
     ETCD_METRICS_TARGETS=$(joined ', ' $(for name in "${etcd[@]}"; do echo "\"$name:2381\""; done))
     HAPROXY_METRICS_TARGETS=$(joined ', ' $(for name in "${haproxy[@]}"; do echo "\"$name:8404\""; done))
     HAPROXY_SERVERS=$(each $'    server %s %s:5432 check port 8008 verifyhost %s\n' "${coordinator[@]}")
-    PATRONI_METRICS_TARGETS=$(for group in "${all_groups[@]}"; do
+    PATRONI_METRICS_TARGETS=$(for group in $(groups); do
         printf '      - {targets: [%s], labels: {group: "%s"}}\n' "$(joined ', ' $(members_of "$group" | sed 's/.*/"&:8008"/'))" "$group"
     done)
     PGBOUNCER_TABLES=$(each $'[[pgbouncer]]\nname = "%s"\nhost = "%s"\nport = 6432\nuser = "pgmesh_health"\npassword_file = "/run/secrets/pgmesh_health_password"\ndatabase = "'"$DATABASE"$'"\ngroup = 0\ntls = "verify-full"\nca_file = "/etc/pgmesh/ca.crt"\n\n' "${pgbouncer[@]}")
