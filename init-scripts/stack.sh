@@ -907,6 +907,22 @@ options_of_agent() {
         {{- range .Spec.TaskTemplate.ContainerSpec.Configs}}--config source={{.ConfigName}},target={{.File.Name}}{{"\n"}}{{end}}' "${STACK}_backup-agent" | xargs -n 2
 }
 
+# on_primary GROUP SQL: in the database postgres; on another machine over the network, as the backup agent's role.
+# shellcheck disable=SC2016  # the inner shell expands what is its own
+on_primary() {
+    local leader container options=(--no-psqlrc --quiet --no-align --tuples-only --command "$2")
+    leader=$(leader_of "$1")
+    [[ -n $leader ]] || return 1
+    container=$(container_of "$leader")
+    if [[ -n $container ]]; then
+        timeout 10 docker exec "$container" psql "${options[@]}" postgres
+    else
+        timeout 10 docker exec "$(container_of "$(any_database)")" bash -c 'export PGPASSWORD=$(</run/secrets/pgmesh_backup_password) PGCONNECT_TIMEOUT=5
+            host=$1 && shift
+            exec psql "$@" "host=$host user=pgmesh_backup dbname=postgres sslmode=verify-full sslrootcert=/etc/pgmesh/ca.crt"' client "$leader" "${options[@]}"
+    fi
+}
+
 # sql CONTAINER DATABASE QUERY: as the superuser, inside the container.
 sql() {
     docker exec "$1" psql --no-psqlrc --quiet --no-align --tuples-only --set ON_ERROR_STOP=1 --dbname "$2" --command "$3"

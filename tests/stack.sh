@@ -743,12 +743,22 @@ try_restore() {
     try "restore-cluster.sh refuses a moment that cannot be reached, and the databases run as before" \
         refused 'the databases run as before' "$root/init-scripts/restore-cluster.sh" --target-time '2020-01-01 00:00:00+00' --yes
     try "what was there is there" equals $'before\nafter' client pgmesh_app 5432 "$strict" 'SELECT * FROM restored'
+    try "restore-cluster.sh refuses while the repository lacks what is committed" refuses_without_agent
     try "restore-cluster.sh --latest" "$root/init-scripts/restore-cluster.sh" --latest --yes
     try "it reaches the last commit" equals $'before\nafter' client pgmesh_app 5432 "$strict" 'SELECT * FROM restored'
     try "restore-cluster.sh --target-time" "$root/init-scripts/restore-cluster.sh" --target-time "$moment" --yes
     try "it reaches the moment, and no more" equals before client pgmesh_app 5432 "$strict" 'SELECT * FROM restored'
-    try "restore-cluster.sh --remove-old-volumes" "$root/init-scripts/restore-cluster.sh" --remove-old-volumes
+    try "restore-cluster.sh --remove-old-volumes" "$root/init-scripts/restore-cluster.sh" --remove-old-volumes --yes
     try "the verdict is healthy" is_well
+}
+
+refuses_without_agent() {
+    local result=0
+    docker service scale "${STACK}_backup-agent=0" >/dev/null
+    ARCHIVE_LIMIT_S=5 refused 'no backup agent receives its WAL' "$root/init-scripts/restore-cluster.sh" --latest --yes || result=1
+    docker service scale "${STACK}_backup-agent=1" >/dev/null
+    wait_for 180 "healthy again" is_well
+    return "$result"
 }
 
 # --- nothing is left ------------------------------------------------------------------------------
