@@ -241,6 +241,8 @@ make_production() {
     echo test >"$production/secrets/s3_access_key_id"
     echo test >"$production/secrets/s3_secret_access_key"
     try "certificates of the profile production are made" env PGMESH_UP="$production" "$root/init-scripts/certificates.sh" production
+    try "a name that no certificate can have is refused" refused 'could not make the certificate of coordinator-1' \
+        env PGMESH_UP="$production" PUBLIC_NAMES=10.0.0.300 "$root/init-scripts/certificates.sh" production
     try "secrets of the profile production are made" env PGMESH_UP="$production" "$root/init-scripts/secrets.sh" --files-only production
     try "the files of the profile production are made" env PGMESH_UP="$production" bash -euo pipefail -c '
         source init-scripts/lib.sh
