@@ -74,16 +74,19 @@ drain() {
 
 # Tables in any database, but for what init-scripts/ made there.
 refuse_tables() {
-    local container database found
+    local container database names found
     container=$(primary_here "$group")
     [[ -n $container ]] || die "the primary of worker group $group is on another machine: $(machine_of "$(leader_of "$group")")" "run this there"
-    for database in $(sql "$container" postgres 'SELECT datname FROM pg_database WHERE datallowconn AND NOT datistemplate'); do
+    names=$(sql "$container" postgres 'SELECT datname FROM pg_database WHERE datallowconn AND NOT datistemplate') ||
+        die "the primary of worker group $group does not say which databases it has" "see the message above, start again"
+    while IFS= read -r database; do
         found=$(sql "$container" "$database" "SELECT string_agg(oid::regclass::text, ', ') FROM (
             SELECT oid FROM pg_class WHERE relkind IN ('r', 'p', 'm') AND relpersistence <> 't'
-                AND relnamespace::regnamespace::text NOT IN ('pg_catalog', 'information_schema', 'pgmesh') LIMIT 5) AS tables")
+                AND relnamespace::regnamespace::text NOT IN ('pg_catalog', 'information_schema', 'pgmesh') LIMIT 5) AS tables" </dev/null) ||
+            die "database $database of worker group $group does not say which tables it has" "see the message above, start again"
         [[ -z $found ]] || die "worker group $group has tables of its own in database $database: $found" \
             "without Citus nobody moves them: copy them elsewhere (pg_dump) and drop them there, then start again"
-    done
+    done <<<"$names"
 }
 
 no_containers() {
