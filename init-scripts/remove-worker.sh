@@ -46,9 +46,12 @@ remove_volumes() {
 
 # Whether it may go at all.
 check_group() {
-    local found
-    (($(worker_groups | grep -vcx "$group") >= least)) ||
-        die "worker group $group is one of the last $least, and there are never fewer" "init-scripts/add-worker.sh first"
+    local found other stay=0
+    for other in $(worker_groups); do
+        [[ $other == "$group" || -n $(state_of_group "$other") ]] || stay=$((stay + 1))
+    done
+    ((stay >= least)) ||
+        die "worker group $group is one of the last $least, and there are never fewer (one that joins or leaves does not count)" "init-scripts/add-worker.sh first"
     [[ $(state_of_group "$group") != joining ]] || die "worker group $group is only half there" "init-scripts/add-worker.sh first: it goes on"
     found=$(findings) || die "the cluster is not well: $(head -n 1 <<<"$found" | tr -s ' ')" "init-scripts/status.sh; mend it, start again"
 }
