@@ -67,7 +67,7 @@ start_job() {
     local group=$1 volumes=$2 member options
     shift 2
     member=$(members_of "$group" | head -n 1)
-    mapfile -t options < <(options_of_agent | tr ' ' '\n')
+    mapfile -t options < <(options_of_agent backup-agent | tr ' ' '\n')
     docker service create --detach --quiet --restart-condition none --name "$(job "$group")" \
         --label "com.docker.stack.namespace=$STACK" --container-label "com.docker.stack.namespace=$STACK" \
         --init --no-healthcheck --endpoint-mode dnsrr --network "${STACK}_data" --constraint "node.labels.pgmesh.place == $(place_of "$member")" \

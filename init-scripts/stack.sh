@@ -867,30 +867,37 @@ wait_until_well() {
 
 # --- asking ---------------------------------------------------------------------------------------
 
-# agent COMMAND…: of the backup agent: in its container, or where that is on another machine, in one that runs once.
+# agent COMMAND…: of the backup agent.
 agent() {
-    local container
-    container=$(container_of backup-agent)
+    run_agent backup-agent --log-format text "$@"
+}
+
+# run_agent NAME ARGUMENT…: in the agent's container, or where that is on another machine, in one that runs once.
+run_agent() {
+    local name=$1 container
+    shift
+    container=$(container_of "$name")
     if [[ -n $container ]]; then
-        docker exec "${terminal[@]}" "$container" backup-agent --log-format text "$@"
+        docker exec "${terminal[@]}" "$container" "$name" "$@"
     else
-        agent_job "$@"
+        agent_job "$name" "$@"
     fi
 }
 
-# agent_job COMMAND…: Swarm runs it once, on any machine, with what the agent is given; then what it printed. Not as a
-# job of Swarm's: those run once for each manager that ever led, at the same time and again (moby/moby#53632).
+# agent_job NAME ARGUMENT…: Swarm runs it once, on any machine, with what the agent is given; then what it printed. Not as
+# a job of Swarm's: those run once for each manager that ever led, at the same time and again (moby/moby#53632).
 agent_job() {
-    local job="${STACK}_backup-agent-once" image options state began=$SECONDS
-    image=$(docker service inspect --format '{{.Spec.TaskTemplate.ContainerSpec.Image}}' "${STACK}_backup-agent" 2>/dev/null) ||
-        die "the backup agent is not deployed" "init-scripts/up.sh"
-    mapfile -t options < <(options_of_agent | tr ' ' '\n')
+    local name=$1 job="${STACK}_$1-once" image memory options state began=$SECONDS
+    shift
+    read -r image memory < <(docker service inspect --format \
+        '{{.Spec.TaskTemplate.ContainerSpec.Image}} {{.Spec.TaskTemplate.Resources.Limits.MemoryBytes}}' "${STACK}_$name") || return 1
+    mapfile -t options < <(options_of_agent "$name" | tr ' ' '\n')
     docker service rm "$job" >/dev/null 2>&1 || true
     docker service create --detach --quiet --restart-condition none --name "$job" \
         --label "com.docker.stack.namespace=$STACK" --container-label "com.docker.stack.namespace=$STACK" \
-        --init --no-healthcheck --read-only --cap-drop ALL --mount type=tmpfs,target=/tmp --limit-memory "$BACKUP_AGENT_MEMORY" \
+        --init --no-healthcheck --read-only --cap-drop ALL --mount type=tmpfs,target=/tmp --limit-memory "$memory" \
         --endpoint-mode dnsrr --network "${STACK}_coordination" --network "${STACK}_data" "${options[@]}" --no-resolve-image \
-        --entrypoint backup-agent "$image" --log-format text "$@" >/dev/null
+        --entrypoint "$name" "$image" "$@" >/dev/null || return 1
     until state=$(docker service ps --format '{{.CurrentState}}' "$job" | head -n 1) && [[ $state =~ ^(Complete|Failed|Rejected|Shutdown) ]]; do
         ((SECONDS - began < job_limit_s)) || break
         sleep 1
@@ -900,11 +907,11 @@ agent_job() {
     [[ $state == Complete* ]]
 }
 
-# What the backup agent is given, a job is given too.
+# options_of_agent NAME: what the agent is given, a job is given too.
 options_of_agent() {
     docker service inspect --format '
         {{- range .Spec.TaskTemplate.ContainerSpec.Secrets}}--secret source={{.SecretName}},target={{.File.Name}},uid=999,gid=999,mode=0400{{"\n"}}{{end}}
-        {{- range .Spec.TaskTemplate.ContainerSpec.Configs}}--config source={{.ConfigName}},target={{.File.Name}}{{"\n"}}{{end}}' "${STACK}_backup-agent" | xargs -n 2
+        {{- range .Spec.TaskTemplate.ContainerSpec.Configs}}--config source={{.ConfigName}},target={{.File.Name}}{{"\n"}}{{end}}' "${STACK}_$1" | xargs -n 2
 }
 
 # on_primary GROUP SQL: in the database postgres; on another machine over the network, as the backup agent's role.
