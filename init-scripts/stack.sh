@@ -155,6 +155,14 @@ backup_key_name() {
     if (($1 == 1)); then echo pgmesh_backup_key; else echo "pgmesh_backup_key_$1"; fi
 }
 
+# What a password may be: it stands as it is in patroni.yml, haproxy.cfg, redis.conf and PgBouncer's userlist.txt.
+readonly plain_value='^[A-Za-z0-9._~+/=-]+$'
+
+# is_key VALUE: 32 bytes in base64 or hexadecimal, as the backup agent wants it.
+is_key() {
+    [[ $1 =~ ^[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=$ || $1 =~ ^[0-9A-Fa-f]{64}$ ]]
+}
+
 # --- hashes and names -----------------------------------------------------------------------------
 
 # upper NAME: as part of the name of a variable.

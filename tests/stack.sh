@@ -645,6 +645,12 @@ try_rotation() {
     done
     try "backups under the older key can be read" in_service backup-agent backup-agent verify --group 0
     try "a backup under the new key is taken" in_service backup-agent backup-agent backup --group 0
+    printf "it's\n" >"$cache/test-secret"
+    try "rotate-secret.sh refuses a value that does not stand everywhere as it is" refused 'has more than letters' \
+        "$root/init-scripts/rotate-secret.sh" pgmesh_app_password --from "$cache/test-secret"
+    rm -f "$cache/test-secret"
+    try "rotate-secret.sh abandons nothing where nothing was begun" refused 'no rotation of pgmesh_app_password' \
+        "$root/init-scripts/rotate-secret.sh" pgmesh_app_password --abandon
     try "rotate-secret.sh refuses what is no secret" refused 'no secret that can be rotated' "$root/init-scripts/rotate-secret.sh" nothing
 }
 
