@@ -493,14 +493,17 @@ spec_of_file() {
 # update_changed MEMBER…: those that are deployed otherwise than they are rendered. A group's primary comes
 # after its standbys, so that a group has one switchover.
 update_changed() {
-    local member group changed=() primaries=()
+    local member group changed=() primaries=() etcd_is_lost=no
     [[ -n $(services) ]] || return 0
     for member in "$@"; do
         [[ -n $(spec_of_service "$member") && $(spec_of_service "$member") != $(spec_of_file "$member") ]] || continue
-        changed+=("$member")
+        # A member of etcd that is out comes first: the others are its quorum.
+        if [[ $member == etcd-* ]] && ! takes_part "$member"; then changed=("$member" "${changed[@]}"); else changed+=("$member"); fi
     done
     [[ ${#changed[@]} -gt 0 ]] || return 0
     say "updates what has changed: ${changed[*]}"
+    [[ " ${changed[*]}" != *" etcd-"* ]] || ! no_etcd_takes_part || etcd_is_lost=yes
+    [[ $etcd_is_lost == no ]] || say "  no member of etcd answers: each is updated without waiting for the others"
     # Of their servers Patroni must be able to say who leads.
     [[ " ${changed[*]}" != *" coordinator-"* && " ${changed[*]}" != *" worker-"* ]] || any_database >/dev/null
     for group in $(groups); do primaries+=("$(leader_of "$group")"); done
@@ -514,7 +517,7 @@ update_changed() {
 
 # One member after the other, and a primary only once another one leads.
 update_member() {
-    local member=$1 group to deployed_at asked_at
+    local member=$1 other group to deployed_at asked_at
     deployed_at=$(date --utc +%Y-%m-%dT%H:%M:%S)
     if [[ $member == coordinator-* || $member == worker-* ]]; then
         group=$(group_of "$member")
@@ -529,6 +532,11 @@ update_member() {
         elif [[ $(members_of "$group" | wc -l) -eq 1 ]]; then
             say "  $member is the only server of group $group: nobody can use that group until it is back"
         fi
+    fi
+    if [[ $member == etcd-* ]]; then
+        for other in $(etcd_members | grep -vx "$member"); do
+            wait_hint="init-scripts/status.sh $other" wait_for 60 "$other takes part in etcd, so that $member may be away" takes_part "$other"
+        done
     fi
     say "  updates $member"
     # What stack.yml has, the agents above all, comes last: it may need what the servers have then.
@@ -564,13 +572,31 @@ serves() {
         [[ $(docker exec "$container" psql --no-psqlrc --quiet --no-align --tuples-only --dbname postgres --command \
             "SELECT NOT pg_is_in_recovery() OR EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming')" 2>/dev/null) == t ]]
         ;;
+    etcd-*) takes_part "$1" ;;
     esac
+}
+
+# takes_part MEMBER: it answers what needs the quorum; its container is healthy without, too. Where no etcd is on this
+# machine, Swarm's word is taken; and where no member took part before the update, the others must be updated first.
+takes_part() {
+    local container
+    [[ ${etcd_is_lost:-no} == no ]] || return 0
+    container=$(container_of "$1")
+    [[ -n $container ]] || container=$(for name in $(etcd_members); do container_of "$name"; done | head -n 1)
+    [[ -z $container ]] || docker exec "$container" etcdctl --endpoints "https://$1:2379" --cacert /etc/pgmesh/ca.crt \
+        --cert /run/secrets/tls_certificate --key /run/secrets/tls_key --command-timeout 4s endpoint health >/dev/null 2>&1
+}
+
+no_etcd_takes_part() {
+    local name
+    for name in $(etcd_members); do ! takes_part "$name" || return 1; done
 }
 
 # serves_elsewhere MEMBER: of a server Patroni knows it; of the rest Swarm's word is taken.
 serves_elsewhere() {
     case $1 in
     coordinator-* | worker-*) patroni_members "$(group_of "$1")" | grep -E "^$1 (Leader running|[A-Za-z]+ streaming) " >/dev/null ;;
+    etcd-*) takes_part "$1" ;;
     esac
 }
 
