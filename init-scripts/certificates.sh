@@ -117,6 +117,7 @@ main() {
     case ${1:-} in -h | --help) usage && return 0 ;; esac
     ensure_program openssl openssl
     if [[ $# -gt 0 ]]; then load_profile "$1"; else load_remembered_profile; fi
+    lock_stack
     mkdir -p "$secrets" "$up/certificates"
     chmod 0700 "$up"
     : >"$cache/log/certificates.log"

@@ -184,7 +184,9 @@ main() {
     forget
     note_group "$group" removed
     render_all
+    deployed_at=$(date --utc +%Y-%m-%dT%H:%M:%S)
     deploy stack
+    check_updates
     wait_until_running
     prune
     wait_until_well 300

@@ -209,9 +209,9 @@ put_back() {
     trap - EXIT
     say "starts the databases as they were"
     remove_jobs
-    remove_generation "$1"
     start_databases
     say "the databases run as before: nothing was replaced"
+    remove_generation "$1" || say "  what was restored stays in volumes that end with $1; the next restore removes them"
 }
 
 # remove_generation N: volumes that a restore made and did not end.

@@ -85,6 +85,7 @@ main() {
     esac
     ensure_program openssl openssl
     if [[ $# -gt 0 ]]; then load_profile "$1"; else load_remembered_profile; fi
+    lock_stack
     make_all
     check_files
     [[ $files_only == yes ]] || give_to_swarm

@@ -20,12 +20,14 @@ readonly rotation="$up/rotating"
 terminal=()
 [[ ! -t 1 ]] || terminal=(--tty)
 
-# lock_stack: one script at a time changes the stack.
+# lock_stack: one script at a time changes the stack. Those that it runs need no lock of their own.
 lock_stack() {
+    [[ -z ${PGMESH_LOCKED:-} ]] || return 0
     exec 9>>"$cache/up.lock"
     flock --nonblock 9 || die "the stack is being changed by $(<"$cache/up.lock")" \
         "wait until that has ended; if it was killed, until what it had begun has"
     printf '%s (process %s, since %s)\n' "${0##*/}" "$$" "$(date '+%Y-%m-%d %H:%M:%S')" >"$cache/up.lock"
+    export PGMESH_LOCKED=yes
 }
 
 # refuse_in_rotation: for scripts that bring secrets to services.
@@ -428,6 +430,13 @@ open_stack() {
     load_remembered_profile
     [[ -n $(services) ]] || die "the stack $STACK is not deployed" "init-scripts/up.sh"
     take_running
+    remove_left_jobs
+}
+
+# What ran once for a script that was killed: everybody else would wait for it to run.
+remove_left_jobs() {
+    docker service ls --filter "label=com.docker.stack.namespace=$STACK" --format '{{.Name}}' | { grep -E "^${STACK}_([a-z-]+-once|restore-[0-9]+)\$" || true; } |
+        xargs -r docker service rm >/dev/null
 }
 
 # --- services and their containers ----------------------------------------------------------------
