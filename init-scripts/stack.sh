@@ -227,6 +227,7 @@ derive() {
     ETCD_METRICS_TARGETS=$(joined ', ' $(for name in "${etcd[@]}"; do echo "\"$name:2381\""; done))
     HAPROXY_METRICS_TARGETS=$(joined ', ' $(for name in "${haproxy[@]}"; do echo "\"$name:8404\""; done))
     HAPROXY_SERVERS=$(each $'    server %s %s:5432 check port 8008 verifyhost %s\n' "${coordinator[@]}")
+    HAPROXY_ALL_CONNECTIONS=$((HAPROXY_MAX_CONNECTIONS + 100))
     PATRONI_METRICS_TARGETS=$(for group in $(groups); do
         printf '      - {targets: [%s], labels: {group: "%s"}}\n' "$(joined ', ' $(members_of "$group" | sed 's/.*/"&:8008"/'))" "$group"
     done)
