@@ -138,6 +138,7 @@ try_configurations() {
     try "etcd refuses who has no certificate" refused 'certificate|bad certificate|handshake|deadline' \
         in_service etcd-1 etcdctl --endpoints https://localhost:2379 --cacert /etc/pgmesh/ca.crt --command-timeout 3s endpoint health
     try "Patroni changes nothing for who has no certificate" equals 403 patroni_status DELETE /restart
+    try "Prometheus knows how full the disk is" disk_is_known
     try "Prometheus reaches all that it asks" targets_are_up
     try_stack_files "the running profile" "$RENDERED"
     if make_production; then
@@ -193,6 +194,10 @@ patroni_status() {
 prometheus_says() {
     docker exec pgmesh-test-client bash -c 'exec 3<>/dev/tcp/127.0.0.1/9090 &&
         printf "GET /api/v1/%s HTTP/1.0\r\n\r\n" "$1" >&3 && cat <&3' ask "$1"
+}
+
+disk_is_known() {
+    prometheus_says 'query?query=pgmesh_health_check_status' | grep '"component":"disk"' >/dev/null
 }
 
 targets_are_up() {
