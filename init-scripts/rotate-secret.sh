@@ -24,7 +24,7 @@ NAME is one of:
   pgmesh_app_password, pgmesh_readonly_password, pgmesh_mcp_password, pgmesh_admin_password
       PostgreSQL knows one password of a role: from one moment on a new connection needs the new one, which is in
       the file right before; whoever is connected stays so. PgBouncer is made to learn it at once, so that those
-      connected there get new connections to the servers too.
+      connected there get new connections to the servers too; it does not know pgmesh_admin.
   pgmesh_backup_password, pgmesh_lag_password, pgmesh_rebalance_password
       The role's password, then the agent, which keeps its connections until it is restarted.
   pgmesh_health_password, pgmesh_pgbouncer_password
@@ -277,8 +277,12 @@ main() {
     fi
     case $abandon-$name in
     yes-*) bring_to_swarm ;;
-    no-pgmesh_app_password | no-pgmesh_readonly_password | no-pgmesh_mcp_password | no-pgmesh_admin_password)
+    no-pgmesh_app_password | no-pgmesh_readonly_password | no-pgmesh_mcp_password)
         change_role_of_clients
+        bring_to_swarm
+        ;;
+    no-pgmesh_admin_password)
+        alter_role
         bring_to_swarm
         ;;
     no-redis_password | no-haproxy_password | no-s3 | no-pgmesh_backup_key)

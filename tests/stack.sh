@@ -89,7 +89,7 @@ wrong_password() {
 }
 
 try_roles() {
-    local insert="INSERT INTO memory_entries (namespace, key, value, embedding) VALUES ('test', gen_random_uuid()::text, '{}', array_fill(0.1, ARRAY[384])::vector)"
+    local role insert="INSERT INTO memory_entries (namespace, key, value, embedding) VALUES ('test', gen_random_uuid()::text, '{}', array_fill(0.1, ARRAY[384])::vector)"
     try "applications write" client pgmesh_app 6432 "$strict" "$insert"
     try "AI agents add" client pgmesh_mcp 6432 "$strict" "$insert"
     try "AI agents change nothing" refused 'permission denied' client pgmesh_mcp 6432 "$strict" "UPDATE memory_entries SET value = '1'"
@@ -101,8 +101,22 @@ try_roles() {
     try "administrators are no superusers" refused 'permission denied|must be superuser' client pgmesh_admin 5432 "$strict" 'SELECT * FROM pg_authid'
     try "nobody but PgBouncer looks up passwords" refused 'permission denied' client pgmesh_app 5432 "$strict" \
         "SELECT * FROM pgmesh.pgbouncer_lookup('pgmesh_app')"
+    for role in pgmesh_app pgmesh_readonly pgmesh_mcp; do
+        try "$role may not use the database postgres" refused 'permission denied for database' other_database "$role" 5432 postgres
+        try "$role may not use template1" refused 'permission denied for database' other_database "$role" 5432 template1
+        try "PgBouncer has no other database for $role" refused 'no such database|authentication failed' other_database "$role" 6432 postgres
+    done
+    for role in pgmesh_admin pgmesh_lag pgmesh_rebalance; do
+        try "PgBouncer does not know $role" refused 'authentication failed|no such user' client "$role" 6432 "$strict" 'SELECT 1'
+    done
     try "an HNSW index is used" client_plan
     try "the scripts may run twice" initialise_again
+}
+
+# other_database ROLE PORT DATABASE
+other_database() {
+    docker exec pgmesh-test-client bash -c 'export PGPASSWORD=$(<"/passwords/$1_password")
+        exec psql --no-psqlrc "host=localhost user=$1 port=$2 dbname=$3 sslmode=require connect_timeout=10" --command "SELECT 1"' client "$@"
 }
 
 client_plan() {
@@ -672,8 +686,10 @@ login() {
 
 # role_login ROLE CONNINFO COMMAND PASSWORD
 role_login() {
+    local database=$DATABASE
+    case $1 in pgmesh_backup | pgmesh_lag | pgmesh_rewind) database=postgres ;; esac
     docker exec --interactive pgmesh-test-client bash -c 'read -r PGPASSWORD && export PGPASSWORD && exec psql --no-psqlrc \
-        "host=localhost user=$1 port=5432 dbname=postgres sslmode=require $2" --command "$3"' login "${@:1:3}" <<<"$4"
+        "host=localhost user=$1 port=5432 dbname=$4 sslmode=require $2" --command "$3"' login "${@:1:3}" "$database" <<<"$4"
 }
 
 redis_login() {
