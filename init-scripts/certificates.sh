@@ -17,7 +17,8 @@ Usage: init-scripts/certificates.sh [PROFILE]
 Makes what is missing of it in .cache/up: an authority of this stack (ca.crt, ca.key; ten years), and for each
 member of etcd, database server, PgBouncer and agent a key and a certificate of 365 days, as
 secrets/tls_NAME_key and tls_NAME_certificate. One that ends within 30 days, or whose names are not those of
-the profile any more, is made anew; init-scripts/up.sh, which runs this first, then brings it into the stack.
+the profile any more, is made anew; init-scripts/up.sh, which runs this first, then brings it into the stack. It
+does so once they have ended, too; nobody is served then until it has.
 
 ca.crt is what clients trust. ca.key is needed to make certificates only: it may be kept elsewhere meanwhile.
 TEXT

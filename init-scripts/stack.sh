@@ -503,7 +503,7 @@ spec_of_file() {
 # update_changed MEMBER…: those that are deployed otherwise than they are rendered. A group's primary comes
 # after its standbys, so that a group has one switchover.
 update_changed() {
-    local member group changed=() primaries=() etcd_is_lost=no
+    local member group leader changed=() primaries=() etcd_is_lost=no
     [[ -n $(services) ]] || return 0
     for member in "$@"; do
         [[ -n $(spec_of_service "$member") && $(spec_of_service "$member") != $(spec_of_file "$member") ]] || continue
@@ -516,7 +516,10 @@ update_changed() {
     [[ $etcd_is_lost == no ]] || say "  no member of etcd answers: each is updated without waiting for the others"
     # Of their servers Patroni must be able to say who leads.
     [[ " ${changed[*]}" != *" coordinator-"* && " ${changed[*]}" != *" worker-"* ]] || any_database >/dev/null
-    for group in $(groups); do primaries+=("$(leader_of "$group")"); done
+    for group in $(groups); do
+        leader=$(leader_of "$group")
+        primaries+=("${leader:-$(primary_by_sql "$group")}")
+    done
     for member in "${changed[@]}"; do
         [[ " ${primaries[*]} " == *" $member "* ]] || update_member "$member"
     done
@@ -525,22 +528,55 @@ update_changed() {
     done
 }
 
+# primary_by_sql GROUP: of its servers on this machine the one that is no standby, where Patroni cannot say it.
+primary_by_sql() {
+    local member container
+    for member in $(members_of "$1"); do
+        container=$(container_of "$member")
+        [[ -z $container || $(sql "$container" postgres 'SELECT pg_is_in_recovery()' 2>/dev/null) != f ]] || echo "$member"
+    done
+}
+
+# certificate_is_over MEMBER: of a database server: then its Patroni reaches no etcd, and no standby its primary.
+certificate_is_over() {
+    local container
+    container=$(container_of "$1")
+    if [[ -n $container ]]; then
+        docker exec "$container" bash -c 'cd /run/secrets && openssl x509 -in tls_certificate -noout && ! openssl x509 -in tls_certificate -noout -checkend 0 >/dev/null'
+    else
+        docker exec "$(container_of "$(any_database)")" bash -c '
+            certificate=$(timeout 5 openssl s_client -connect "$1:8008" </dev/null 2>/dev/null | openssl x509 2>/dev/null) &&
+                ! openssl x509 -noout -checkend 0 <<<"$certificate" >/dev/null' is_over "$1"
+    fi
+}
+
+# make_way SERVER: it is a primary no more, unless nobody else is there.
+make_way() {
+    local member=$1 group to
+    group=$(group_of "$member")
+    wait_hint="init-scripts/status.sh" wait_for 60 "Patroni does not say who is in group $group" patroni_members "$group"
+    if [[ $(leader_of "$group") == "$member" && $(members_of "$group" | wc -l) -gt 1 ]]; then
+        # One that has just come back is no synchronous standby yet.
+        wait_hint="init-scripts/switchover.sh $group says what is in the way" \
+            wait_for 120 "no standby of group $group is fit to take over from $member" fit_standby "$group" "$member"
+        to=$(fit_standby "$group" "$member") || die "no standby of group $group is fit to take over$to" "init-scripts/status.sh; start again"
+        say "  $member hands over group $group to $to"
+        hand_over "$group" "$member" "$to"
+    elif [[ $(members_of "$group" | wc -l) -eq 1 ]]; then
+        say "  $member is the only server of group $group: nobody can use that group until it is back"
+    fi
+}
+
 # One member after the other, and a primary only once another one leads.
 update_member() {
-    local member=$1 other group to deployed_at asked_at
+    local member=$1 other deployed_at asked_at is_back=serves
     deployed_at=$(date --utc +%Y-%m-%dT%H:%M:%S)
     if [[ $member == coordinator-* || $member == worker-* ]]; then
-        group=$(group_of "$member")
-        wait_hint="init-scripts/status.sh" wait_for 60 "Patroni does not say who is in group $group" patroni_members "$group"
-        if [[ $(leader_of "$group") == "$member" && $(members_of "$group" | wc -l) -gt 1 ]]; then
-            # One that has just come back is no synchronous standby yet.
-            wait_hint="init-scripts/switchover.sh $group says what is in the way" \
-                wait_for 120 "no standby of group $group is fit to take over from $member" fit_standby "$group" "$member"
-            to=$(fit_standby "$group" "$member") || die "no standby of group $group is fit to take over$to" "init-scripts/status.sh; start again"
-            say "  $member hands over group $group to $to"
-            hand_over "$group" "$member" "$to"
-        elif [[ $(members_of "$group" | wc -l) -eq 1 ]]; then
-            say "  $member is the only server of group $group: nobody can use that group until it is back"
+        if certificate_is_over "$member"; then
+            say "  the certificate of $member is over, so its Patroni reaches no etcd: it is updated as it is"
+            is_back=runs
+        else
+            make_way "$member"
         fi
     fi
     if [[ $member == etcd-* ]]; then
@@ -557,7 +593,7 @@ update_member() {
         "$scripts/status.sh" "$member" >&2 || true
         die "the update of $member did not start, and was rolled back" "see the lines above, mend it, start again"
     }
-    wait_hint="init-scripts/status.sh" wait_for 600 "$member serves" serves "$member"
+    wait_hint="init-scripts/status.sh" wait_for 600 "$member serves" "$is_back" "$member"
 }
 
 # Swarm begins an update a moment after it was asked for; what it says until then is of the one before. Where no
@@ -576,7 +612,7 @@ serves() {
     [[ $(services | awk -v name="$1" '$1 == name { split($2, n, "/"); print n[1] }') -ge 1 ]] || return 1
     container=$(container_of "$1")
     [[ -n $container ]] || { serves_elsewhere "$1" && return 0 || return 1; }
-    [[ $(docker inspect --format '{{.State.Health.Status}}' "$container") == healthy ]] || return 1
+    runs "$1" || return 1
     case $1 in
     coordinator-* | worker-*)
         [[ $(docker exec "$container" psql --no-psqlrc --quiet --no-align --tuples-only --dbname postgres --command \
@@ -600,6 +636,14 @@ takes_part() {
 no_etcd_takes_part() {
     local name
     for name in $(etcd_members); do ! takes_part "$name" || return 1; done
+}
+
+# runs MEMBER: whatever its role. One on another machine by Swarm's word.
+runs() {
+    local container
+    [[ $(services | awk -v name="$1" '$1 == name { split($2, n, "/"); print n[1] }') -ge 1 ]] || return 1
+    container=$(container_of "$1")
+    [[ -z $container || $(docker inspect --format '{{.State.Health.Status}}' "$container") == healthy ]]
 }
 
 # serves_elsewhere MEMBER: of a server Patroni knows it; of the rest Swarm's word is taken.
