@@ -38,10 +38,10 @@ ALTER ROLE pgmesh_pgbouncer CONNECTION LIMIT 8;
 -- Who is not named may not even connect: not here, and not to the databases that each server has. Agents ask in
 -- postgres, and pg_rewind. Citus' nodes do this each for itself.
 SET citus.enable_ddl_propagation = off;
-REVOKE ALL ON DATABASE postgres, template1 FROM PUBLIC;
 SELECT format('GRANT CONNECT ON DATABASE postgres TO %I', rolname)
 FROM pg_roles WHERE rolname IN ('pgmesh_admin', 'pgmesh_backup', 'pgmesh_lag', 'pgmesh_health', 'pgmesh_rewind')
 \gexec
+REVOKE ALL ON DATABASE postgres, template1 FROM PUBLIC;
 RESET citus.enable_ddl_propagation;
 SELECT format('REVOKE ALL ON DATABASE %I FROM PUBLIC', current_database())
 \gexec
