@@ -14,7 +14,7 @@ Usage: init-scripts/rotate-secret.sh NAME [--from FILE | --abandon]
 Gives a secret a new value, random or that of FILE, and brings it to all who use it, one after the other. The new
 value is in .cache/up/secrets. If it was stopped, run it again: it goes on with the same value.
 
-  --from FILE  a line of letters, digits and ._~+/=-
+  --from FILE  a line of letters, digits and ._~+/=-; for s3 two of any characters without blanks
   --abandon    goes back to the old value, where a rotation was stopped and the new one turns out to be wrong. Refused
                once the old one may have ended somewhere: as soon as PostgreSQL is given the new password of a role,
                or the backup agent the new key. Then only the new value leads on
@@ -126,7 +126,7 @@ check_from() {
         if [[ $name == pgmesh_backup_key ]]; then
             is_key "$(new_value "$line")" || die "$from is not 32 bytes in base64 or hexadecimal" "openssl rand -base64 32 makes a key"
         else
-            [[ $(new_value "$line") =~ $plain_value ]] || die "line $line of $from has more than letters, digits and ._~+/=-, or nothing" "mend it, start again"
+            is_plain "$name" "$(new_value "$line")" || die "line $line of $from is empty, or has characters that it may not have" "rotate-secret.sh --help names them; mend it, start again"
         fi
     done
 }

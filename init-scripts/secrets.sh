@@ -50,8 +50,8 @@ make_all() {
 check_files() {
     local name
     for name in "${database_passwords[@]/%/_password}" haproxy_password redis_password s3_access_key_id s3_secret_access_key; do
-        [[ $(<"$secrets/$name") =~ $plain_value ]] ||
-            die "$secrets/$name has more than letters, digits and ._~+/=-, or nothing" "put another value there, start again; of a stack that runs: init-scripts/rotate-secret.sh"
+        is_plain "$name" "$(<"$secrets/$name")" ||
+            die "$secrets/$name is empty, or has characters that it may not have (secrets.sh --help)" "put another value there, start again; of a stack that runs: init-scripts/rotate-secret.sh"
         [[ $name == s3_* || $(wc -l <"$secrets/$name") == 0 ]] ||
             die "$secrets/$name ends with an end of line" "truncate --size=-1 $secrets/$name, start again"
     done

@@ -157,8 +157,11 @@ backup_key_name() {
     if (($1 == 1)); then echo pgmesh_backup_key; else echo "pgmesh_backup_key_$1"; fi
 }
 
-# What a password may be: it stands as it is in patroni.yml, haproxy.cfg, redis.conf and PgBouncer's userlist.txt.
-readonly plain_value='^[A-Za-z0-9._~+/=-]+$'
+# is_plain NAME VALUE: a password stands as it is in patroni.yml, haproxy.cfg, redis.conf and PgBouncer's userlist.txt.
+# Keys of S3 stand nowhere, and are made elsewhere.
+is_plain() {
+    if [[ $1 == s3* ]]; then [[ $2 =~ ^[[:graph:]]+$ ]]; else [[ $2 =~ ^[A-Za-z0-9._~+/=-]+$ ]]; fi
+}
 
 # is_key VALUE: 32 bytes in base64 or hexadecimal, as the backup agent wants it.
 is_key() {
