@@ -9,15 +9,19 @@ source "$(dirname "${BASH_SOURCE[0]}")/stack.sh"
 
 usage() {
     cat <<'TEXT'
-Usage: init-scripts/down.sh [--keep-data] [--all]
+Usage: init-scripts/down.sh [--keep-data] [--all] [--yes]
 
-Removes the stack: services, containers, networks, volumes (databases and backups!), secrets, configs, and what
-.cache/up has (certificates, passwords, the key of the backups!). The Swarm is left if up.sh made it and nothing
-else runs in it. The images stay, so that the next init-scripts/up.sh is quick; Docker stays too. On a Swarm of
-several machines volumes are removed on this one only: run it on each.
+Removes the stack: services, containers, networks, volumes (databases, and backups of the S3 server for tests!),
+secrets, configs, and what .cache/up has (certificates, passwords). It asks before it begins. The keys of the backups
+stay where the repository is not in the stack itself: without them nobody can read it. The Swarm is left if up.sh
+made it and nothing else runs in it. The images stay, so that the next init-scripts/up.sh is quick; Docker stays too.
+On a Swarm of several machines volumes are removed on this one only: run it on each.
 
   --keep-data   volumes, secrets and .cache/up stay: the next up.sh goes on with them
   --all         the images too, but not debian:trixie-slim
+  --yes         does not ask; needed where there is no terminal
+
+A stack of another name (PGMESH_STACK) has .cache/up-NAME, and is not touched without that name.
 TEXT
 }
 
@@ -94,12 +98,32 @@ leave_swarm() {
     say "left the Swarm"
 }
 
+# Whether the repository of the backups goes with the stack.
+repository_is_inside() {
+    grep -qx 'S3_FOR_TESTS=yes' "$up/values" && grep -qx 'S3_ENDPOINT=http://s3-for-tests:9000' "$up/values"
+} 2>/dev/null
+
+# What the next stack takes up again, if it is not moved away: it lies where up.sh looks for it.
+remove_files() {
+    local keys
+    [[ -e $up ]] || return 0
+    mapfile -t keys < <(backup_keys)
+    if repository_is_inside || [[ ${#keys[@]} -eq 0 ]]; then
+        rm -rf "$up"
+        return 0
+    fi
+    find "$up" -mindepth 1 -maxdepth 1 ! -path "$secrets" -exec rm -rf {} +
+    find "$secrets" -mindepth 1 ! -name 'pgmesh_backup_key*' -delete
+    say "kept the keys of the backups, which the repository needs to be read: $(for key in "${keys[@]}"; do echo "$secrets/$(backup_key_name "$key")"; done | xargs)"
+}
+
 main() {
-    local all=no keep=no names=()
+    local all=no keep=no sure=no names=()
     while [[ $# -gt 0 ]]; do
         case $1 in
         --all) all=yes ;;
         --keep-data) keep=yes ;;
+        --yes) sure=yes ;;
         -h | --help) usage && return 0 ;;
         *) usage >&2 && exit 2 ;;
         esac
@@ -107,6 +131,8 @@ main() {
     done
     lock_stack
     docker_answers || die "no Docker engine answers, so nothing of the stack runs" "to remove its data too, start Docker and run this again"
+    [[ $sure == yes || -t 0 ]] || die "this removes the stack $STACK, and nobody is there to be asked" "start again on a terminal, or with --yes"
+    ask "The stack $STACK ends now$([[ $keep == yes ]] || echo ", and its databases are deleted$(! repository_is_inside || echo ", and their backups")")."
 
     mapfile -t names < <(own_containers)
     remove containers "container rm --force --volumes" "${names[@]}"
@@ -131,7 +157,7 @@ main() {
         mapfile -t names < <(images)
         remove images "image rm --force" "${names[@]}"
     fi
-    [[ $keep == yes ]] || rm -rf "$up"
+    [[ $keep == yes ]] || remove_files
     say "the stack is gone"
 }
 

@@ -129,6 +129,15 @@ has_line() {
     grep -xF -- "$1" >/dev/null
 }
 
+# read_lines ARRAY COMMAND…: the lines that it prints. Fails where the command does, as "mapfile < <(…)" would not.
+read_lines() {
+    local -n read_lines_into=$1
+    local read_lines_text
+    read_lines_text=$("${@:2}") || return
+    read_lines_into=()
+    [[ -z $read_lines_text ]] || mapfile -t read_lines_into <<<"$read_lines_text"
+}
+
 # longest_gap FILE: the longest time between two of the times in it, in seconds.
 longest_gap() {
     awk 'NR > 1 && $1 - last > gap { gap = $1 - last } { last = $1 } END { printf "%.1f", gap }' "$1"

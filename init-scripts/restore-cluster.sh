@@ -42,14 +42,6 @@ Exit: 0 done, 1 refused or failed, 2 wrong use.
 TEXT
 }
 
-ask() {
-    local answer
-    [[ $sure == no ]] || return 0
-    printf '%s\nType %s to go on: ' "$1" "$STACK"
-    read -r answer || true
-    [[ $answer == "$STACK" ]] || die "not confirmed: nothing was done" "start again, or with --yes"
-}
-
 job() { printf '%s_restore-%s' "$STACK" "$1"; }
 
 # With their containers, which have the volumes in use.

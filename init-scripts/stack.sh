@@ -5,8 +5,14 @@
 # running stack says. Sourced after lib.sh, never run.
 
 readonly STACK=${PGMESH_STACK:-pgmesh}
+# "up" is the label of what versions before the stack made, which down.sh removes.
+[[ $STACK =~ ^[a-z][a-z0-9-]*$ && $STACK != up ]] || die "PGMESH_STACK=$STACK" "a name of small letters, digits and hyphens, and not \"up\""
 readonly ROOT=$root
-readonly up="${PGMESH_UP:-$cache/up}"
+# What a stack is made with is its own.
+up=$cache/up
+[[ $STACK == pgmesh ]] || up+=-$STACK
+up=${PGMESH_UP:-$up}
+readonly up
 readonly secrets="$up/secrets"
 readonly RENDERED="$up/stack"
 readonly rendering="$up/stack.new"
@@ -35,31 +41,139 @@ refuse_in_rotation() {
     [[ ! -e $rotation ]] || die "the rotation of $(<"$rotation") was interrupted" "init-scripts/rotate-secret.sh $(<"$rotation")"
 }
 
-# --- the profile ----------------------------------------------------------------------------------
-
-# load_profile NAME|FILE: its variables, but for those that the environment has. The profile that was
-# taken is remembered, for the other scripts.
-load_profile() {
-    local file=$1 line name
-    [[ -e $file ]] || file="$root/configs/$1.env"
-    [[ -r $file ]] || die "there is no profile $1" "one of: small, production, or a file like configs/small.env"
-    profile=$file
-    while IFS= read -r line || [[ -n $line ]]; do
-        [[ $line =~ ^([A-Z][A-Z0-9_]*)=(.*)$ ]] || continue
-        name=${BASH_REMATCH[1]}
-        [[ -v $name ]] || printf -v "$name" '%s' "${BASH_REMATCH[2]}"
-    done <"$file"
+# ask WHAT: goes on only where the stack's name is typed, or --yes was given.
+ask() {
+    local answer
+    [[ $sure == no ]] || return 0
+    printf '%s\nType %s to go on: ' "$1" "$STACK"
+    read -r answer || true
+    [[ $answer == "$STACK" ]] || die "not confirmed: nothing was done" "start again, or with --yes"
 }
 
-# As up.sh deployed it, with what its environment had.
+# --- the profile ----------------------------------------------------------------------------------
+
+# Images of one's own may stand in a profile or in the environment; none has to.
+readonly image_variables=({POSTGRES_BASE,POSTGRES,ETCD,HAPROXY,PGBOUNCER,REDIS,PROMETHEUS,ALERTMANAGER,GRAFANA,BACKUP_AGENT,LAG_EXPORTER,HEALTH_MONITOR,REBALANCE_AGENT,S3_FOR_TESTS}_IMAGE)
+
+# What the environment of up.sh gave holds for later runs too.
+readonly remembered="$up/environment"
+
+# load_profile NAME|FILE [REMEMBERED]: each variable as the environment has it; or else as that of an earlier up.sh had
+# it; or else as the profile says. An empty one in the environment stands for the profile's. What is not from the
+# profile is in $given, what is from an earlier run in $recalled.
+load_profile() {
+    local file=$1 name
+    declare -gA given=()
+    recalled=()
+    [[ -f $file ]] || file="$root/configs/$1.env"
+    [[ -f $file && -r $file ]] || die "there is no profile $1" "one of: small, production, or a file like configs/small.env"
+    profile=$(realpath "$file")
+    note_environment
+    take_remembered "${2:-$remembered}"
+    take_profile
+    for name in $(variables_in "$root/configs/small.env"); do
+        [[ -v $name ]] || die "the profile $profile does not say $name" "as configs/small.env does; in a profile that up.sh has deployed, run up.sh again"
+    done
+}
+
+# variables_in FILE: their names.
+variables_in() {
+    sed -nE 's/^([A-Z][A-Z0-9_]*)=.*/\1/p' "$1"
+}
+
+note_environment() {
+    local name
+    for name in $(variables_in "$profile") "${image_variables[@]}"; do
+        [[ -n ${!name:-} ]] || continue
+        check_value "the environment" "$name" "${!name}"
+        given[$name]=${!name}
+    done
+}
+
+# take_remembered FILE
+take_remembered() {
+    local line kept=() name value
+    [[ ! -e $1 ]] || mapfile -t kept <"$1"
+    for line in "${kept[@]}"; do
+        name=${line%%=*} value=${line#*=}
+        [[ ! -v $name ]] || continue
+        check_value "$1" "$name" "$value"
+        printf -v "$name" '%s' "$value"
+        given[$name]=$value recalled+=("$line")
+    done
+}
+
+take_profile() {
+    local line name value
+    local -A taken=()
+    while IFS= read -r line || [[ -n $line ]]; do
+        [[ ! $line =~ ^[[:space:]]*(#.*)?$ ]] || continue
+        [[ $line =~ ^([A-Z][A-Z0-9_]*)=(.*)$ ]] || die "the profile $profile has the line: $line" "each is NAME=value, or begins with #"
+        name=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]}
+        check_value "the profile $profile" "$name" "$value"
+        # Of a variable that is there twice the first holds.
+        [[ -n ${!name:-} || -v taken[$name] ]] || printf -v "$name" '%s' "$value"
+        taken[$name]=
+    done <"$profile"
+}
+
+# check_value WHERE NAME VALUE: values get into files of many kinds, where one that is wrong may be taken for another.
+check_value() {
+    local pattern words
+    case $2 in
+    PLACES | COORDINATORS | WORKER_MEMBERS | HAPROXIES | HEALTH_MONITORS | *_MAX_CONNECTIONS | *_MAX_CLIENTS | *_POOL_SIZE | *_MAX_DB_CONNECTIONS)
+        pattern='[1-9][0-9]*' words='a number from 1' ;;
+    WORKER_GROUPS | PGBOUNCERS | REBALANCE_AGENTS | GRAFANAS) pattern='0|[1-9][0-9]*' words='a number' ;;
+    ETCD_MEMBERS) pattern='[1357]' words='1, 3, 5 or 7' ;;
+    *_SHARED_BUFFERS | *_EFFECTIVE_CACHE_SIZE | *_WORK_MEM | MAX_WAL_SIZE)
+        pattern='[1-9][0-9]*(kB|MB|GB|TB)' words='a size as PostgreSQL writes it: 192MB, 4GB' ;;
+    MAX_SLOT_WAL_KEEP_SIZE) pattern='-1|[1-9][0-9]*(kB|MB|GB|TB)' words='a size as PostgreSQL writes it: 192MB, 4GB; or -1' ;;
+    *_MEMORY) pattern='[1-9][0-9]*[kKmMgG][bB]?' words='a size as Docker writes it: 512M, 1G' ;;
+    *_CPUS) pattern='[0-9]+(\.[0-9]+)?' words='a number like 2 or 0.5' ;;
+    REDIS_MAXMEMORY) pattern='[1-9][0-9]*([kKmMgG][bB])?' words='a size as Redis writes it: 64mb, 2gb' ;;
+    PROMETHEUS_RETENTION) pattern='[1-9][0-9]*[smhdwy]' words='a time as Prometheus writes it: 12h, 15d' ;;
+    NETWORK_ENCRYPTION) pattern='yes|no|auto' words='yes, no or auto' ;;
+    REBALANCE_MODE) pattern='dry_run|apply' words='dry_run or apply' ;;
+    S3_FOR_TESTS) pattern='yes|no' words='yes or no' ;;
+    S3_PATH_STYLE) pattern='true|false' words='true or false' ;;
+    S3_ENDPOINT) pattern='https?://[][A-Za-z0-9._:/-]+' words='an address that begins with http:// or https://' ;;
+    S3_BUCKET | S3_REGION) pattern='[A-Za-z0-9._-]+' words='letters, digits, dots, _ and -' ;;
+    DATABASE) pattern='[A-Za-z_][A-Za-z0-9_-]{0,62}' words='a name of letters, digits, _ and -' ;;
+    PUBLIC_NAMES) pattern='([A-Za-z0-9*._:-]+(,[A-Za-z0-9*._:-]+)*)?' words='names or addresses with commas between them, without blanks' ;;
+    *_IMAGE) pattern='([A-Za-z0-9][A-Za-z0-9._/:@-]*)?' words='the name of an image' ;;
+    # One of its own, which a file in configs/ names.
+    *) pattern="[^\"'#]*" words='anything without quotes and #' ;;
+    esac
+    [[ $3 =~ ^($pattern)$ ]] || die "$1 has $2=$3" "allowed is $words; nothing may follow the value in its line"
+}
+
+# As up.sh deployed it, with what its environment had: that of another script changes nothing.
 load_remembered_profile() {
-    if [[ -e $up/values ]]; then load_profile "$up/values"; else load_profile "$(cat "$up/profile" 2>/dev/null || echo small)"; fi
+    if [[ -e $up/values ]]; then
+        # shellcheck disable=SC2046  # one word for each
+        unset $(variables_in "$up/values")
+        load_profile "$up/values"
+    else
+        load_profile "$(cat "$up/profile" 2>/dev/null || echo small)"
+    fi
+}
+
+# note_profile: into files that remember_profile puts in place. The profiles that come with the scripts are remembered
+# by their names, so that .cache/up may be copied to another checkout.
+note_profile() {
+    local name
+    name=$profile
+    [[ ${name%/*} != "$(realpath "$root")/configs" ]] || name=$(basename "$profile" .env)
+    printf '%s\n' "$name" >"$up/profile.new"
+    for name in "${!given[@]}"; do printf '%s=%s\n' "$name" "${given[$name]}"; done | sort >"$remembered.new"
+    { variables_in "$profile" && printf '%s\n' "${!given[@]}"; } | sort -u | sed '/^$/d' |
+        while read -r name; do printf '%s=%s\n' "$name" "${!name}"; done >"$up/values.new"
 }
 
 remember_profile() {
-    local name
-    printf '%s\n' "$profile" >"$up/profile"
-    sed -nE 's/^([A-Z][A-Z0-9_]*)=.*/\1/p' "$profile" | while read -r name; do printf '%s=%s\n' "$name" "${!name}"; done >"$up/values"
+    mv "$remembered.new" "$remembered"
+    mv "$up/profile.new" "$up/profile"
+    mv "$up/values.new" "$up/values"
 }
 
 # --- what there is --------------------------------------------------------------------------------
@@ -220,10 +334,10 @@ each() {
 # shellcheck disable=SC2046
 derive() {
     local etcd coordinator pgbouncer haproxy group key name
-    mapfile -t etcd < <(etcd_members)
-    mapfile -t coordinator < <(coordinators)
-    mapfile -t pgbouncer < <(pgbouncers)
-    mapfile -t haproxy < <(haproxies)
+    read_lines etcd etcd_members
+    read_lines coordinator coordinators
+    read_lines pgbouncer pgbouncers
+    read_lines haproxy haproxies
     ETCD_INITIAL_CLUSTER=$(joined , $(for name in "${etcd[@]}"; do echo "$name=https://$name:2380"; done))
     ETCD_HOSTS=$(joined , "${etcd[@]/%/:2379}")
     ETCD_ENDPOINTS=$(joined ', ' $(for name in "${etcd[@]}"; do echo "\"https://$name:2379\""; done))
@@ -334,17 +448,23 @@ render_numbered() {
 # render_all: everything into $RENDERED. Secrets, certificates and the names of images must be there. A script that is
 # stopped leaves each file as it was or as it is to be: others read there what runs (take_running).
 render_all() {
-    local name
+    local name names
     rm -rf "$rendering"
     mkdir -p "$rendering" "$RENDERED"
     derive
     render_configs
     hash_all
-    for name in $(etcd_members); do of_certificate "$name" && render_numbered etcd "$name"; done
-    for name in $(databases); do render_database "$name"; done
-    for name in $(haproxies); do render_numbered haproxy "$name"; done
-    for name in $(pgbouncers); do of_certificate "$name" && render_numbered pgbouncer "$name"; done
-    [[ $S3_FOR_TESTS != yes ]] || render_service "$root/configs/stack/s3-for-tests.yml" s3-for-tests
+    read_lines names members
+    for name in "${names[@]}"; do
+        case $name in
+        etcd-* | pgbouncer-*) of_certificate "$name" ;;
+        esac
+        case $name in
+        s3-for-tests) render_service "$root/configs/stack/s3-for-tests.yml" "$name" ;;
+        coordinator-* | worker-*) render_database "$name" ;;
+        *) render_numbered "${name%-*}" "$name" ;;
+        esac
+    done
     render "$root/stack.yml" >"$rendering/stack.yml"
     # For deploying a member alone.
     sed -n '/^version:/p; /^networks:/,/^$/p' "$rendering/stack.yml" >"$rendering/networks.yml"
@@ -419,7 +539,7 @@ take_running() {
         [[ -n ${!name} || $service == s3-for-tests ]] ||
             die "the service $service is not deployed" "init-scripts/up.sh mends the stack; then start again"
     done
-    [[ -e $RENDERED/coordinator-1.yml ]] || die "$RENDERED/coordinator-1.yml is not there" "init-scripts/up.sh makes it anew; then start again"
+    [[ -e $RENDERED/coordinator-1.yml ]] || die "$RENDERED/coordinator-1.yml is not there" "copy ${up#"$root/"} here from where the stack was brought up"
     CITUS=no NETWORK_OPTIONS='{}'
     ! grep -q PATRONI_CITUS_GROUP "$RENDERED/coordinator-1.yml" || CITUS=yes
     [[ $(docker network inspect --format '{{index .Options "encrypted"}}' "${STACK}_data") != true ]] || NETWORK_OPTIONS='{encrypted: "true"}'
@@ -680,16 +800,35 @@ ended_badly() {
         "${STACK}_$1" 2>/dev/null | awk -v since="$deployed_at" '$1 ~ /^(paused|rollback)/ && $2 >= since { found = 1 } END { exit !found }'
 }
 
+# updating: the services that Swarm updates; fails where it does not say.
 updating() {
-    docker service ls --quiet --filter "label=com.docker.stack.namespace=$STACK" |
-        xargs -r docker service inspect --format '{{if .UpdateStatus}}{{.UpdateStatus.State}}{{end}}' | grep -q '^updating'
+    local ids
+    read_lines ids docker service ls --quiet --filter "label=com.docker.stack.namespace=$STACK" || return
+    [[ ${#ids[@]} -eq 0 ]] || docker service inspect --format '{{.Spec.Name}} {{if .UpdateStatus}}{{.UpdateStatus.State}}{{end}}' "${ids[@]}" |
+        awk -v stack="${STACK}_" '$2 == "updating" || $2 == "rollback_started" { print substr($1, length(stack) + 1) }'
+}
+
+# await_updates: until none is under way. Fails where one takes too long, as does that of a task which no machine can
+# take; which they are is in $under_way.
+await_updates() {
+    local began=$SECONDS said=''
+    until under_way=$(updating | xargs) && [[ -z $under_way ]]; do
+        ((SECONDS - began < start_limit_s)) || return 1
+        [[ $under_way == "$said" ]] || ((SECONDS - began < 5)) || { say "  waits for the update of $under_way" && said=$under_way; }
+        sleep 1
+    done
 }
 
 # An update that does not start is rolled back by Swarm: the stack runs on, and is not what was asked for.
 check_updates() {
-    local service
-    while updating; do sleep 1; done
-    for service in $(services | cut -d ' ' -f 1); do
+    local service there under_way
+    await_updates || {
+        # shellcheck disable=SC2086  # one word for each
+        "$scripts/status.sh" $under_way >&2 || true
+        die "the update of ${under_way:-the stack, of which Swarm says nothing,} has not ended within $start_limit_s s" "see the lines above, mend it, start again"
+    }
+    read_lines there services || die "Swarm does not say which services there are" "docker stack services $STACK; then start again"
+    for service in "${there[@]%% *}"; do
         ! ended_badly "$service" || {
             "$scripts/status.sh" "$service" >&2 || true
             die "the update of $service did not start, and was rolled back" "see the lines above, mend it, start again"
@@ -700,8 +839,8 @@ check_updates() {
 # Until all tasks run. One that failed three times is looked at before the time is up.
 wait_until_running() {
     local missing last='' began=$SECONDS service
-    while missing=$(missing_services) && [[ -n $missing || -z $(services) ]]; do
-        [[ $missing == "$last" ]] || say "  waits for ${missing//$'\n'/, }"
+    until missing=$(missing_services) && [[ -z $missing && -n $(services) ]]; do
+        [[ -z $missing || $missing == "$last" ]] || say "  waits for ${missing//$'\n'/, }"
         last=$missing
         for service in $missing; do
             (($(failures_since "$service") < 3)) || {
@@ -837,19 +976,20 @@ prune() {
 
 # --- a copy of a group, restored beside it -----------------------------------------------------------
 
-readonly copy=pgmesh-restored
+readonly copy=$STACK-restored
 readonly database_data=/var/lib/postgresql/17
 
-# archive_all GROUP: until the repository holds all that is committed now, as the backup agent confirms. Only where the
-# primary is on this machine.
+# archive_all GROUP: until the repository holds all that is committed now, as the backup agent confirms to the primary.
+# Fails where no primary can be asked.
 archive_all() {
-    local primary lsn
-    primary=$(leader_of "$1")
-    [[ -n $primary ]] || return 0
-    primary=$(container_of "$primary")
-    lsn=$(sql "$primary" postgres 'SELECT pg_current_wal_flush_lsn()')
-    wait_hint="docker service logs ${STACK}_backup-agent" wait_for 120 "the repository has the WAL of group $1 up to $lsn" sql_is "$primary" \
-        "SELECT coalesce(max(flush_lsn) >= '$lsn', false) FROM pg_stat_replication WHERE application_name = 'pgmesh_backup'" t
+    local lsn
+    lsn=$(on_primary "$1" 'SELECT pg_current_wal_flush_lsn()' 2>/dev/null) && [[ -n $lsn ]] || return 1
+    wait_hint="docker service logs ${STACK}_backup-agent" wait_for 120 "the repository has the WAL of group $1 up to $lsn" has_wal "$1" "$lsn"
+}
+
+# has_wal GROUP LSN
+has_wal() {
+    [[ $(on_primary "$1" "SELECT max(flush_lsn) >= '$2' FROM pg_stat_replication WHERE application_name = 'pgmesh_backup'") == t ]]
 }
 
 # prepare_copy GROUP: what the copy needs, in a volume that only its user can read: files of this machine belong
@@ -953,7 +1093,10 @@ wait_until_well() {
         }
         sleep 2
     done
-    for group in $(groups); do archive_all "$group"; done
+    for group in $(groups); do
+        archive_all "$group" ||
+            say "  group $group: no server of this machine reaches its primary, so whether the repository has all of its WAL was not looked at"
+    done
 }
 
 # --- asking ---------------------------------------------------------------------------------------

@@ -529,7 +529,7 @@ left() {
 
 try_down() {
     local name
-    for name in "${machines[@]}"; do try "down.sh on $name" on "$name" "$repository/init-scripts/down.sh"; done
+    for name in "${machines[@]}"; do try "down.sh on $name" on "$name" "$repository/init-scripts/down.sh" --yes; done
     try "nothing is left" equals '' left
 }
 

@@ -20,7 +20,7 @@ is to be read, that a coordinator primary whose container is killed is replaced 
 part may be killed and a restore reaches the last commit then, and what operators do: switchover, rolling update,
 worker groups, rotation, the same with the scripts killed in the middle, restore; with the errors counted that clients see.
 
-  --only STEP     one of clients roles configurations failover losses switchover rolling_update workers citus rotation
+  --only STEP     one of clients roles configurations proof failover losses switchover rolling_update workers citus rotation
                   interruptions restore secrets
   --secrets NAMES what the step rotation replaces: "all", or names between blanks; otherwise one of each kind. Each takes
                   one to three minutes
@@ -111,6 +111,7 @@ try_roles() {
     done
     try "an HNSW index is used" client_plan
     try "the scripts may run twice" initialise_again
+    try "what up.sh asks is whether they have run" in_service "$(leader_of 0)" pgmesh-initialise check
 }
 
 # other_database ROLE PORT DATABASE
@@ -161,6 +162,14 @@ try_configurations() {
         try "promtool takes prometheus.yml of production" production_promtool
         for name in "${agents[@]}"; do try "$name takes its configuration of production" production_agent "$name"; done
     fi
+    try "a value that cannot be right is refused" refused 'allowed is a number from 1' \
+        env COORDINATORS='2  # two are enough' PGMESH_UP="$production" "$root/init-scripts/secrets.sh" --files-only production
+    try "up.sh refuses to go on without the files of the stack" refused 'is there already, and .*/values is not' \
+        env PGMESH_UP="$production" "$root/init-scripts/up.sh" --no-build --no-proof
+    try "up.sh refuses another number of members of etcd" refused 'ETCD_MEMBERS=.* cannot be changed' \
+        env ETCD_MEMBERS=$((ETCD_MEMBERS + 2)) "$root/init-scripts/up.sh" --no-build --no-proof
+    try "up.sh refuses fewer coordinators" refused 'can be more and not less' \
+        env COORDINATORS=$((COORDINATORS - 1)) "$root/init-scripts/up.sh" --no-build --no-proof
     [[ $CITUS == yes ]] || try "up.sh refuses a database image with Citus on a stack without it" \
         refused 'is without Citus, and the image pgmesh-test-citus has it' up_with_citus
 }
@@ -294,6 +303,36 @@ production_promtool() {
 
 production_agent() {
     production_run "$1" "$1" --config "/etc/pgmesh/$1.toml" check-config
+}
+
+# --- the proof ------------------------------------------------------------------------------------
+
+# superuser SQL: on the coordinators' primary.
+superuser() {
+    sql "$(primary_here 0)" postgres "$1"
+}
+
+proof_left() {
+    superuser "SELECT datname FROM pg_database WHERE datname = 'pgmesh_proof' UNION ALL SELECT rolname FROM pg_roles WHERE rolname = 'pgmesh_proof'"
+    docker ps --all --format '{{.Names}}' | grep -xE "$load|$copy" || true
+    docker volume ls --format '{{.Name}}' | grep "^$copy" || true
+}
+
+try_proof() {
+    local load="$STACK-load"
+    try "of the proof of the first run nothing is left" equals '' proof_left
+    superuser 'CREATE DATABASE pgmesh_proof' >/dev/null
+    try "up.sh refuses a database of that name that it did not make" refused 'a database pgmesh_proof that up.sh did not make' \
+        "$root/init-scripts/up.sh" --no-build --proof
+    try "and it is there still" equals pgmesh_proof superuser "SELECT datname FROM pg_database WHERE datname = 'pgmesh_proof'"
+    superuser 'DROP DATABASE pgmesh_proof' >/dev/null
+    superuser 'CREATE DATABASE demo' >/dev/null
+    start_writer
+    try "a run without an option makes the proof that has not ended, while applications write" "$root/init-scripts/up.sh" --no-build
+    try_load "proof" "" .kept
+    try "of it nothing is left" equals '' proof_left
+    try "another database is as it was" equals demo superuser "SELECT datname FROM pg_database WHERE datname = 'demo'"
+    superuser 'DROP DATABASE demo' >/dev/null
 }
 
 # --- secrets --------------------------------------------------------------------------------------
@@ -557,7 +596,10 @@ try_rolling_update() {
     try "up.sh rolls a new database image out" env POSTGRES_IMAGE="$new" "$root/init-scripts/up.sh" --no-build --no-proof
     try_load "rolling update of the database image" "" .kept
     for name in $(databases); do try "$name has the new image" equals "$new" image_of "$name"; done
-    try "up.sh rolls it back" "$root/init-scripts/up.sh" --no-build --no-proof
+    try "up.sh remembers what its environment had" "$root/init-scripts/up.sh" --no-build --no-proof
+    try "and keeps the new image" equals "$new" image_of coordinator-1
+    try "up.sh rolls it back" env POSTGRES_IMAGE= "$root/init-scripts/up.sh" --no-build --no-proof
+    try "coordinator-1 has the old image" equals "$image" image_of coordinator-1
     try "the verdict is healthy" is_well
     docker image rm --force "$new" >/dev/null
 }
@@ -818,7 +860,7 @@ nothing_left() {
 }
 
 main() {
-    local full=no step steps=(clients roles configurations failover losses switchover rolling_update workers citus rotation interruptions restore secrets)
+    local full=no step steps=(clients roles configurations proof failover losses switchover rolling_update workers citus rotation interruptions restore secrets)
     rotated=(pgmesh_app_password pgmesh_backup_password pgmesh_replication_password haproxy_password pgmesh_backup_key s3)
     while [[ $# -gt 0 ]]; do
         case $1 in
@@ -851,7 +893,8 @@ main() {
     rm -rf "$production"
     if [[ $full == yes ]]; then
         make_earlier
-        try "down.sh removes the stack" "$root/init-scripts/down.sh"
+        try "down.sh asks" refused 'nobody is there to be asked' "$root/init-scripts/down.sh" </dev/null
+        try "down.sh removes the stack" "$root/init-scripts/down.sh" --yes
         try "nothing is left" nothing_left
     fi
     summary

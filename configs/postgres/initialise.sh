@@ -3,6 +3,8 @@
 # only if they or the passwords have changed since the last time, it runs the scripts of init-scripts/
 # (NN-purpose.sql; each may run twice), so that a new cluster gets its roles and tables, and a new
 # password holds, wherever in the Swarm the primary is.
+#
+# "check", for init-scripts/up.sh, does it too, but once: exit 0 done, 75 it is being done, 1 not, and why is printed.
 set -euo pipefail
 
 readonly scripts=/etc/pgmesh/init
@@ -34,6 +36,20 @@ is_done() {
         "SELECT inputs FROM pgmesh.initialised ORDER BY at DESC LIMIT 1" 2>/dev/null) == "$1" ]]
 }
 
+# The shards go to the workers that are registered when tables are distributed: so once, before that, until
+# their number has been the same for ten seconds.
+workers_are_registered() {
+    local before=0 now
+    [[ $citus == yes && $group == 0 ]] || return 0
+    while now=$(query --dbname "$database" --command \
+        "SELECT CASE WHEN EXISTS (SELECT FROM pg_dist_partition) THEN -1 ELSE count(*) END FROM pg_dist_node WHERE groupid > 0"); do
+        [[ $now != "$before" && $now != -1 ]] || break
+        before=$now
+        sleep 10
+    done
+    [[ $now && $now != 0 ]] || { say 'no worker is registered yet: tables are not distributed'; return 1; }
+}
+
 # The roles in the database "postgres" too: rights on functions hold in one database.
 run_scripts() {
     local script
@@ -45,6 +61,7 @@ run_scripts() {
     fi
     query --dbname postgres --file "$scripts/10-roles.sql" >/dev/null || return 1
     for script in "$scripts"/[0-9][0-9]-*.sql; do
+        [[ $script != *-tables.sql ]] || workers_are_registered || return 1
         say "runs ${script##*/} in $database"
         query --dbname "$database" --set "group=$group" --file "$script" >/dev/null || return 1
     done
@@ -55,8 +72,17 @@ INSERT INTO pgmesh.initialised (inputs) VALUES (:'inputs');
 SQL
 }
 
+check() {
+    local wanted
+    exec 9>/run/postgresql/pgmesh-initialise.lock
+    flock --nonblock 9 || exit 75
+    wanted=$(inputs) || exit 1
+    is_done "$wanted" || run_scripts "$wanted" || exit 1
+}
+
 main() {
     local wanted tries
+    [[ ${1:-} != check ]] || { check && exit 0; }
     [[ ${2:-} == primary ]] || exit 0
     exec 9>/run/postgresql/pgmesh-initialise.lock
     flock 9
@@ -68,7 +94,8 @@ main() {
             say "$database of group $group has its roles and tables"
             exit 0
         fi
-        sleep 2
+        # The workers, on machines of their own, may take minutes.
+        sleep $((tries < 15 ? 2 : 15))
     done
     say "GAVE UP: roles and tables of $database are not as init-scripts/ wants them; the reasons stand above"
     exit 1
