@@ -32,9 +32,9 @@ ALTER ROLE pgmesh_lag CONNECTION LIMIT 6;
 GRANT pg_monitor TO pgmesh_lag;
 
 -- The health monitor: the same. Each of its processes has two connections to a server at most, the one it
--- keeps and the one it tries now and then. This is enough for two replicas and a "check" beside them, with
+-- keeps and the one it tries now and then. This is enough for three replicas and a "check" beside them, with
 -- two that a cut network left behind; for more replicas add two each.
-ALTER ROLE pgmesh_health CONNECTION LIMIT 8;
+ALTER ROLE pgmesh_health CONNECTION LIMIT 10;
 GRANT pg_monitor TO pgmesh_health;
 
 -- The rebalance agent: the same, to look. To move a shard it needs the rights of the owner of its tables:

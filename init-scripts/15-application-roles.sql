@@ -3,7 +3,7 @@
 --   pgmesh_owner      owns the tables. Citus asks that an owner may log in; it has no password, so nobody can. With
 --                     Citus its nodes can: 25-citus-logins.sql
 --   pgmesh_admin      people: makes tables and roles, sees and ends sessions. No superuser: that one is
---                     inside the database containers only
+--                     inside the database containers only. Not through PgBouncer
 --   pgmesh_app        applications: reads and writes all rows
 --   pgmesh_readonly   reads
 --   pgmesh_mcp        AI agents: reads, and adds rows to the tables that 30-tables.sql says; changes none
@@ -35,7 +35,14 @@ ALTER ROLE pgmesh_mcp SET statement_timeout = '30s';
 ALTER ROLE pgmesh_mcp SET idle_in_transaction_session_timeout = '30s';
 ALTER ROLE pgmesh_pgbouncer CONNECTION LIMIT 8;
 
--- Who is not named may not even connect.
+-- Who is not named may not even connect: not here, and not to the databases that each server has. Agents ask in
+-- postgres, and pg_rewind. Citus' nodes do this each for itself.
+SET citus.enable_ddl_propagation = off;
+SELECT format('GRANT CONNECT ON DATABASE postgres TO %I', rolname)
+FROM pg_roles WHERE rolname IN ('pgmesh_admin', 'pgmesh_backup', 'pgmesh_lag', 'pgmesh_health', 'pgmesh_rewind')
+\gexec
+REVOKE ALL ON DATABASE postgres, template1 FROM PUBLIC;
+RESET citus.enable_ddl_propagation;
 SELECT format('REVOKE ALL ON DATABASE %I FROM PUBLIC', current_database())
 \gexec
 SELECT format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), rolname)
@@ -54,14 +61,17 @@ ALTER DEFAULT PRIVILEGES FOR ROLE pgmesh_owner IN SCHEMA public GRANT SELECT, IN
 ALTER DEFAULT PRIVILEGES FOR ROLE pgmesh_owner IN SCHEMA public GRANT USAGE, SELECT ON SEQUENCES TO pgmesh_app;
 ALTER DEFAULT PRIVILEGES FOR ROLE pgmesh_owner IN SCHEMA public GRANT SELECT ON TABLES TO pgmesh_readonly, pgmesh_mcp;
 
--- PgBouncer asks this with auth_query. It tells nothing of roles that may do more than use tables.
+-- PgBouncer asks this with auth_query. It tells nothing of roles that may do more than use tables: superusers, those
+-- that make roles, copy the server or pass by row security, those that watch it, as agents and pgmesh_admin do, and
+-- some of our own.
 CREATE SCHEMA IF NOT EXISTS pgmesh;
 CREATE OR REPLACE FUNCTION pgmesh.pgbouncer_lookup(wanted text, OUT name text, OUT password text)
 RETURNS SETOF record LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
     SELECT rolname::text, rolpassword
     FROM pg_authid
-    WHERE rolname = wanted AND rolcanlogin AND NOT rolsuper AND NOT rolreplication
+    WHERE rolname = wanted AND rolcanlogin AND NOT rolsuper AND NOT rolreplication AND NOT rolcreaterole AND NOT rolbypassrls
+        AND NOT pg_has_role(oid, 'pg_monitor', 'MEMBER') AND rolname NOT IN ('pgmesh_owner', 'pgmesh_rewind', 'pgmesh_pgbouncer')
         AND (rolvaliduntil IS NULL OR rolvaliduntil > now())
 $$;
 REVOKE ALL ON FUNCTION pgmesh.pgbouncer_lookup(text) FROM PUBLIC;

@@ -80,7 +80,9 @@ main() {
     else
         say "  no Citus: the group is a PostgreSQL of its own, and there is nothing to distribute to it"
     fi
+    deployed_at=$(date --utc +%Y-%m-%dT%H:%M:%S)
     deploy stack
+    check_updates
     wait_until_running
     prune
     for name in "lag-exporter show" "health-monitor check --format json"; do

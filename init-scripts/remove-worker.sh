@@ -46,9 +46,12 @@ remove_volumes() {
 
 # Whether it may go at all.
 check_group() {
-    local found
-    (($(worker_groups | grep -vcx "$group") >= least)) ||
-        die "worker group $group is one of the last $least, and there are never fewer" "init-scripts/add-worker.sh first"
+    local found other stay=0
+    for other in $(worker_groups); do
+        [[ $other == "$group" || -n $(state_of_group "$other") ]] || stay=$((stay + 1))
+    done
+    ((stay >= least)) ||
+        die "worker group $group is one of the last $least, and there are never fewer (one that joins or leaves does not count)" "init-scripts/add-worker.sh first"
     [[ $(state_of_group "$group") != joining ]] || die "worker group $group is only half there" "init-scripts/add-worker.sh first: it goes on"
     found=$(findings) || die "the cluster is not well: $(head -n 1 <<<"$found" | tr -s ' ')" "init-scripts/status.sh; mend it, start again"
 }
@@ -65,25 +68,43 @@ drain() {
         say "worker group $group takes no new shards; the rebalance agent moves those that it has"
         superuser 0 "SELECT citus_set_node_property(nodename, nodeport, 'shouldhaveshards', false)
             FROM pg_dist_node WHERE groupid = $group AND noderole = 'primary'" >/dev/null
-        docker exec "${terminal[@]}" "$(container_of rebalance-agent)" rebalance-agent drain "$group" --wait ||
-            die "worker group $group is not empty" "see the line above; docker exec \$(docker ps -qf name=${STACK}_rebalance-agent) rebalance-agent status"
+        run_agent rebalance-agent drain "$group" --wait ||
+            die "worker group $group is not empty" "see the line above; on $(machine_of rebalance-agent): docker exec \$(docker ps -qf name=${STACK}_rebalance-agent) rebalance-agent status"
     else
         refuse_tables
     fi
 }
 
+# catalogue DATABASE SQL: of the group's primary; on another machine over the network, as a role that reads names.
+# shellcheck disable=SC2016  # the inner shell expands what is its own
+catalogue() {
+    local container
+    container=$(container_of "$leader")
+    if [[ -n $container ]]; then
+        sql "$container" "$1" "$2"
+    else
+        docker exec "$(container_of "$(any_database)")" bash -c '
+            export PGPASSWORD=$(</run/secrets/pgmesh_health_password) PGDATABASE=$2 PGCONNECT_TIMEOUT=5
+            exec psql --no-psqlrc --quiet --no-align --tuples-only --set ON_ERROR_STOP=1 --command "$3" \
+                "host=$1 user=pgmesh_health sslmode=verify-full sslrootcert=/etc/pgmesh/ca.crt"' client "$leader" "$1" "$2"
+    fi
+}
+
 # Tables in any database, but for what init-scripts/ made there.
 refuse_tables() {
-    local container database found
-    container=$(primary_here "$group")
-    [[ -n $container ]] || die "the primary of worker group $group is on another machine: $(machine_of "$(leader_of "$group")")" "run this there"
-    for database in $(sql "$container" postgres 'SELECT datname FROM pg_database WHERE datallowconn AND NOT datistemplate'); do
-        found=$(sql "$container" "$database" "SELECT string_agg(oid::regclass::text, ', ') FROM (
+    local leader database names found
+    leader=$(leader_of "$group")
+    [[ -n $leader ]] || die "worker group $group has no primary now" "init-scripts/status.sh; mend it, start again"
+    names=$(catalogue postgres 'SELECT datname FROM pg_database WHERE datallowconn AND NOT datistemplate') ||
+        die "the primary of worker group $group does not say which databases it has" "see the message above, start again"
+    while IFS= read -r database; do
+        found=$(catalogue "$database" "SELECT string_agg(oid::regclass::text, ', ') FROM (
             SELECT oid FROM pg_class WHERE relkind IN ('r', 'p', 'm') AND relpersistence <> 't'
-                AND relnamespace::regnamespace::text NOT IN ('pg_catalog', 'information_schema', 'pgmesh') LIMIT 5) AS tables")
+                AND relnamespace::regnamespace::text NOT IN ('pg_catalog', 'information_schema', 'pgmesh') LIMIT 5) AS tables" </dev/null) ||
+            die "database $database of worker group $group does not say which tables it has" "see the message above; the superuser of $(machine_of "$leader") may look there"
         [[ -z $found ]] || die "worker group $group has tables of its own in database $database: $found" \
             "without Citus nobody moves them: copy them elsewhere (pg_dump) and drop them there, then start again"
-    done
+    done <<<"$names"
 }
 
 no_containers() {
@@ -98,7 +119,7 @@ forget_in_patroni() {
     mapfile -t options < <(group_options "$group")
     leader=$(patroni_members "$group" | awk '$2 == "Leader" { print $1 }' || true)
     printf '%s\n' "${options[0]}" 'Yes I am aware' ${leader:+"$leader"} |
-        docker exec --interactive "$(container_of coordinator-1)" patronictl remove "${options[@]}" >"$cache/log/patroni-remove.log" 2>&1 ||
+        docker exec --interactive "$(container_of "$(any_database)")" patronictl remove "${options[@]}" >"$cache/log/patroni-remove.log" 2>&1 ||
         die "patronictl could not remove group $group" "see $cache/log/patroni-remove.log"
 }
 
@@ -112,15 +133,14 @@ forget_in_citus() {
 }
 
 forget() {
-    local name container
+    local name
     forget_in_patroni
     if [[ $CITUS == yes ]]; then
         forget_in_citus
-        docker exec "$(container_of rebalance-agent)" rebalance-agent undrain "$group" >/dev/null
+        run_agent rebalance-agent undrain "$group" >/dev/null
     fi
-    container=$(container_of health-monitor)
     for name in "${members[@]}"; do
-        [[ -z $container ]] || docker exec "$container" health-monitor forget --group "$group" "$name" >"$cache/log/forget.log" 2>&1 ||
+        run_agent health-monitor forget --group "$group" "$name" >"$cache/log/forget.log" 2>&1 ||
             die "the health monitor does not forget $name" "see $cache/log/forget.log, start again"
         rm -f "$secrets/tls_${name}_certificate" "$secrets/tls_${name}_key" "$up/certificates/$name"
     done
@@ -144,6 +164,8 @@ main() {
         remove_volumes
         return 0
     fi
+    # Patroni is asked in one, before and after the group's own are gone.
+    any_database >/dev/null
     worker_groups | has_line "$group" || die "there is no worker group $group" "one of: $(worker_groups | xargs)"
     mapfile -t members < <(members_of "$group")
     for name in "${members[@]}"; do
@@ -162,7 +184,9 @@ main() {
     forget
     note_group "$group" removed
     render_all
+    deployed_at=$(date --utc +%Y-%m-%dT%H:%M:%S)
     deploy stack
+    check_updates
     wait_until_running
     prune
     wait_until_well 300

@@ -9,15 +9,18 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/stack.sh"
 
 readonly restore_limit_s=${RESTORE_LIMIT_S:-86400}
+# The backup agent stores WAL within a second or so of its commit.
+readonly archive_limit_s=${ARCHIVE_LIMIT_S:-60}
 
 usage() {
     cat <<'TEXT'
-Usage: init-scripts/restore-cluster.sh TARGET [--system-identifier GROUP=N…] [--yes]
-       init-scripts/restore-cluster.sh --remove-old-volumes
+Usage: init-scripts/restore-cluster.sh TARGET [--system-identifier GROUP=N…] [--force] [--yes]
+       init-scripts/restore-cluster.sh --remove-old-volumes [--yes]
 
 Ends all database servers, restores each group from the repository into new volumes, up to the target, and starts
 the stack with them: Patroni begins anew, standbys are copied from their primaries. Whoever writes has to wait.
-It asks before it begins. If a group cannot be restored to the target, all is put back as it was.
+It asks before it begins, and refuses unless the repository has all that is committed in each group, as the primary
+and the backup agent confirm. If a group cannot be restored to the target, all is put back as it was.
 
 TARGET, the same for all groups:
   --latest               the end of the WAL of each group
@@ -29,9 +32,11 @@ A time is one by each primary's own clock: with Citus a transaction over several
 moment may be there in some and not in others until Citus recovers it (within a minute); a named point has none.
 
   --system-identifier    the database cluster, where the repository has several of a group
+  --force                after a disaster, where a primary or the backup agent does not come back: restores what the
+                         repository has, whatever else was committed. That is in the old volumes only, if anywhere
   --yes                  does not ask
-  --remove-old-volumes   removes the databases' volumes that are not in use (on this machine). Until then they stay, to
-                         look into: what was in them is in the repository too, and is restored from there
+  --remove-old-volumes   removes the volumes that the databases had before (on this machine). Until then they stay, to
+                         look into. It asks, and leaves those of removed worker groups: they are remove-worker.sh's
 
 Exit: 0 done, 1 refused or failed, 2 wrong use.
 TEXT
@@ -54,7 +59,7 @@ start_job() {
     local group=$1 volumes=$2 member options
     shift 2
     member=$(members_of "$group" | head -n 1)
-    mapfile -t options < <(options_of_agent | tr ' ' '\n')
+    mapfile -t options < <(options_of_agent backup-agent | tr ' ' '\n')
     docker service create --detach --quiet --restart-condition none --name "$(job "$group")" \
         --label "com.docker.stack.namespace=$STACK" --container-label "com.docker.stack.namespace=$STACK" \
         --init --no-healthcheck --endpoint-mode dnsrr --network "${STACK}_data" --constraint "node.labels.pgmesh.place == $(place_of "$member")" \
@@ -111,12 +116,31 @@ wait_for_jobs() {
 
 # A recovery finds a time only by a commit after it, and a group that nobody writes to has none.
 commit_once() {
-    local group primary
+    local group
     for group in $(groups); do
-        primary=$(primary_here "$group")
-        [[ -z $primary ]] || timeout 10 docker exec "$primary" psql --no-psqlrc --quiet postgres \
-            --command "SELECT pg_logical_emit_message(true, 'pgmesh', 'restore')" >/dev/null ||
+        on_primary "$group" "SELECT pg_logical_emit_message(true, 'pgmesh', 'restore')" >/dev/null ||
             say "  the primary of group $group takes no writes: its last commit must be after the target"
+    done
+}
+
+# What is committed and not in the repository would be in the old volumes only. A group without servers was ended by a
+# run before this one, which looked.
+check_repository() {
+    local group lsn stored began
+    for group in $(groups); do
+        [[ -n $(for name in $(members_of "$group"); do spec_of_service "$name"; done) ]] || continue
+        lsn=$(on_primary "$group" 'SELECT pg_current_wal_flush_lsn()') || lsn=''
+        [[ -n $lsn ]] ||
+            die "group $group has no primary that answers: nobody can say whether the repository has all that was committed there" \
+                "bring it back (init-scripts/status.sh); if it is lost: --force restores what the repository has"
+        began=$SECONDS
+        until stored=$(on_primary "$group" "SELECT max(flush_lsn), max(flush_lsn) >= '$lsn' FROM pg_stat_replication WHERE application_name = 'pgmesh_backup'") &&
+            [[ $stored == *'|t' ]]; do
+            ((SECONDS - began < archive_limit_s)) ||
+                die "group $group has committed up to $lsn, and the repository has $(if [[ $stored == [0-9A-F]* ]]; then echo "it up to ${stored%|*}"; else echo "less: no backup agent receives its WAL"; fi)" \
+                    "docker service logs ${STACK}_backup-agent; mend it, start again. --force would lose what is missing"
+            sleep 1
+        done
     done
 }
 
@@ -177,9 +201,9 @@ put_back() {
     trap - EXIT
     say "starts the databases as they were"
     remove_jobs
-    remove_generation "$1"
     start_databases
     say "the databases run as before: nothing was replaced"
+    remove_generation "$1" || say "  what was restored stays in volumes that end with $1; the next restore removes them"
 }
 
 # remove_generation N: volumes that a restore made and did not end.
@@ -188,10 +212,13 @@ remove_generation() {
 }
 
 remove_volumes() {
-    local used names
-    used=$(for name in $(databases); do echo "${STACK}_$name$(generation)"; done)
-    mapfile -t names < <(docker volume ls --format '{{.Name}}' | grep -E "^${STACK}_(coordinator-[0-9]+|worker-[0-9]+-[0-9]+)(_[0-9]+)?\$" | grep -vxF "$used")
+    local name there names=()
+    there=$(docker volume ls --format '{{.Name}}')
+    for name in $(databases); do
+        mapfile -t -O "${#names[@]}" names < <(grep -E "^${STACK}_$name(_[0-9]+)?\$" <<<"$there" | grep -vxF "${STACK}_$name$(generation)")
+    done
     [[ ${#names[@]} -gt 0 ]] || { say "no old volume of a database is here" && return 0; }
+    ask "These volumes, and what is in them and not in the repository, are lost for good: ${names[*]}"
     docker volume rm "${names[@]}" >/dev/null
     say "removed volumes: ${names[*]}"
 }
@@ -215,13 +242,14 @@ restore() {
 }
 
 main() {
-    local action='' sure=no target=() identifiers=() restored_conf next
+    local action='' sure=no forced=no target=() identifiers=() restored_conf next
     while [[ $# -gt 0 ]]; do
         case $1 in
         --latest) action+=restore ;;
         --target-time | --target-name) [[ $# -gt 1 ]] || { usage >&2 && exit 2; } && action+=restore && target=("$1" "$2") && shift ;;
         --system-identifier) [[ ${2:-} =~ ^[0-9]+=[0-9]+$ ]] || { usage >&2 && exit 2; } && identifiers+=("$2") && shift ;;
         --remove-old-volumes) action+=remove_volumes ;;
+        --force) forced=yes ;;
         --yes) sure=yes ;;
         -h | --help) usage && return 0 ;;
         *) usage >&2 && exit 2 ;;
@@ -232,13 +260,14 @@ main() {
     open_stack
     [[ $action != remove_volumes ]] || { remove_volumes && return 0; }
     agent list || true
-    ask "All databases of the stack $STACK end now, and what runs is replaced (${target[*]:-the end of the WAL}); its volumes are kept."
+    ask "All databases of the stack $STACK end now, and what runs is replaced (${target[*]:-the end of the WAL}); its volumes are kept.$([[ $forced == no ]] || echo " Whether the repository has all that was committed is not looked at.")"
     restored_conf=${STACK}_restored.conf_$(content_hash "$root/configs/postgres/restored.conf")
     docker config inspect "$restored_conf" >/dev/null 2>&1 ||
         docker config create --label "com.docker.stack.namespace=$STACK" "$restored_conf" "$root/configs/postgres/restored.conf" >/dev/null
     next=_$(($(generation | tr -d _) + 1))
     remove_jobs
     commit_once
+    [[ $forced == yes ]] || check_repository
     # shellcheck disable=SC2064  # as it is now
     trap "put_back $next" EXIT
     end_databases

@@ -13,7 +13,7 @@ Usage: init-scripts/secrets.sh [--files-only] [PROFILE]
 
 Makes what is missing in .cache/up/secrets: a random password for each role, Redis, HAProxy's statistics and
 Grafana, the key of the backups, and the keys of the S3 server for tests. A file that is there stays as it is: put
-your own there before the first run. Then each file becomes a Swarm secret, with a hash in its name; with
+your own there before the first run, a password as letters, digits and ._~+/=- without an end of line. Then each file becomes a Swarm secret, with a hash in its name; with
 --files-only none does.
 
 .cache/up/secrets/pgmesh_backup_key is what backups can be read with, and nothing else: keep a copy elsewhere.
@@ -46,6 +46,21 @@ make_all() {
     done
 }
 
+# A line end would be part of the password for some who read it, and not for others. Agents, who read the rest, drop it.
+check_files() {
+    local name
+    for name in "${database_passwords[@]/%/_password}" haproxy_password redis_password s3_access_key_id s3_secret_access_key; do
+        is_plain "$name" "$(<"$secrets/$name")" ||
+            die "$secrets/$name is empty, or has characters that it may not have (secrets.sh --help)" "put another value there, start again; of a stack that runs: init-scripts/rotate-secret.sh"
+        [[ $name == s3_* || $(wc -l <"$secrets/$name") == 0 ]] ||
+            die "$secrets/$name ends with an end of line" "truncate --size=-1 $secrets/$name, start again"
+    done
+    for name in $(backup_keys); do
+        name=$(backup_key_name "$name")
+        is_key "$(<"$secrets/$name")" || die "$secrets/$name is not 32 bytes in base64 or hexadecimal" "bring back the one that the backups were made with; for a new stack openssl rand -base64 32 makes one"
+    done
+}
+
 # Swarm's secrets never change; what has changed is another one, and those that no service uses any more go
 # when the stack is deployed.
 give_to_swarm() {
@@ -54,8 +69,10 @@ give_to_swarm() {
     for file in "$secrets"/*; do
         [[ $file != *.new ]] || continue
         name="${STACK}_${file##*/}_$(secret_hash "$file")"
-        grep -qxF "$name" <<<"$there" ||
-            { docker secret create --label "$stack_label=$STACK" "$name" "$file" >/dev/null && count=$((count + 1)); }
+        if ! grep -qxF "$name" <<<"$there"; then
+            docker secret create --label "$stack_label=$STACK" "$name" "$file" >/dev/null || die "Swarm does not take the secret $name" "see the message above, start again"
+            count=$((count + 1))
+        fi
     done
     ((count == 0)) || say "  $count new secrets in Swarm"
 }
@@ -68,7 +85,9 @@ main() {
     esac
     ensure_program openssl openssl
     if [[ $# -gt 0 ]]; then load_profile "$1"; else load_remembered_profile; fi
+    lock_stack
     make_all
+    check_files
     [[ $files_only == yes ]] || give_to_swarm
 }
 

@@ -26,12 +26,14 @@ readonly rotation="$up/rotating"
 terminal=()
 [[ ! -t 1 ]] || terminal=(--tty)
 
-# lock_stack: one script at a time changes the stack.
+# lock_stack: one script at a time changes the stack. Those that it runs need no lock of their own.
 lock_stack() {
+    [[ -z ${PGMESH_LOCKED:-} ]] || return 0
     exec 9>>"$cache/up.lock"
     flock --nonblock 9 || die "the stack is being changed by $(<"$cache/up.lock")" \
         "wait until that has ended; if it was killed, until what it had begun has"
     printf '%s (process %s, since %s)\n' "${0##*/}" "$$" "$(date '+%Y-%m-%d %H:%M:%S')" >"$cache/up.lock"
+    export PGMESH_LOCKED=yes
 }
 
 # refuse_in_rotation: for scripts that bring secrets to services.
@@ -269,6 +271,17 @@ backup_key_name() {
     if (($1 == 1)); then echo pgmesh_backup_key; else echo "pgmesh_backup_key_$1"; fi
 }
 
+# is_plain NAME VALUE: a password stands as it is in patroni.yml, haproxy.cfg, redis.conf and PgBouncer's userlist.txt.
+# Keys of S3 stand nowhere, and are made elsewhere.
+is_plain() {
+    if [[ $1 == s3* ]]; then [[ $2 =~ ^[[:graph:]]+$ ]]; else [[ $2 =~ ^[A-Za-z0-9._~+/=-]+$ ]]; fi
+}
+
+# is_key VALUE: 32 bytes in base64 or hexadecimal, as the backup agent wants it.
+is_key() {
+    [[ $1 =~ ^[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=$ || $1 =~ ^[0-9A-Fa-f]{64}$ ]]
+}
+
 # --- hashes and names -----------------------------------------------------------------------------
 
 # upper NAME: as part of the name of a variable.
@@ -331,6 +344,7 @@ derive() {
     ETCD_METRICS_TARGETS=$(joined ', ' $(for name in "${etcd[@]}"; do echo "\"$name:2381\""; done))
     HAPROXY_METRICS_TARGETS=$(joined ', ' $(for name in "${haproxy[@]}"; do echo "\"$name:8404\""; done))
     HAPROXY_SERVERS=$(each $'    server %s %s:5432 check port 8008 verifyhost %s\n' "${coordinator[@]}")
+    HAPROXY_ALL_CONNECTIONS=$((HAPROXY_MAX_CONNECTIONS + 100))
     PATRONI_METRICS_TARGETS=$(for group in $(groups); do
         printf '      - {targets: [%s], labels: {group: "%s"}}\n' "$(joined ', ' $(members_of "$group" | sed 's/.*/"&:8008"/'))" "$group"
     done)
@@ -540,6 +554,13 @@ open_stack() {
     load_remembered_profile
     [[ -n $(services) ]] || die "the stack $STACK is not deployed" "init-scripts/up.sh"
     take_running
+    remove_left_jobs
+}
+
+# What ran once for a script that was killed: everybody else would wait for it to run.
+remove_left_jobs() {
+    docker service ls --filter "label=com.docker.stack.namespace=$STACK" --format '{{.Name}}' | { grep -E "^${STACK}_([a-z-]+-once|restore-[0-9]+)\$" || true; } |
+        xargs -r docker service rm >/dev/null
 }
 
 # --- services and their containers ----------------------------------------------------------------
@@ -605,17 +626,23 @@ spec_of_file() {
 # update_changed MEMBER…: those that are deployed otherwise than they are rendered. A group's primary comes
 # after its standbys, so that a group has one switchover.
 update_changed() {
-    local member group changed=() primaries=()
+    local member group leader changed=() primaries=() etcd_is_lost=no
     [[ -n $(services) ]] || return 0
     for member in "$@"; do
         [[ -n $(spec_of_service "$member") && $(spec_of_service "$member") != $(spec_of_file "$member") ]] || continue
-        changed+=("$member")
+        # A member of etcd that is out comes first: the others are its quorum.
+        if [[ $member == etcd-* ]] && ! takes_part "$member"; then changed=("$member" "${changed[@]}"); else changed+=("$member"); fi
     done
     [[ ${#changed[@]} -gt 0 ]] || return 0
     say "updates what has changed: ${changed[*]}"
+    [[ " ${changed[*]}" != *" etcd-"* ]] || ! no_etcd_takes_part || etcd_is_lost=yes
+    [[ $etcd_is_lost == no ]] || say "  no member of etcd answers: each is updated without waiting for the others"
     # Of their servers Patroni must be able to say who leads.
     [[ " ${changed[*]}" != *" coordinator-"* && " ${changed[*]}" != *" worker-"* ]] || any_database >/dev/null
-    for group in $(groups); do primaries+=("$(leader_of "$group")"); done
+    for group in $(groups); do
+        leader=$(leader_of "$group")
+        primaries+=("${leader:-$(primary_by_sql "$group")}")
+    done
     for member in "${changed[@]}"; do
         [[ " ${primaries[*]} " == *" $member "* ]] || update_member "$member"
     done
@@ -624,23 +651,61 @@ update_changed() {
     done
 }
 
+# primary_by_sql GROUP: of its servers on this machine the one that is no standby, where Patroni cannot say it.
+primary_by_sql() {
+    local member container
+    for member in $(members_of "$1"); do
+        container=$(container_of "$member")
+        [[ -z $container || $(sql "$container" postgres 'SELECT pg_is_in_recovery()' 2>/dev/null) != f ]] || echo "$member"
+    done
+}
+
+# certificate_is_over MEMBER: of a database server: then its Patroni reaches no etcd, and no standby its primary.
+certificate_is_over() {
+    local container
+    container=$(container_of "$1")
+    if [[ -n $container ]]; then
+        docker exec "$container" bash -c 'cd /run/secrets && openssl x509 -in tls_certificate -noout && ! openssl x509 -in tls_certificate -noout -checkend 0 >/dev/null'
+    else
+        docker exec "$(container_of "$(any_database)")" bash -c '
+            certificate=$(timeout 5 openssl s_client -connect "$1:8008" </dev/null 2>/dev/null | openssl x509 2>/dev/null) &&
+                ! openssl x509 -noout -checkend 0 <<<"$certificate" >/dev/null' is_over "$1"
+    fi
+}
+
+# make_way SERVER: it is a primary no more, unless nobody else is there.
+make_way() {
+    local member=$1 group to
+    group=$(group_of "$member")
+    wait_hint="init-scripts/status.sh" wait_for 60 "Patroni does not say who is in group $group" patroni_members "$group"
+    if [[ $(leader_of "$group") == "$member" && $(members_of "$group" | wc -l) -gt 1 ]]; then
+        # One that has just come back is no synchronous standby yet.
+        wait_hint="init-scripts/switchover.sh $group says what is in the way" \
+            wait_for 120 "no standby of group $group is fit to take over from $member" fit_standby "$group" "$member"
+        to=$(fit_standby "$group" "$member") || die "no standby of group $group is fit to take over$to" "init-scripts/status.sh; start again"
+        say "  $member hands over group $group to $to"
+        hand_over "$group" "$member" "$to"
+    elif [[ $(members_of "$group" | wc -l) -eq 1 ]]; then
+        say "  $member is the only server of group $group: nobody can use that group until it is back"
+    fi
+}
+
 # One member after the other, and a primary only once another one leads.
 update_member() {
-    local member=$1 group to deployed_at asked_at
+    local member=$1 other deployed_at asked_at is_back=serves
     deployed_at=$(date --utc +%Y-%m-%dT%H:%M:%S)
     if [[ $member == coordinator-* || $member == worker-* ]]; then
-        group=$(group_of "$member")
-        wait_hint="init-scripts/status.sh" wait_for 60 "Patroni does not say who is in group $group" patroni_members "$group"
-        if [[ $(leader_of "$group") == "$member" && $(members_of "$group" | wc -l) -gt 1 ]]; then
-            # One that has just come back is no synchronous standby yet.
-            wait_hint="init-scripts/switchover.sh $group says what is in the way" \
-                wait_for 120 "no standby of group $group is fit to take over from $member" fit_standby "$group" "$member"
-            to=$(fit_standby "$group" "$member") || die "no standby of group $group is fit to take over$to" "init-scripts/status.sh; start again"
-            say "  $member hands over group $group to $to"
-            hand_over "$group" "$member" "$to"
-        elif [[ $(members_of "$group" | wc -l) -eq 1 ]]; then
-            say "  $member is the only server of group $group: nobody can use that group until it is back"
+        if certificate_is_over "$member"; then
+            say "  the certificate of $member is over, so its Patroni reaches no etcd: it is updated as it is"
+            is_back=runs
+        else
+            make_way "$member"
         fi
+    fi
+    if [[ $member == etcd-* ]]; then
+        for other in $(etcd_members | grep -vx "$member"); do
+            wait_hint="init-scripts/status.sh $other" wait_for 60 "$other takes part in etcd, so that $member may be away" takes_part "$other"
+        done
     fi
     say "  updates $member"
     # What stack.yml has, the agents above all, comes last: it may need what the servers have then.
@@ -651,7 +716,7 @@ update_member() {
         "$scripts/status.sh" "$member" >&2 || true
         die "the update of $member did not start, and was rolled back" "see the lines above, mend it, start again"
     }
-    wait_hint="init-scripts/status.sh" wait_for 600 "$member serves" serves "$member"
+    wait_hint="init-scripts/status.sh" wait_for 600 "$member serves" "$is_back" "$member"
 }
 
 # Swarm begins an update a moment after it was asked for; what it says until then is of the one before. Where no
@@ -670,19 +735,45 @@ serves() {
     [[ $(services | awk -v name="$1" '$1 == name { split($2, n, "/"); print n[1] }') -ge 1 ]] || return 1
     container=$(container_of "$1")
     [[ -n $container ]] || { serves_elsewhere "$1" && return 0 || return 1; }
-    [[ $(docker inspect --format '{{.State.Health.Status}}' "$container") == healthy ]] || return 1
+    runs "$1" || return 1
     case $1 in
     coordinator-* | worker-*)
         [[ $(docker exec "$container" psql --no-psqlrc --quiet --no-align --tuples-only --dbname postgres --command \
             "SELECT NOT pg_is_in_recovery() OR EXISTS (SELECT FROM pg_stat_wal_receiver WHERE status = 'streaming')" 2>/dev/null) == t ]]
         ;;
+    etcd-*) takes_part "$1" ;;
     esac
+}
+
+# takes_part MEMBER: it answers what needs the quorum; its container is healthy without, too. Where no etcd is on this
+# machine, Swarm's word is taken; and where no member took part before the update, the others must be updated first.
+takes_part() {
+    local container
+    [[ ${etcd_is_lost:-no} == no ]] || return 0
+    container=$(container_of "$1")
+    [[ -n $container ]] || container=$(for name in $(etcd_members); do container_of "$name"; done | head -n 1)
+    [[ -z $container ]] || docker exec "$container" etcdctl --endpoints "https://$1:2379" --cacert /etc/pgmesh/ca.crt \
+        --cert /run/secrets/tls_certificate --key /run/secrets/tls_key --command-timeout 4s endpoint health >/dev/null 2>&1
+}
+
+no_etcd_takes_part() {
+    local name
+    for name in $(etcd_members); do ! takes_part "$name" || return 1; done
+}
+
+# runs MEMBER: whatever its role. One on another machine by Swarm's word.
+runs() {
+    local container
+    [[ $(services | awk -v name="$1" '$1 == name { split($2, n, "/"); print n[1] }') -ge 1 ]] || return 1
+    container=$(container_of "$1")
+    [[ -z $container || $(docker inspect --format '{{.State.Health.Status}}' "$container") == healthy ]]
 }
 
 # serves_elsewhere MEMBER: of a server Patroni knows it; of the rest Swarm's word is taken.
 serves_elsewhere() {
     case $1 in
     coordinator-* | worker-*) patroni_members "$(group_of "$1")" | grep -E "^$1 (Leader running|[A-Za-z]+ streaming) " >/dev/null ;;
+    etcd-*) takes_part "$1" ;;
     esac
 }
 
@@ -1010,30 +1101,37 @@ wait_until_well() {
 
 # --- asking ---------------------------------------------------------------------------------------
 
-# agent COMMAND…: of the backup agent: in its container, or where that is on another machine, in one that runs once.
+# agent COMMAND…: of the backup agent.
 agent() {
-    local container
-    container=$(container_of backup-agent)
+    run_agent backup-agent --log-format text "$@"
+}
+
+# run_agent NAME ARGUMENT…: in the agent's container, or where that is on another machine, in one that runs once.
+run_agent() {
+    local name=$1 container
+    shift
+    container=$(container_of "$name")
     if [[ -n $container ]]; then
-        docker exec "${terminal[@]}" "$container" backup-agent --log-format text "$@"
+        docker exec "${terminal[@]}" "$container" "$name" "$@"
     else
-        agent_job "$@"
+        agent_job "$name" "$@"
     fi
 }
 
-# agent_job COMMAND…: Swarm runs it once, on any machine, with what the agent is given; then what it printed. Not as a
-# job of Swarm's: those run once for each manager that ever led, at the same time and again (moby/moby#53632).
+# agent_job NAME ARGUMENT…: Swarm runs it once, on any machine, with what the agent is given; then what it printed. Not as
+# a job of Swarm's: those run once for each manager that ever led, at the same time and again (moby/moby#53632).
 agent_job() {
-    local job="${STACK}_backup-agent-once" image options state began=$SECONDS
-    image=$(docker service inspect --format '{{.Spec.TaskTemplate.ContainerSpec.Image}}' "${STACK}_backup-agent" 2>/dev/null) ||
-        die "the backup agent is not deployed" "init-scripts/up.sh"
-    mapfile -t options < <(options_of_agent | tr ' ' '\n')
+    local name=$1 job="${STACK}_$1-once" image memory options state began=$SECONDS
+    shift
+    read -r image memory < <(docker service inspect --format \
+        '{{.Spec.TaskTemplate.ContainerSpec.Image}} {{.Spec.TaskTemplate.Resources.Limits.MemoryBytes}}' "${STACK}_$name") || return 1
+    mapfile -t options < <(options_of_agent "$name" | tr ' ' '\n')
     docker service rm "$job" >/dev/null 2>&1 || true
     docker service create --detach --quiet --restart-condition none --name "$job" \
         --label "com.docker.stack.namespace=$STACK" --container-label "com.docker.stack.namespace=$STACK" \
-        --init --no-healthcheck --read-only --cap-drop ALL --mount type=tmpfs,target=/tmp --limit-memory "$BACKUP_AGENT_MEMORY" \
+        --init --no-healthcheck --read-only --cap-drop ALL --mount type=tmpfs,target=/tmp --limit-memory "$memory" \
         --endpoint-mode dnsrr --network "${STACK}_coordination" --network "${STACK}_data" "${options[@]}" --no-resolve-image \
-        --entrypoint backup-agent "$image" --log-format text "$@" >/dev/null
+        --entrypoint "$name" "$image" "$@" >/dev/null || return 1
     until state=$(docker service ps --format '{{.CurrentState}}' "$job" | head -n 1) && [[ $state =~ ^(Complete|Failed|Rejected|Shutdown) ]]; do
         ((SECONDS - began < job_limit_s)) || break
         sleep 1
@@ -1043,11 +1141,11 @@ agent_job() {
     [[ $state == Complete* ]]
 }
 
-# What the backup agent is given, a job is given too.
+# options_of_agent NAME: what the agent is given, a job is given too.
 options_of_agent() {
     docker service inspect --format '
         {{- range .Spec.TaskTemplate.ContainerSpec.Secrets}}--secret source={{.SecretName}},target={{.File.Name}},uid=999,gid=999,mode=0400{{"\n"}}{{end}}
-        {{- range .Spec.TaskTemplate.ContainerSpec.Configs}}--config source={{.ConfigName}},target={{.File.Name}}{{"\n"}}{{end}}' "${STACK}_backup-agent" | xargs -n 2
+        {{- range .Spec.TaskTemplate.ContainerSpec.Configs}}--config source={{.ConfigName}},target={{.File.Name}}{{"\n"}}{{end}}' "${STACK}_$1" | xargs -n 2
 }
 
 # on_primary GROUP SQL: in the database postgres; on another machine over the network, as the backup agent's role.

@@ -139,9 +139,12 @@ ensure_swarm() {
 
 # Each place needs one machine; on a small one this machine is the only place.
 ensure_places() {
-    local place
+    local place machines
     for ((place = 1; place <= PLACES; place++)); do
-        [[ -z $(docker node ls --quiet --filter "node.label=pgmesh.place=$place") ]] || continue
+        machines=$(docker node ls --filter "node.label=pgmesh.place=$place" --format '{{.Hostname}}')
+        [[ $machines != *$'\n'* ]] || die "several machines have the label pgmesh.place=$place: ${machines//$'\n'/, }" \
+            "the data of a place are on one of them: docker node update --label-rm pgmesh.place the others"
+        [[ -z $machines ]] || continue
         [[ $PLACES == 1 ]] || die "no machine of the Swarm has the label pgmesh.place=$place" \
             "docker node update --label-add pgmesh.place=$place MACHINE (docker node ls shows them)"
         docker node update --label-add pgmesh.place=1 "$(docker info --format '{{.Swarm.NodeID}}')" >/dev/null
@@ -153,6 +156,8 @@ kernel_encrypts() {
     local state=(src 127.0.0.1 dst 127.0.0.2 proto esp spi 0x70676d)
     have ip || ensure_packages iproute2
     as_root modprobe --quiet esp4 2>/dev/null || true
+    # One that was killed in between left it.
+    as_root ip xfrm state delete "${state[@]}" 2>/dev/null || true
     as_root ip xfrm state add "${state[@]}" mode transport \
         aead 'rfc4106(gcm(aes))' 0x0102030405060708090a0b0c0d0e0f1011121314 128 2>/dev/null || return 1
     as_root ip xfrm state delete "${state[@]}"

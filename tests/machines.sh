@@ -224,7 +224,8 @@ try_placement() {
     try "each service is on the machine with its place" placed_by_label
     for name in etcd coordinator; do try "$name-… has one member on each machine" equals 3 machines_with "$name-[1-3]"; done
     for name in worker-1 worker-2 haproxy pgbouncer; do try "$name-… is on two machines" equals 2 machines_with "$name-[12]"; done
-    for name in health-monitor rebalance-agent; do try "$name is on two machines" equals 2 machines_with "$name"; done
+    try "health-monitor is on all machines" equals 3 machines_with health-monitor
+    try "rebalance-agent is on two machines" equals 2 machines_with rebalance-agent
     try "all wanted tasks run" equals '' in_stack missing_services
     try "the page of a health monitor says that all is well" wait_for 180 "the page says that all is well" in_stack health_elsewhere
     try_encryption

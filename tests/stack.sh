@@ -89,7 +89,7 @@ wrong_password() {
 }
 
 try_roles() {
-    local insert="INSERT INTO memory_entries (namespace, key, value, embedding) VALUES ('test', gen_random_uuid()::text, '{}', array_fill(0.1, ARRAY[384])::vector)"
+    local role insert="INSERT INTO memory_entries (namespace, key, value, embedding) VALUES ('test', gen_random_uuid()::text, '{}', array_fill(0.1, ARRAY[384])::vector)"
     try "applications write" client pgmesh_app 6432 "$strict" "$insert"
     try "AI agents add" client pgmesh_mcp 6432 "$strict" "$insert"
     try "AI agents change nothing" refused 'permission denied' client pgmesh_mcp 6432 "$strict" "UPDATE memory_entries SET value = '1'"
@@ -101,9 +101,23 @@ try_roles() {
     try "administrators are no superusers" refused 'permission denied|must be superuser' client pgmesh_admin 5432 "$strict" 'SELECT * FROM pg_authid'
     try "nobody but PgBouncer looks up passwords" refused 'permission denied' client pgmesh_app 5432 "$strict" \
         "SELECT * FROM pgmesh.pgbouncer_lookup('pgmesh_app')"
+    for role in pgmesh_app pgmesh_readonly pgmesh_mcp; do
+        try "$role may not use the database postgres" refused 'permission denied for database' other_database "$role" 5432 postgres
+        try "$role may not use template1" refused 'permission denied for database' other_database "$role" 5432 template1
+        try "PgBouncer has no other database for $role" refused 'no such database|authentication failed' other_database "$role" 6432 postgres
+    done
+    for role in pgmesh_admin pgmesh_lag pgmesh_rebalance; do
+        try "PgBouncer does not know $role" refused 'authentication failed|no such user' client "$role" 6432 "$strict" 'SELECT 1'
+    done
     try "an HNSW index is used" client_plan
     try "the scripts may run twice" initialise_again
     try "what up.sh asks is whether they have run" in_service "$(leader_of 0)" pgmesh-initialise check
+}
+
+# other_database ROLE PORT DATABASE
+other_database() {
+    docker exec pgmesh-test-client bash -c 'export PGPASSWORD=$(<"/passwords/$1_password")
+        exec psql --no-psqlrc "host=localhost user=$1 port=$2 dbname=$3 sslmode=require connect_timeout=10" --command "SELECT 1"' client "$@"
 }
 
 client_plan() {
@@ -139,6 +153,7 @@ try_configurations() {
     try "etcd refuses who has no certificate" refused 'certificate|bad certificate|handshake|deadline' \
         in_service etcd-1 etcdctl --endpoints https://localhost:2379 --cacert /etc/pgmesh/ca.crt --command-timeout 3s endpoint health
     try "Patroni changes nothing for who has no certificate" equals 403 patroni_status DELETE /restart
+    try "Prometheus knows how full the disk is" disk_is_known
     try "Prometheus reaches all that it asks" targets_are_up
     try_stack_files "the running profile" "$RENDERED"
     if make_production; then
@@ -204,6 +219,10 @@ prometheus_says() {
         printf "GET /api/v1/%s HTTP/1.0\r\n\r\n" "$1" >&3 && cat <&3' ask "$1"
 }
 
+disk_is_known() {
+    prometheus_says 'query?query=pgmesh_health_check_status' | grep '"component":"disk"' >/dev/null
+}
+
 targets_are_up() {
     local body
     body=$(prometheus_says 'targets?state=active')
@@ -250,6 +269,8 @@ make_production() {
     echo test >"$production/secrets/s3_access_key_id"
     echo test >"$production/secrets/s3_secret_access_key"
     try "certificates of the profile production are made" env PGMESH_UP="$production" "$root/init-scripts/certificates.sh" production
+    try "a name that no certificate can have is refused" refused 'could not make the certificate of coordinator-1' \
+        env PGMESH_UP="$production" PUBLIC_NAMES=10.0.0.300 "$root/init-scripts/certificates.sh" production
     try "secrets of the profile production are made" env PGMESH_UP="$production" "$root/init-scripts/secrets.sh" --files-only production
     try "the files of the profile production are made" env PGMESH_UP="$production" bash -euo pipefail -c '
         source init-scripts/lib.sh
@@ -685,6 +706,12 @@ try_rotation() {
     done
     try "backups under the older key can be read" in_service backup-agent backup-agent verify --group 0
     try "a backup under the new key is taken" in_service backup-agent backup-agent backup --group 0
+    printf "it's\n" >"$cache/test-secret"
+    try "rotate-secret.sh refuses a value that does not stand everywhere as it is" refused 'characters that it may not have' \
+        "$root/init-scripts/rotate-secret.sh" pgmesh_app_password --from "$cache/test-secret"
+    rm -f "$cache/test-secret"
+    try "rotate-secret.sh abandons nothing where nothing was begun" refused 'no rotation of pgmesh_app_password' \
+        "$root/init-scripts/rotate-secret.sh" pgmesh_app_password --abandon
     try "rotate-secret.sh refuses what is no secret" refused 'no secret that can be rotated' "$root/init-scripts/rotate-secret.sh" nothing
 }
 
@@ -701,8 +728,10 @@ login() {
 
 # role_login ROLE CONNINFO COMMAND PASSWORD
 role_login() {
+    local database=$DATABASE
+    case $1 in pgmesh_backup | pgmesh_lag | pgmesh_rewind) database=postgres ;; esac
     docker exec --interactive pgmesh-test-client bash -c 'read -r PGPASSWORD && export PGPASSWORD && exec psql --no-psqlrc \
-        "host=localhost user=$1 port=5432 dbname=postgres sslmode=require $2" --command "$3"' login "${@:1:3}" <<<"$4"
+        "host=localhost user=$1 port=5432 dbname=$4 sslmode=require $2" --command "$3"' login "${@:1:3}" "$database" <<<"$4"
 }
 
 redis_login() {
@@ -785,12 +814,22 @@ try_restore() {
     try "restore-cluster.sh refuses a moment that cannot be reached, and the databases run as before" \
         refused 'the databases run as before' "$root/init-scripts/restore-cluster.sh" --target-time '2020-01-01 00:00:00+00' --yes
     try "what was there is there" equals $'before\nafter' client pgmesh_app 5432 "$strict" 'SELECT * FROM restored'
+    try "restore-cluster.sh refuses while the repository lacks what is committed" refuses_without_agent
     try "restore-cluster.sh --latest" "$root/init-scripts/restore-cluster.sh" --latest --yes
     try "it reaches the last commit" equals $'before\nafter' client pgmesh_app 5432 "$strict" 'SELECT * FROM restored'
     try "restore-cluster.sh --target-time" "$root/init-scripts/restore-cluster.sh" --target-time "$moment" --yes
     try "it reaches the moment, and no more" equals before client pgmesh_app 5432 "$strict" 'SELECT * FROM restored'
-    try "restore-cluster.sh --remove-old-volumes" "$root/init-scripts/restore-cluster.sh" --remove-old-volumes
+    try "restore-cluster.sh --remove-old-volumes" "$root/init-scripts/restore-cluster.sh" --remove-old-volumes --yes
     try "the verdict is healthy" is_well
+}
+
+refuses_without_agent() {
+    local result=0
+    docker service scale "${STACK}_backup-agent=0" >/dev/null
+    ARCHIVE_LIMIT_S=5 refused 'no backup agent receives its WAL' "$root/init-scripts/restore-cluster.sh" --latest --yes || result=1
+    docker service scale "${STACK}_backup-agent=1" >/dev/null
+    wait_for 180 "healthy again" is_well
+    return "$result"
 }
 
 # --- nothing is left ------------------------------------------------------------------------------

@@ -318,7 +318,7 @@ pub static CERTIFICATE: Check = limited(
         Postgres,
         Comprehensive,
         "time until the server's certificate expires",
-        "renew it and reload the server (SELECT pg_reload_conf())",
+        "renew it where it comes from; then reload or restart the server",
     ),
     Seconds,
     21 * DAY,

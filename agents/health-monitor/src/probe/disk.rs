@@ -15,7 +15,7 @@ use crate::facts::{Failure, Stage};
 pub struct DiskFacts {
     /// Bytes that are left to ordinary users.
     pub free_bytes: u64,
-    /// Bytes in all.
+    /// Bytes in all, but for those that are kept for the superuser: so `df` counts, too.
     pub bytes: u64,
     /// Inodes that are left; 0 of 0 where the file system has no such number.
     pub free_inodes: u64,
@@ -56,9 +56,10 @@ impl Probe for DiskProbe {
 
 fn read(path: &Path) -> Result<DiskFacts, Errno> {
     let found = statvfs(path)?;
+    let used_blocks = found.f_blocks.saturating_sub(found.f_bfree);
     Ok(DiskFacts {
         free_bytes: found.f_bavail.saturating_mul(found.f_frsize),
-        bytes: found.f_blocks.saturating_mul(found.f_frsize),
+        bytes: used_blocks.saturating_add(found.f_bavail).saturating_mul(found.f_frsize),
         free_inodes: found.f_favail,
         inodes: found.f_files,
     })

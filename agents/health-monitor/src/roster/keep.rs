@@ -136,12 +136,12 @@ pub async fn forget(path: &Path, args: &ForgetArgs) -> anyhow::Result<String> {
     }
     let mut roster = load(&store).await.context("read the known members")?;
     let forgotten = roster.forget(&args.name, args.group).map_err(|it| anyhow!(it))?;
-    let said = format!(
-        "{} of group {} is not missed any more, unless Patroni lists it\n",
-        forgotten.name, forgotten.group
-    );
+    let member = format!("{} of group {}", forgotten.entry.name, forgotten.entry.group);
+    if forgotten.was_before {
+        return Ok(format!("{member} is forgotten already\n"));
+    }
     store.save(NAME, &json(&roster)).await.context("forget the member")?;
-    Ok(said)
+    Ok(format!("{member} is not missed any more, unless Patroni lists it\n"))
 }
 
 #[cfg(test)]
@@ -189,7 +189,9 @@ mod tests {
         let args = |name: &str| ForgetArgs { name: name.to_owned(), group: None };
         let said = forget(&path, &args("b")).await.unwrap();
         assert_eq!(said, "b of group 0 is not missed any more, unless Patroni lists it\n");
-        assert!(forget(&path, &args("b")).await.is_err());
+        let said = forget(&path, &args("b")).await.unwrap();
+        assert_eq!(said, "b of group 0 is forgotten already\n");
+        assert!(forget(&path, &args("x")).await.is_err());
         keeper.step().await.unwrap();
         assert_eq!(names(&keeper), ["a"]);
         list.send_replace(Some(listed(&["b"])));

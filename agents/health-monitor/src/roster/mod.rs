@@ -61,6 +61,15 @@ impl From<Roster> for Vec<Entry> {
     }
 }
 
+/// Who was meant by [`Roster::forget`].
+#[derive(Debug)]
+pub struct Forgotten<'a> {
+    /// The member.
+    pub entry: &'a Entry,
+    /// It was forgotten already.
+    pub was_before: bool,
+}
+
 impl Roster {
     /// Takes up what is kept: members of before, and who is forgotten. What is missing there was lost.
     pub fn take_kept(&mut self, kept: &Self) {
@@ -86,22 +95,25 @@ impl Roster {
         self.0.values().filter(|it| !it.is_forgotten)
     }
 
-    /// Marks a member that is gone for good.
+    /// Marks a member that is gone for good. One that is marked already is no error: whoever was stopped right after
+    /// it says it again.
     ///
     /// # Errors
     ///
     /// There is none of that name, or more than one.
-    pub fn forget(&mut self, name: &str, group: Option<u32>) -> Result<&Entry, String> {
-        let is_meant = |it: &&mut Entry| {
-            !it.is_forgotten && it.name == name && group.is_none_or(|group| it.group == group)
-        };
+    pub fn forget(&mut self, name: &str, group: Option<u32>) -> Result<Forgotten<'_>, String> {
+        let is_meant =
+            |it: &&mut Entry| it.name == name && group.is_none_or(|group| it.group == group);
         let known: Vec<String> =
             self.watched().map(|it| format!("{} of group {}", it.name, it.group)).collect();
         let mut found: Vec<&mut Entry> = self.0.values_mut().filter(is_meant).collect();
+        if found.iter().any(|it| !it.is_forgotten) {
+            found.retain(|it| !it.is_forgotten);
+        }
         match (found.pop(), found.is_empty()) {
-            (Some(it), true) => {
-                it.is_forgotten = true;
-                Ok(it)
+            (Some(entry), true) => {
+                let was_before = std::mem::replace(&mut entry.is_forgotten, true);
+                Ok(Forgotten { entry, was_before })
             }
             (Some(_), false) => Err(format!("several are called `{name}`: say --group too")),
             (None, _) if known.is_empty() => Err("no members are known".to_owned()),
@@ -173,7 +185,7 @@ pub(crate) mod tests {
         assert_eq!(names(&next), "a b c");
         // Somebody says that it is gone; what is kept was lost; it is listed again.
         let mut said = kept.clone();
-        assert_eq!(said.forget("b", None).unwrap().name, "b");
+        assert_eq!(said.forget("b", None).unwrap().entry.name, "b");
         next.take_kept(&said);
         assert_eq!(names(&next), "a c");
         next.take_kept(&Roster::default());
@@ -201,9 +213,19 @@ pub(crate) mod tests {
         assert_eq!(error, "several are called `a`: say --group too");
         let error = roster.forget("x", None).unwrap_err();
         assert!(error.ends_with("known are a of group 0, a of group 1, b of group 1"), "{error}");
-        assert_eq!(roster.forget("a", Some(1)).unwrap().group, 1);
+        let forgotten = roster.forget("a", Some(1)).unwrap();
+        assert_eq!((forgotten.entry.group, forgotten.was_before), (1, false));
         assert_eq!(names(&roster), "a b");
-        assert!(roster.forget("a", Some(1)).is_err());
+        // Once more; and the one that is left is meant where no group is said.
+        let again = roster.forget("a", Some(1)).unwrap();
+        assert_eq!((again.entry.group, again.was_before), (1, true));
+        let other = roster.forget("a", None).unwrap();
+        assert_eq!((other.entry.group, other.was_before), (0, false));
+        assert_eq!(names(&roster), "b");
+        assert!(
+            roster.forget("a", None).is_err(),
+            "both are forgotten: which one is meant is not known"
+        );
     }
 
     #[test]
