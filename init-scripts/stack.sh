@@ -20,6 +20,7 @@ readonly scripts="$root/init-scripts"
 readonly stack_label=pgmesh.stack
 readonly start_limit_s=600
 readonly job_limit_s=86400
+readonly job_start_limit_s=300
 # The name of the secret that rotate-secret.sh is replacing; until it has ended.
 readonly rotation="$up/rotating"
 # Progress bars where the script writes to a terminal.
@@ -1134,9 +1135,12 @@ agent_job() {
         --entrypoint "$name" "$image" "$@" >/dev/null || return 1
     until state=$(docker service ps --format '{{.CurrentState}}' "$job" | head -n 1) && [[ $state =~ ^(Complete|Failed|Rejected|Shutdown) ]]; do
         ((SECONDS - began < job_limit_s)) || break
+        # No machine can take it.
+        [[ $state == Running* ]] || ((SECONDS - began < job_start_limit_s)) || break
         sleep 1
     done
-    timeout 30 docker service logs --raw "$job" 2>&1 || docker service ps --no-trunc --format '{{.CurrentState}} {{.Error}}' "$job"
+    timeout 30 docker service logs --raw "$job" 2>&1 || true
+    [[ $state == Complete* ]] || docker service ps --no-trunc --format '{{.CurrentState}} {{.Error}}' "$job"
     docker service rm "$job" >/dev/null
     [[ $state == Complete* ]]
 }
