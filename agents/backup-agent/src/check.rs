@@ -7,6 +7,7 @@ use serde::Serialize;
 use shared::etcd::Etcd;
 use shared::lease::holders;
 use shared::pg::connect::connect;
+use shared::pg::wal::HistoryEntry;
 use shared::pg::{Connection, Node};
 use shared::store::{Put, StoreErrorKind};
 use shared::telemetry::chain;
@@ -25,7 +26,7 @@ use crate::keys::EXPOSED;
 use crate::listing::Listing;
 use crate::quantities::time;
 use crate::replication::Replication;
-use crate::repository::Repository;
+use crate::repository::{Place, Repository};
 use crate::rival::{Line, Rival, rivals};
 use crate::slots;
 use crate::wal::{self, WalError, WalMap};
@@ -205,13 +206,13 @@ fn check_clock(whose: &str, at: DateTime<Utc>, steps: &mut Steps) {
 async fn check_group(context: &Context, nodes: &[Node], number: u32, steps: &mut Steps) {
     let group = observe_group(&context.settings, nodes, number).await;
     let Judged { own, newest, leader } = cluster::judge(&context.repository, &group).await;
-    // Where it is not known, a standby that is behind is told.
-    let history = match &leader {
-        Ok((node, _)) => follow::line(&context.settings, node).await.ok(),
+    let line = match &leader {
+        Ok((node, _)) => Some(follow::line(&context.settings, node).await),
         Err(_) => None,
     };
-    let on = history.as_ref().map(|(timeline, history)| Line { timeline: *timeline, history });
-    let standings = standings(&group, own, newest, on);
+    // Where it is not known, a standby that is behind is told.
+    let known = line.as_ref().and_then(|it| it.as_ref().ok()).map(Line::from);
+    let standings = standings(&group, own, newest, known);
     for observation in &group.nodes {
         let step = format!("group {number}: {}", observation.node.name);
         match &observation.state {
@@ -233,8 +234,9 @@ async fn check_group(context: &Context, nodes: &[Node], number: u32, steps: &mut
             Err(())
         }
     };
-    if let Ok(leader) = leader {
-        check_timelines(context, number, leader, steps).await;
+    if let (Ok((node, state)), Some(line)) = (leader, line) {
+        let place = context.repository.place(number, state.system_identifier);
+        check_timelines(&place, (node, state), line, steps).await;
     }
     check_wal(context, number, steps).await;
     if let Ok(leader) = leader
@@ -322,17 +324,16 @@ fn backups(
 
 /// Whether anything is stored of a timeline that is not the primary's.
 async fn check_timelines(
-    context: &Context,
-    group: u32,
+    place: &Place,
     (node, state): (&Node, &NodeState),
+    line: Result<(u32, Vec<HistoryEntry>), FollowError>,
     steps: &mut Steps,
 ) {
-    let place = context.repository.place(group, state.system_identifier);
+    let group = place.group;
     let read = async {
-        let (timeline, history) = follow::line(&context.settings, node).await?;
-        let stored = WalMap::read_newest(&place, state.wal_segment_bytes).await?;
-        let line = Line { timeline, history: &history };
-        Ok::<_, FollowError>((timeline, rivals(&stored, line)))
+        let line = line?;
+        let stored = WalMap::read_newest(place, state.wal_segment_bytes).await?;
+        Ok::<_, FollowError>((line.0, rivals(&stored, Line::from(&line))))
     };
     let (outcome, detail) = match read.await {
         Ok((timeline, rivals)) => beside(&node.name, group, timeline, &rivals),

@@ -518,8 +518,7 @@ impl Follower {
             let newest = primary.as_ref().map(|it| it.timeline).or(received);
             let standings = {
                 let state = self.state.borrow();
-                let line = state.line.as_ref();
-                let line = line.map(|(timeline, history)| Line { timeline: *timeline, history });
+                let line = state.line.as_ref().map(Line::from);
                 standing::standings(&observed, own, reached.timeline(), line)
             };
             told_servers.tell(&standings);

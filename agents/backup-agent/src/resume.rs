@@ -38,6 +38,12 @@ pub struct Server {
     pub slot_lsn: PgLsn,
 }
 
+impl Server {
+    fn line(&self) -> Line<'_> {
+        Line { timeline: self.timeline, history: &self.history }
+    }
+}
+
 /// A position on a timeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Position {
@@ -175,8 +181,7 @@ pub fn start(
     if newest > server.timeline {
         return Err(Refusal::OldTimeline { found: server.timeline, stored: newest });
     }
-    let line = Line { timeline: server.timeline, history: &server.history };
-    if let Some((timeline, stored, found)) = line.contradicted(stored) {
+    if let Some((timeline, stored, found)) = server.line().contradicted(stored) {
         return Err(Refusal::OtherTimeline { timeline, found, stored });
     }
     // A history alone, which the new primary's archiver may have stored before us, is no WAL.
@@ -262,8 +267,8 @@ fn left_at(stored: &WalMap, server: &Server, timeline: u32) -> PgLsn {
 /// What is stored and not on the server's way, unless it parted from that before a timeline from which was
 /// received: then it was told. Its archiver may have stored WAL of the server's own before us.
 fn diverged(stored: &WalMap, server: &Server) -> Option<Divergence> {
-    let line = Line { timeline: server.timeline, history: &server.history };
-    let told = line.parts().filter(|(timeline, _)| stored.followed.contains(timeline)).last();
+    let parts = server.line().parts();
+    let told = parts.filter(|(timeline, _)| stored.followed.contains(timeline)).last();
     let told = told.map(|(_, before)| before.last().map_or(PgLsn::from(0), |it| it.switch_lsn));
     let newest = stored.newest_with_wal();
     let is_new = |timeline: u32, from_lsn: PgLsn| match told {

@@ -25,6 +25,12 @@ pub struct Line<'a> {
     pub history: &'a [HistoryEntry],
 }
 
+impl<'a> From<&'a (u32, Vec<HistoryEntry>)> for Line<'a> {
+    fn from((timeline, history): &'a (u32, Vec<HistoryEntry>)) -> Self {
+        Self { timeline: *timeline, history }
+    }
+}
+
 impl<'a> Line<'a> {
     /// The timelines of which the line has anything, each with what is before it.
     pub(crate) fn parts(self) -> impl Iterator<Item = (u32, &'a [HistoryEntry])> {
